@@ -1,0 +1,365 @@
+"""Streaming moments of every site's inputs, outputs and output gradients, in one pass over the data.
+
+The task side of the bottleneck enters twice. Gradients of the log-likelihood at a block's output give the metric
+F = E[g g^T], in which a small change costs 1/2 tr(F Cov) nats. And tokens differ in how much the answer depends on them: under
+``weighting="relevance"`` each token counts with |g|^2, one step of the power iteration for the nearest Kronecker factorisation of
+E[x x^T (x) g g^T] (Van Loan & Pitsianis 1993), where plain moments assume that x and g are independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from infoprune.architecture import Architecture, AttentionSite, FFNSite
+from infoprune.errors import CalibrationError
+from infoprune.packing import PackedBatch, answer_logits
+
+Weighting = Literal["uniform", "relevance"]
+TokenClass = Literal["image", "text", "all"]
+Site = AttentionSite | FFNSite
+# Every token keeps this share of the mean weight. In the last layers only the few positions that predict answers carry a gradient;
+# without a floor, their moments would be of lower rank than the space.
+RELEVANCE_FLOOR = 0.1
+
+
+@dataclass
+class Moments:
+    """Weighted count, mean and covariance of a stream of vectors.
+
+    Products are formed in the data's precision per batch and summed in float64, which loses nothing that matters and costs a third
+    of forming them in float64.
+
+    Attributes:
+        dimension: Length of the vectors.
+        count: Vectors seen.
+        weight: Sum of their weights.
+    """
+
+    dimension: int
+    count: int = 0
+    weight: float = 0.0
+    _sum: torch.Tensor = field(init=False, repr=False)
+    _outer: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._sum = torch.zeros(self.dimension, dtype=torch.float64)
+        self._outer = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
+
+    def update(self, vectors: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add vectors (n, dimension), with weights (n,) or weight one each."""
+        if vectors.dtype in (torch.float16, torch.bfloat16):
+            vectors = vectors.float()
+        weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
+        self._sum += weighted.sum(0, dtype=torch.float64).cpu()
+        self._outer += (weighted.T @ vectors).double().cpu()
+        self.count += len(vectors)
+        self.weight += float(len(vectors) if weights is None else weights.sum(dtype=torch.float64))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both streams together."""
+        total = Moments(self.dimension, self.count + other.count, self.weight + other.weight)
+        total._sum, total._outer = self._sum + other._sum, self._outer + other._outer
+        return total
+
+    def is_finite(self) -> bool:
+        """No NaN and no infinity was seen."""
+        return bool(torch.isfinite(self._outer).all() and torch.isfinite(self._sum).all())
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(dimension,) float64."""
+        return self._sum / self.weight if self.weight > 0 else self._sum
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """E[x x^T], (dimension, dimension) float64."""
+        return self._outer / self.weight if self.weight > 0 else self._outer
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """E[x x^T] - mean mean^T, (dimension, dimension) float64."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+
+@dataclass
+class SiteStatistics:
+    """Moments at one site; gradients are of the log-likelihood, per token.
+
+    Attributes:
+        by_class: Moments of the token classes, by tap: ``input`` (the block's input; for attention the input of its output
+            projection, the concatenated contexts) and ``output`` (FFN only).
+        output_gradient: Moments of g at the block's output; its second moment is F.
+        input_gradient: FFN only: moments of the gradient with respect to the block's input, W^T g over the input linears.
+        branch_gradients: Gated FFN only, on request: the same for the gate and the up projection apart.
+        intermediate_gradient_energy: FFN only: sum over tokens of |g|^2 at the input linears' outputs.
+    """
+
+    by_class: dict[str, dict[TokenClass, Moments]] = field(default_factory=dict)
+    output_gradient: Moments | None = None
+    input_gradient: Moments | None = None
+    branch_gradients: dict[str, Moments] = field(default_factory=dict)
+    intermediate_gradient_energy: float = 0.0
+
+    def pooled(self, tap: str) -> Moments:
+        """Moments of image and text tokens together."""
+        moments = list(self.by_class[tap].values())
+        total = moments[0]
+        for other in moments[1:]:
+            total = total.merge(other)
+        return total
+
+
+@dataclass
+class Statistics:
+    """What calibration saw.
+
+    Attributes:
+        sites: Statistics by site path.
+        num_examples: Questions seen.
+        weighting: How tokens were weighted.
+        has_gradients: Whether gradients were taken.
+    """
+
+    sites: dict[str, SiteStatistics]
+    num_examples: int
+    weighting: Weighting
+    has_gradients: bool
+
+
+def fisher_sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    """Random vector v with E[v v^T] = diag(p) - p p^T, the Fisher information of a categorical in its logits.
+
+    v = sqrt(p) * n - p (sqrt(p) . n), n standard normal: unbiased like the gradient of a label drawn from the model, but without the
+    draw's variance when the model is nearly certain. Gradients of sum(v * logits) then have the Fisher information as their
+    covariance (cf. Martens, "New insights and perspectives on the natural gradient method", 2020).
+
+    Args:
+        logits: (targets, vocabulary).
+        temperature: p = softmax(logits / temperature). Above 1, answers the model is sure of still count: their margin can be lost to
+            a large change though their curvature is nearly zero.
+        generator: Source of randomness.
+    """
+    root = torch.softmax(logits.float() / temperature, dim=-1).sqrt()
+    noise = torch.randn(root.shape, generator=generator).to(root.device)
+    return root * noise - root.square() * (root * noise).sum(-1, keepdim=True)
+
+
+def calibrate(
+    model: nn.Module,
+    architecture: Architecture,
+    batches: Iterable[PackedBatch],
+    *,
+    weighting: Weighting = "relevance",
+    gradients: bool = True,
+    branches: bool = False,
+    split_tokens: bool = False,
+    temperature: float = 2.0,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda questions: None,
+) -> Statistics:
+    """Run the model over ``batches`` once and gather the moments of all sites.
+
+    Nothing of the hooks stays behind, and parameters keep their ``requires_grad``.
+
+    Args:
+        model: The dense model; used in eval mode and restored.
+        architecture: Its sites.
+        batches: Batches from :mod:`infoprune.packing`; padding is excluded.
+        weighting: ``relevance`` weights tokens by |g|^2 at the site's output and needs gradients.
+        gradients: Also gather gradient moments.
+        branches: Also gather the gate's and the up projection's gradients apart.
+        split_tokens: Keep image and text tokens of the language model apart (twice the memory for inputs and outputs).
+        temperature: See :func:`fisher_sample`.
+        seed: Seed of the gradient noise.
+        progress: Called with the number of questions after each batch.
+
+    Raises:
+        CalibrationError: No data, or a value that is not finite; names the site.
+    """
+    if weighting == "relevance" and not gradients:
+        raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
+    collector = _Collector(_Options(weighting, gradients, branches, split_tokens))
+    generator = torch.Generator().manual_seed(seed)
+    training, required = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    questions = 0
+    model.eval().requires_grad_(False)
+    try:
+        with ExitStack() as stack, torch.set_grad_enabled(gradients):
+            for site in (*architecture.attention, *architecture.ffn):
+                collector.attach(model, site, stack)
+            if gradients:
+                _differentiate_from_first_layers(model, architecture, stack)
+            for batch in batches:
+                collector.begin(batch)
+                logits = answer_logits(model, batch)
+                if gradients:
+                    (logits * fisher_sample(logits.detach(), temperature, generator)).sum().backward()
+                collector.finish()
+                questions += batch.num_questions
+                progress(batch.num_questions)
+    finally:
+        model.train(training)
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+    if questions == 0:
+        raise CalibrationError("Calibration saw no questions; give it data.")
+    collector.check()
+    return Statistics(collector.sites, questions, weighting, gradients)
+
+
+@dataclass(frozen=True)
+class _Options:
+    weighting: Weighting
+    gradients: bool
+    branches: bool
+    split_tokens: bool
+
+
+def _differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
+    # Parameters stay frozen, so the graph must start at activations: the inputs of each tower's first layer.
+    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def leaf(x: torch.Tensor) -> torch.Tensor:
+            return x if x.requires_grad else x.detach().requires_grad_(True)
+
+        if args:
+            return (leaf(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": leaf(kwargs["hidden_states"])}
+
+    for site in architecture.attention:
+        if site.layer == 0:
+            layer = model.get_submodule(site.path.rpartition(".")[0])
+            stack.callback(layer.register_forward_pre_hook(start, with_kwargs=True).remove)
+
+
+class _Collector:
+    """Hooks that feed moments; holds what the current batch still needs until its backward pass has run."""
+
+    def __init__(self, options: _Options) -> None:
+        self.sites: dict[str, SiteStatistics] = {}
+        self.options = options
+        self._batch: PackedBatch | None = None
+        # Values waiting for the gradient that weighs them: (site, tap) -> (site, values, gradient energy so far, energies to come).
+        self._pending: dict[tuple[str, str], tuple[Site, torch.Tensor, torch.Tensor | float, int]] = {}
+
+    def begin(self, batch: PackedBatch) -> None:
+        self._batch = batch
+
+    def finish(self) -> None:
+        # What no gradient reached has no influence on the answer (e.g. layers after the one whose features are used): its metric is
+        # zero, but its moments are still needed to cut it sensibly.
+        for (path, tap), (site, values, _, _) in self._pending.items():
+            self._add(site, tap, values, None)
+            gradient = Moments(site.hidden_size)
+            if tap == "output" or isinstance(site, AttentionSite):
+                self.sites[path].output_gradient = self.sites[path].output_gradient or gradient
+            else:
+                self.sites[path].input_gradient = self.sites[path].input_gradient or gradient
+        self._batch, self._pending = None, {}
+
+    def check(self) -> None:
+        for path, statistics in self.sites.items():
+            moments = [m for classes in statistics.by_class.values() for m in classes.values()]
+            if not moments or all(m.count == 0 for m in moments):
+                raise CalibrationError(f"Calibration saw no tokens at '{path}': no image or prompt token reached it.")
+            moments += [m for m in (statistics.output_gradient, statistics.input_gradient) if m is not None]
+            if not all(m.is_finite() for m in moments):
+                raise CalibrationError(f"Calibration met NaN or infinity at '{path}'. Check the checkpoint's weights and the input images.")
+
+    def attach(self, model: nn.Module, site: Site, stack: ExitStack) -> None:
+        self.sites[site.path] = SiteStatistics()
+        block = model.get_submodule(site.path)
+        if isinstance(site, AttentionSite):
+            self._watch(site, "input", block.get_submodule(site.names.out), lambda args, output: args[0], stack)
+            return
+        inputs = {"up": block.get_submodule(site.names.up)}
+        if site.names.gate:
+            inputs["gate"] = block.get_submodule(site.names.gate)
+        # The input is captured before the block runs, so that it is waiting when the linears below meet their gradients.
+        stack.callback(block.register_forward_pre_hook(lambda module, args: self._ffn_input(site, args[0])).remove)
+        for name, linear in inputs.items():
+            if self.options.gradients:
+                stack.callback(linear.register_forward_hook(partial(self._ffn_branch, site, name)).remove)
+        self._watch(site, "output", block.get_submodule(site.names.down), lambda args, output: output, stack)
+
+    def _watch(self, site: Site, tap: str, module: nn.Module, values: Callable[[Any, Any], torch.Tensor], stack: ExitStack) -> None:
+        """A projection onto the residual stream: moments of its input or output, weighted by the gradient at its output."""
+
+        def after(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self._hold(site, tap, values(args, output), expected=1)
+            if self.options.gradients:
+                output.register_hook(on_gradient)
+
+        def on_gradient(gradient: torch.Tensor) -> None:
+            tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
+            statistics.output_gradient = statistics.output_gradient or Moments(tokens.shape[1])
+            statistics.output_gradient.update(tokens)
+            self._weigh(site, tap, tokens.square().sum(1))
+
+        stack.callback(module.register_forward_hook(after).remove)
+
+    def _ffn_input(self, site: FFNSite, values: torch.Tensor) -> None:
+        self._hold(site, "input", values, expected=site.num_inputs)
+        if not self.options.gradients:
+            return
+
+        # The FFN's input is read by its input linears alone, so the gradient here is W^T g summed over them.
+        def on_gradient(gradient: torch.Tensor) -> None:
+            tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
+            statistics.input_gradient = statistics.input_gradient or Moments(tokens.shape[1])
+            statistics.input_gradient.update(tokens)
+
+        values.register_hook(on_gradient)
+
+    def _ffn_branch(self, site: FFNSite, name: str, linear: Any, args: Any, output: torch.Tensor) -> None:
+        def on_gradient(gradient: torch.Tensor) -> None:
+            tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
+            energy = tokens.square().sum(1)
+            statistics.intermediate_gradient_energy += float(energy.sum(dtype=torch.float64))
+            if self.options.branches and site.gated:
+                mapped = tokens @ linear.weight
+                statistics.branch_gradients.setdefault(name, Moments(mapped.shape[1])).update(mapped)
+            self._weigh(site, "input", energy)
+
+        output.register_hook(on_gradient)
+
+    def _tokens(self, site: Site, values: torch.Tensor) -> torch.Tensor:
+        """(n, dimension) without padding; vision towers see whole images and have none."""
+        assert self._batch is not None
+        values = values.detach()
+        if site.tower == "text" and values.shape[:2] == self._batch.valid.shape:
+            return values[self._batch.valid]
+        return values.reshape(-1, values.shape[-1])
+
+    def _hold(self, site: Site, tap: str, values: torch.Tensor, expected: int) -> None:
+        tokens = self._tokens(site, values)
+        if self.options.gradients:
+            self._pending[site.path, tap] = (site, tokens, 0.0, expected)
+        else:
+            self._add(site, tap, tokens, None)
+
+    def _weigh(self, site: Site, tap: str, energy: torch.Tensor) -> None:
+        _, tokens, so_far, expected = self._pending.pop((site.path, tap))
+        total = energy + so_far
+        if expected > 1:
+            self._pending[site.path, tap] = (site, tokens, total, expected - 1)
+            return
+        relevance = self.options.weighting == "relevance"
+        self._add(site, tap, tokens, total + RELEVANCE_FLOOR * total.mean() if relevance else None)
+
+    def _add(self, site: Site, tap: str, tokens: torch.Tensor, weights: torch.Tensor | None) -> None:
+        assert self._batch is not None
+        classes = self.sites[site.path].by_class.setdefault(tap, {})
+        parts: dict[TokenClass, torch.Tensor | None] = {"image" if site.tower == "vision" else "all": None}
+        if site.tower == "text" and self.options.split_tokens:
+            image = self._batch.image[self._batch.valid]
+            parts = {"image": image, "text": ~image}
+        for name, chosen in parts.items():
+            moments = classes.setdefault(name, Moments(tokens.shape[1]))
+            moments.update(tokens if chosen is None else tokens[chosen], weights if chosen is None or weights is None else weights[chosen])

@@ -1,0 +1,131 @@
+"""Save and register compressed models: safetensors, a unique ``model_type``, the code beside the weights, the plan, the processor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from infoprune import modeling_infoprune as modeling
+from infoprune.errors import CheckpointError
+from infoprune.model import VLM, load
+
+# dense model_type -> (config, base model, conditional-generation model)
+CLASSES: dict[str, tuple[Any, Any, Any]] = {
+    "llava": (modeling.InfoPruneLlavaConfig, modeling.InfoPruneLlavaModel, modeling.InfoPruneLlavaForConditionalGeneration),
+    "idefics3": (modeling.InfoPruneIdefics3Config, modeling.InfoPruneIdefics3Model, modeling.InfoPruneIdefics3ForConditionalGeneration),
+    "smolvlm": (modeling.InfoPruneSmolVLMConfig, modeling.InfoPruneSmolVLMModel, modeling.InfoPruneSmolVLMForConditionalGeneration),
+}
+TOLERANCE = 1e-4
+
+
+def register() -> None:
+    """Make Transformers' Auto classes know compressed models; runs on ``import infoprune``."""
+    for config, base, conditional in CLASSES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, base, exist_ok=True)
+        AutoModelForImageTextToText.register(config, conditional, exist_ok=True)
+
+
+def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that holds anything, before any work is done.
+
+    Raises:
+        CheckpointError: It exists and is not empty, or its parent can't be written.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} exists and is not a folder.")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"The output folder {folder} is not empty. Choose another one, or pass --overwrite.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-"):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"Cannot write to {folder.parent}: {error.strerror or error}.") from error
+
+
+@torch.no_grad()
+def save(
+    vlm: VLM,
+    folder: str | Path,
+    *,
+    probe: dict[str, torch.Tensor] | None = None,
+    extra: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Write a compressed model so that it loads everywhere, verify it, and only then put it in place.
+
+    Args:
+        vlm: A compressed model (it has a plan).
+        folder: Where to; must not hold anything.
+        probe: Model inputs; the reloaded checkpoint must give the same logits on them.
+        extra: Written as ``report.json``.
+        overwrite: Replace a folder that holds something.
+        notify: Called with one line for people.
+
+    Raises:
+        CheckpointError: Not compressed, folder not empty, disk full, or the reloaded model differs; nothing is left behind.
+    """
+    if vlm.plan is None:
+        raise CheckpointError("This model has no compression plan; save an uncompressed model with its own save_pretrained.")
+    folder = Path(folder).expanduser()
+    check_output_folder(folder, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        aside = Path(scratch) / folder.name
+        try:
+            _write(vlm, aside)
+            (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
+            if extra is not None:
+                (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+        except Exception as error:  # the safetensors library reports a full disk as its own error type
+            raise CheckpointError(
+                f"The checkpoint could not be written to {folder}: {error}. Is the disk full? Nothing was kept."
+            ) from error
+        if probe is not None:
+            notify("reloading the checkpoint and comparing logits")
+            _verify(vlm, aside, probe)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    return folder
+
+
+def _write(vlm: VLM, folder: Path) -> None:
+    assert vlm.plan is not None
+    config_class, base, conditional = CLASSES[vlm.plan.model_type]
+    config_class.register_for_auto_class()
+    conditional.register_for_auto_class("AutoModelForImageTextToText")
+    fields = vlm.model.config.to_dict()
+    fields.pop("model_type", None)
+    config = config_class.from_dict(fields | {"infoprune": vlm.plan.shapes(), "architectures": [conditional.__name__]})
+    model = vlm.model
+    dense_class, dense_config = type(model), model.config
+    # The weights already have the plan's shapes; giving the object its final class for the time of the call spares a second copy of them.
+    model.__class__, model.config = conditional, config
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.__class__, model.config = dense_class, dense_config
+    vlm.processor.save_pretrained(folder)
+    path = folder / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written.setdefault("auto_map", {})["AutoModel"] = f"{modeling.__name__.rpartition('.')[2]}.{base.__name__}"
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _verify(vlm: VLM, folder: Path, probe: dict[str, torch.Tensor]) -> None:
+    expected = vlm.model(**probe).logits
+    reloaded = load(folder, device=str(vlm.device), dtype=expected.dtype)
+    difference = float((reloaded.model(**probe).logits - expected).abs().max())
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"The reloaded checkpoint differs from the compressed model by {difference:.3g} in its logits; nothing was kept."
+        )

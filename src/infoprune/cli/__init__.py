@@ -1,0 +1,57 @@
+"""The ``infoprune`` command: one file per verb; parse, call one function, print."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import warnings
+
+import typer
+
+from infoprune.cli.console import error_console
+
+app = typer.Typer(
+    name="infoprune",
+    help="Compress vision-language models by information theory: smaller, faster, and with the loss in numbers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point: errors the user can mend become one message and exit status 2."""
+    _quiet_libraries()
+    from infoprune.cli import ask, compress, evaluate, inspect, plan
+    from infoprune.errors import InfoPruneError
+
+    for module in (inspect, compress, evaluate, ask, plan):
+        module.register(app)
+    try:
+        app()
+    except InfoPruneError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("Interrupted. Nothing half-written was left behind.", 130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(
+                f"The disk is full ({error.filename or 'while writing'}). Free some space and run again; nothing half-written was left.", 2
+            )
+        raise
+
+
+def _fail(message: str, status: int) -> None:
+    error_console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _quiet_libraries() -> None:
+    # Other libraries' bars and notices would drown ours; their errors still arrive as exceptions.
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

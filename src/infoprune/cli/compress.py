@@ -1,0 +1,94 @@
+"""``infoprune compress``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.table import Table
+
+from infoprune.cli.console import BarProgress, console, print_json
+
+DEFAULT_DATA = "easy-vqa"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("compress")(compress)
+
+
+def compress(
+    model: Annotated[Optional[str], typer.Argument(help="'demo', a checkpoint folder, or a hub id.")] = None,
+    data: Annotated[
+        Optional[str], typer.Option("--data", help="Calibration data: 'easy-vqa', or a .jsonl with image, question, answer.")
+    ] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")] = None,
+    flops: Annotated[Optional[float], typer.Option(help="Share of the dense FLOPs that remains, e.g. 0.5.")] = None,
+    ks: Annotated[Optional[float], typer.Option(help="KS tolerance instead of a budget, e.g. 0.1.")] = None,
+    heads: Annotated[Optional[str], typer.Option(help="Head criterion, or 'none'. Default: information-loss.")] = None,
+    ffn: Annotated[Optional[str], typer.Option(help="'low-rank' (default) or 'none'.")] = None,
+    towers: Annotated[Optional[list[str]], typer.Option(help="Towers to cut: vision, text; repeat for both (default).")] = None,
+    ffn_metric: Annotated[Optional[str], typer.Option(help="'task' (default: output gradients) or 'identity'.")] = None,
+    structure: Annotated[Optional[str], typer.Option(help="Gate and up: 'joint' (default), 'separate' or 'best'.")] = None,
+    weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
+    examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 128).")] = None,
+    rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
+    recipe: Annotated[Optional[Path], typer.Option(help="YAML file with the same options; the command line wins.")] = None,
+    prompt_suffix: Annotated[Optional[str], typer.Option(help="Appended to every question.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or mps (default cpu).")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON to standard output.")] = False,
+) -> None:
+    """Compress MODEL to a smaller, faster checkpoint that loads with from_pretrained."""
+    import infoprune
+    from infoprune.checkpoint import check_output_folder
+    from infoprune.cli.recipe import read_recipe
+    from infoprune.decide import CompressionOptions
+    from infoprune.errors import InfoPruneError
+
+    given: dict[str, Any] = {
+        "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "heads": heads, "ffn": ffn,
+        "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
+        "examples": examples, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix, "device": device,
+    }  # fmt: skip
+    settings = read_recipe(recipe) if recipe else {}
+    if flops is not None or ks is not None:  # the budget on the command line replaces the recipe's, whichever kind it is
+        settings = {key: value for key, value in settings.items() if key not in ("flops", "ks")}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    if not settings.get("model") or not settings.get("output"):
+        raise InfoPruneError("Say which model to compress and where to: infoprune compress MODEL --flops 0.5 -o DIR (or in the recipe).")
+    option_names = {field.name for field in fields(CompressionOptions)}
+    options = CompressionOptions(**{key: value for key, value in settings.items() if key in option_names})
+    target = Path(settings["output"])
+    check_output_folder(target, overwrite=overwrite)
+    progress = BarProgress()
+    vlm = infoprune.load(
+        settings["model"], device=settings.get("device", "cpu"), trust_remote_code=trust_remote_code,
+        prompt_suffix=settings.get("prompt_suffix", ""), notify=progress.note,
+    )  # fmt: skip
+    result = infoprune.compress(vlm, settings.get("data", DEFAULT_DATA), options=options, in_place=True, progress=progress)
+    report = result.as_dict()
+    infoprune.save(result.vlm, target, probe=result.probe, extra=report, overwrite=overwrite, notify=progress.note)
+    if json_output:
+        print_json(report | {"output": str(target)})
+        return
+    console.print(_summary(report))
+    console.print(f"Saved to [bold]{target}[/]. It loads with `import infoprune` and AutoModelForImageTextToText.from_pretrained.")
+
+
+def _summary(report: dict[str, Any]) -> Table:
+    table = Table(title="compressed")
+    for column in ("", "dense", "compressed", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    for part in ("total", "vision_tower", "projector", "prefill", "decode_step", "lm_head"):
+        dense, now = report["dense_flops"][part], report["flops"][part]
+        table.add_row(f"FLOPs, {part.replace('_', ' ')}", f"{dense / 1e9:.3f} G", f"{now / 1e9:.3f} G", f"{now / max(dense, 1):.3f}")
+    dense, now = report["dense_parameters"], report["parameters"]
+    table.add_row("parameters", f"{dense / 1e6:.1f} M", f"{now / 1e6:.1f} M", f"{now / dense:.3f}")
+    table.add_row("predicted loss", "", f"{report['predicted_loss_nats']:.4f} nats / example", "")
+    table.add_row("seconds", "", " + ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()), "")
+    return table

@@ -1,0 +1,83 @@
+"""What all verbs print with: progress and errors to standard error, results to standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from infoprune.progress import Progress
+
+console = Console()
+error_console = Console(stderr=True)
+
+
+class BarProgress(Progress):
+    """Bars on a terminal; one line per step where output is a file."""
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """See :class:`infoprune.progress.Progress`."""
+        if not error_console.is_terminal:
+            error_console.print(f"{description} ({total})", highlight=False)
+            yield lambda done: None
+            return
+        columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Bars(*columns, console=error_console) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda done: bars.update(task, advance=done)
+
+    def note(self, message: str) -> None:
+        """See :class:`infoprune.progress.Progress`."""
+        error_console.print(message, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=2))
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    """Dense and compressed side by side, from :func:`infoprune.evaluation.runner.evaluate`."""
+    records = result["models"]
+    compared = result.get("comparison")
+    table = Table(title=f"{records[0]['num_questions']:,} questions, {records[0]['flops']['answer_tokens']} answer tokens each")
+    table.add_column("")
+    for name in ("dense", "compressed") if compared else (records[0]["model"],):
+        table.add_column(name, justify="right")
+    if compared:
+        table.add_column("dense / compressed", justify="right")
+
+    def row(label: str, values: list[float], form: Callable[[float], str], ratio: bool = True) -> None:
+        cells = [form(value) for value in values]
+        if compared:
+            cells.append(f"{values[0] / values[1]:.2f}x" if ratio and values[1] else "")
+        table.add_row(label, *cells)
+
+    def accuracy(record: dict[str, Any]) -> str:
+        low, high = record["accuracy_ci95"]
+        return f"{record['accuracy']:.2f}% [{low:.1f}, {high:.1f}]"
+
+    cells = [accuracy(record) for record in records]
+    if compared:
+        low, high = compared["drop_ci95"]
+        cells.append(f"drop {compared['drop_points']:+.2f} [{low:+.2f}, {high:+.2f}]")
+    table.add_row("accuracy [95% interval]", *cells)
+    if compared:
+        table.add_row("KL(dense || compressed)", "0", f"{compared['kl_nats']:.4f} nats", "")
+    row("parameters", [r["params"] for r in records], lambda v: f"{v / 1e6:.1f} M")
+    if all(r["bytes_on_disk"] for r in records):
+        row("bytes on disk", [r["bytes_on_disk"] for r in records], lambda v: f"{v / 1e6:.0f} MB")
+    for part in ("total", "vision_tower", "projector", "prefill", "decode_step", "lm_head"):
+        row(f"FLOPs, {part.replace('_', ' ')}", [r["flops"][part] for r in records], lambda v: f"{v / 1e9:.3f} G")
+    if "milliseconds" in records[0]:
+        for part in records[0]["milliseconds"]:
+            row(f"time, {part.replace('_', ' ')}", [r["milliseconds"][part]["median"] for r in records], lambda v: f"{v:.1f} ms")
+    table.add_row("peak memory, this process", f"{result['peak_rss_gb']:.2f} GB", *([""] * (len(table.columns) - 2)))
+    return table

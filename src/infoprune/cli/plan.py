@@ -1,0 +1,71 @@
+"""``infoprune plan show`` and ``infoprune plan apply``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.table import Table
+
+from infoprune.cli.console import BarProgress, console, print_json
+from infoprune.plan import CompressionPlan
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    plan = typer.Typer(help="Look at a compression plan, or cut a model by it.", no_args_is_help=True)
+    plan.command("show")(show)
+    plan.command("apply")(apply)
+    app.add_typer(plan, name="plan")
+
+
+def show(
+    plan: Annotated[Path, typer.Argument(help="A plan.json, or a compressed checkpoint folder.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON to standard output.")] = False,
+) -> None:
+    """Print what a plan keeps."""
+    loaded = CompressionPlan.read(plan)
+    if json_output:
+        print_json(loaded.model_dump(mode="json"))
+        return
+    budget = ", ".join(f"{name}={value:g}" for name, value in loaded.budget.items()) or "none stated"
+    table = Table(title=f"{loaded.model_type} '{loaded.model_id}', budget {budget}")
+    table.add_column("site")
+    table.add_column("keeps")
+    for path, head in loaded.heads.items():
+        table.add_row(path, f"units {', '.join(map(str, head.keep_units))} of {head.num_units}")
+    for path, ffn in loaded.ffn.items():
+        table.add_row(path, ", ".join(f"{name.replace('_', ' ')} {rank}" for name, rank in ffn.model_dump(exclude_none=True).items()))
+    console.print(table)
+
+
+def apply(
+    plan: Annotated[Path, typer.Argument(help="A plan.json, or a compressed checkpoint folder.")],
+    model: Annotated[str, typer.Argument(help="The dense model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")],
+    data: Annotated[Optional[str], typer.Option("--data", help="Calibration data; default: what the plan names.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
+) -> None:
+    """Cut MODEL by PLAN; weights are solved again from calibration data."""
+    import infoprune
+    from infoprune.checkpoint import check_output_folder
+    from infoprune.compress import calibration_examples
+    from infoprune.evaluation.cost import num_parameters, prompt_inputs
+
+    loaded = CompressionPlan.read(plan)
+    check_output_folder(output, overwrite=overwrite)
+    progress = BarProgress()
+    vlm = infoprune.load(model, device=device, notify=progress.note)
+    before = num_parameters(vlm.model)
+    cut = infoprune.apply_plan(vlm, loaded, data, progress=progress)
+    source = data or (loaded.calibration.data if loaded.calibration else "")
+    probe = prompt_inputs(cut.encoder, calibration_examples(source, 1, 0)[0])
+    infoprune.save(cut, output, probe={k: v.to(cut.device) for k, v in probe.items()}, overwrite=overwrite, notify=progress.note)
+    after = num_parameters(cut.model)
+    if json_output:
+        print_json({"output": str(output), "dense_parameters": before, "parameters": after})
+    else:
+        console.print(f"Saved to [bold]{output}[/]: {before / 1e6:.1f} M parameters became {after / 1e6:.1f} M.")

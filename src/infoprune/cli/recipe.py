@@ -1,0 +1,49 @@
+"""YAML recipes: the compress verb's options in a file, checked key by key."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infoprune.decide import CompressionOptions
+from infoprune.errors import InfoPruneError
+
+OTHER_KEYS = {"model", "data", "output", "prompt_suffix", "device"}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        InfoPruneError: Unreadable, not a mapping, or a key that is no option; lists the known ones.
+    """
+    known = {field.name: field.default for field in fields(CompressionOptions)}
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InfoPruneError(f"Cannot read the recipe {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise InfoPruneError(f"The recipe {path} must be a mapping of options to values.")
+    unknown = sorted(set(map(str, loaded)) - set(known) - OTHER_KEYS)
+    if unknown:
+        raise InfoPruneError(
+            f"The recipe {path} has unknown keys: {', '.join(unknown)}. Known: {', '.join(sorted({*known, *OTHER_KEYS}))}."
+        )
+    for key, value in loaded.items():
+        expected = (str,) if key in OTHER_KEYS else (int, float) if key in ("flops", "ks") else _kinds(known[key])
+        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+            raise InfoPruneError(
+                f"The recipe {path} gives {key}={value!r}, which is not a {' or '.join(kind.__name__ for kind in expected)}."
+            )
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in loaded.items()}
+
+
+def _kinds(default: Any) -> tuple[type, ...]:
+    if isinstance(default, bool):
+        return (bool,)
+    if isinstance(default, float):
+        return (int, float)
+    return (list,) if isinstance(default, tuple) else (type(default),)

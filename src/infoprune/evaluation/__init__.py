@@ -1,0 +1,1 @@
+"""Quality, cost and time of a model, alone or against another."""

@@ -1,0 +1,105 @@
+"""Everything about one model, or a compressed one against its dense original, as one dictionary."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infoprune.architecture import FamilyDeclaration
+from infoprune.data import Example
+from infoprune.errors import UnsupportedModelError
+from infoprune.evaluation import latency, quality
+from infoprune.evaluation.cost import Flops, num_parameters, prompt_inputs, typical_example
+from infoprune.evaluation.cost import count_flops as _count_flops
+from infoprune.families import FAMILIES
+from infoprune.model import VLM
+from infoprune.progress import SILENT, Progress
+
+
+def evaluate(
+    vlm: VLM,
+    examples: Sequence[Example],
+    *,
+    against: VLM | None = None,
+    timing: bool = True,
+    repeats: int = 15,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Accuracy, cost and time of ``vlm``, side by side with ``against`` (its dense original) if given.
+
+    Args:
+        vlm: The model to judge.
+        examples: Held-out questions.
+        against: The reference of the KL, the paired difference and the speed-ups.
+        timing: Also measure latency.
+        repeats: Timed rounds.
+        progress: Shows the steps.
+
+    Returns:
+        ``models``: a record per model (dense first); ``comparison``: drop, KL, ratios and speed-ups, with ``against`` only.
+    """
+    models = [vlm] if against is None else [against, vlm]
+    family = family_of(vlm)
+    example, answer_tokens = typical_example(vlm.encoder, examples)
+    inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
+    scored = quality.score(models, examples, progress=progress)
+    flops = [count_flops(m, inputs, answer_tokens) for m in models]
+    times = latency.measure(models, family, inputs, answer_tokens=answer_tokens, repeats=repeats, progress=progress) if timing else []
+    records = []
+    for index, model in enumerate(models):
+        record: dict[str, Any] = {
+            "model": model.model_id,
+            "accuracy": scored[index].accuracy,
+            "accuracy_ci95": list(scored[index].accuracy_ci95),
+            "num_questions": len(examples),
+            "params": num_parameters(model.model),
+            "flops": flops[index].as_dict(),
+            "bytes_on_disk": bytes_on_disk(model),
+        }
+        records.append(record | ({"milliseconds": times[index]} if timing else {}))
+    result: dict[str, Any] = {"models": records, "peak_rss_gb": peak_memory_gb(vlm.device)}
+    if against is not None:
+        result["comparison"] = quality.comparison(scored[0], scored[1], examples) | {
+            "flops_ratio": flops[1].total / flops[0].total,
+            "params_ratio": records[1]["params"] / records[0]["params"],
+            **(latency.speedups(times[0], times[1]) if timing else {}),
+        }
+    return result
+
+
+def family_of(vlm: VLM) -> FamilyDeclaration:
+    """The family of a dense or compressed model."""
+    model_type = str(vlm.model.config.model_type).removeprefix("infoprune_")
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(f"The model family '{model_type}' is not supported.")
+    return FAMILIES[model_type]
+
+
+def count_flops(vlm: VLM, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Flops:
+    """FLOPs of a dense or compressed model's parts, counted."""
+    return _count_flops(vlm.model, family_of(vlm), inputs, answer_tokens)[0]
+
+
+def bytes_on_disk(vlm: VLM) -> int | None:
+    """Size of the checkpoint's weights, where it is a local folder."""
+    if vlm.model_id == "demo":
+        from infoprune.demo.assemble import ensure_demo
+
+        folder = ensure_demo()
+    else:
+        folder = Path(vlm.model_id)
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")] if folder.is_dir() else []
+    return sum(sizes) or None
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: device memory on CUDA, resident memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9

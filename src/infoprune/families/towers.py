@@ -1,0 +1,34 @@
+"""Tower declarations that several families share."""
+
+from infoprune.architecture import TowerDeclaration
+
+CLIP_STYLE = TowerDeclaration(
+    layers="encoder.layers",
+    attention="self_attn",
+    ffn="mlp",
+    out="out_proj",
+    up="fc1",
+    down="fc2",
+    activation="activation_fn",
+    head_count=("num_heads",),
+)
+DINOV2 = TowerDeclaration(
+    layers="encoder.layer",
+    attention="attention",
+    ffn="mlp",
+    out="o_proj",
+    up="fc1",
+    down="fc2",
+    activation="activation_fn",
+    head_count=("num_attention_heads",),
+)
+LLAMA_STYLE = TowerDeclaration(
+    layers="layers",
+    attention="self_attn",
+    ffn="mlp",
+    out="o_proj",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    activation="act_fn",
+)

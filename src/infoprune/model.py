@@ -1,0 +1,151 @@
+"""A vision-language model with everything needed to run it: model, processor, prompt encoder, sites."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from infoprune.architecture import Architecture, resolve
+from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
+from infoprune.packing import PromptEncoder
+from infoprune.plan import CompressionPlan
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class VLM:
+    """A loaded vision-language model.
+
+    Attributes:
+        model: The Transformers model.
+        processor: Its processor.
+        encoder: Prompts and answers to token ids.
+        architecture: Sites of the dense model; ``None`` for a compressed one loaded from disk.
+        model_id: Where it came from.
+        plan: How it was compressed, if it was.
+    """
+
+    model: Any
+    processor: Any
+    encoder: PromptEncoder
+    architecture: Architecture | None
+    model_id: str
+    plan: CompressionPlan | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    def copy(self) -> VLM:
+        """An independent copy of the weights."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    prompt_suffix: str = "",
+    notify: Callable[[str], None] = lambda message: None,
+) -> VLM:
+    """Load a dense or compressed vision-language model.
+
+    Args:
+        source: ``demo``, a local checkpoint folder, or a hub id.
+        device: ``cpu``, ``cuda``, ``mps``.
+        dtype: Precision to compute in; float32 by default.
+        trust_remote_code: Allow code that the checkpoint ships. Never needed for supported families or infoprune checkpoints.
+        prompt_suffix: Appended to every question, e.g. a request for a one-word answer.
+        notify: Called with one line for people before slow steps.
+
+    Raises:
+        CheckpointError: Missing, incomplete or corrupt.
+        UnsupportedModelError: No declaration for the family.
+    """
+    if str(source) == DEMO:
+        from infoprune.demo.assemble import ensure_demo
+
+        path: str | Path = ensure_demo(notify)
+    else:
+        path = _local_or_hub(source)
+    model, processor = _from_pretrained(path, source, dtype, trust_remote_code)
+    plan = None
+    if str(model.config.model_type).startswith("infoprune_"):
+        plan = CompressionPlan.read(Path(path)) if (Path(path) / "plan.json").is_file() else None
+        architecture = None
+    else:
+        architecture = resolve(model)
+    image_token = getattr(model.config, "image_token_id", None)
+    if image_token is None:
+        raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
+    model = model.to(device).eval()
+    return VLM(model, processor, PromptEncoder(processor, image_token, prompt_suffix), architecture, str(source), plan)
+
+
+def _local_or_hub(source: str | Path) -> str | Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"The folder {path} has no config.json; it is not a Transformers checkpoint.")
+        _check_whole(path)
+        return path
+    if path.exists() or path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        raise CheckpointError(f"There is no checkpoint at '{source}'. Give 'demo', a checkpoint folder, or a hub id like 'org/name'.")
+    return str(source)
+
+
+def _check_whole(path: Path) -> None:
+    """A folder must hold safetensors weights, all shards of them, readable; pickled weights are refused."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} is not a valid weight index ({error}); the checkpoint is corrupt.") from error
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} points outside its folder: '{shard}'.")
+        file = path / shard
+        if not file.is_file():
+            raise CheckpointError(f"The checkpoint {path} lacks {shard}. Only safetensors weights are read; convert pickled ones first.")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is corrupt or incomplete ({error}). Copy or download it again.") from error
+
+
+def _from_pretrained(path: str | Path, source: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, info = loaded
+        processor = AutoProcessor.from_pretrained(path, **options)
+    except InfoPruneError:
+        raise
+    except ValueError as error:
+        if "model type" in str(error) or "Unrecognized configuration" in str(error):
+            from infoprune.architecture import supported
+
+            raise UnsupportedModelError(f"'{source}' is not a supported vision-language model. Supported: {supported()}.") from error
+        raise CheckpointError(f"The checkpoint '{source}' could not be loaded: {error}") from error
+    except Exception as error:  # Transformers raises many kinds here; each means that this checkpoint can't be used
+        raise CheckpointError(f"The checkpoint '{source}' could not be loaded: {type(error).__name__}: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"The checkpoint '{source}' lacks {len(missing)} weights, the first being '{missing[0]}'. It is incomplete.")
+    return model, processor

@@ -1,0 +1,220 @@
+"""Compressed vision-language models for Transformers.
+
+This one file is what the library runs and what is copied into every checkpoint, so a checkpoint loads either with
+``import infoprune`` or, without infoprune installed, with ``trust_remote_code=True``. It needs nothing but PyTorch and Transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Model,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMModel,
+)
+
+
+class LowRankLinear(nn.Module):
+    """A linear of rank ``rank``: ``up(down(x))``, bias on ``up``.
+
+    Shapes: (..., in_features) -> (..., out_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return self.up(self.down(x))
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense linear with the same output."""
+        weight = self.up.weight @ self.down.weight
+        dense = nn.Linear(self.in_features, self.out_features, bias=self.up.bias is not None, device=weight.device, dtype=weight.dtype)
+        dense.weight.copy_(weight)
+        if self.up.bias is not None:
+            dense.bias.copy_(self.up.bias)
+        return dense
+
+
+class LowRankGatedFFN(nn.Module):
+    """A gated FFN whose gate and up projections share one rank-r map of the input: ``down(act(g) * u)``, (g, u) = gate_up(shared(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, rank: int, act_fn: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.hidden_size, self.intermediate_size, self.rank = hidden_size, intermediate_size, rank
+        self.shared_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.gate_up_proj = nn.Linear(rank, 2 * intermediate_size)
+        self.act_fn = act_fn
+        self.down_proj = down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        gate, up = self.gate_up_proj(self.shared_proj(x)).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+# Names of the projections, tried in turn: LLaVA, Idefics3 and SmolVLM towers use these.
+_OUT_PROJECTIONS = ("o_proj", "out_proj")
+_UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1"), ("down_proj", "fc2")
+
+
+def _name(module: nn.Module, names: tuple[str, ...]) -> str:
+    return next(name for name in names if hasattr(module, name))
+
+
+def _like(linear: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype)
+
+
+def shape_attention_(attention: Any, keep: int, of: int, *, compensated: bool) -> None:
+    """Give an attention block the shapes of ``keep`` out of ``of`` units, with uninitialised weights.
+
+    A unit is a key/value head with its query heads or, with a single key/value head, a query head. Compensation puts means into the
+    output projection's bias, so a compensated block has one.
+    """
+    query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+    out_name = _name(attention, _OUT_PROJECTIONS)
+    out = getattr(attention, out_name)
+    head_dim = attention.head_dim
+    multi_query = key.out_features == head_dim and query.out_features > head_dim
+    width = query.out_features * keep // of
+    attention.q_proj = _like(query, query.in_features, width, query.bias is not None)
+    if not multi_query:
+        attention.k_proj = _like(key, key.in_features, key.out_features * keep // of, key.bias is not None)
+        attention.v_proj = _like(value, value.in_features, value.out_features * keep // of, value.bias is not None)
+    setattr(attention, out_name, _like(out, width, out.out_features, out.bias is not None or compensated))
+    for attribute in ("num_heads", "num_attention_heads"):
+        if isinstance(getattr(attention, attribute, None), int):
+            setattr(attention, attribute, width // head_dim)
+    if hasattr(attention, "num_key_value_groups"):
+        attention.num_key_value_groups = width // attention.k_proj.out_features
+
+
+def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, int]) -> None:
+    """Give the FFN ``parent.name`` factorised linears of the stated ranks, with uninitialised weights."""
+    ffn: Any = getattr(parent, name)
+    up_name, down_name = _name(ffn, _UP_PROJECTIONS), _name(ffn, _DOWN_PROJECTIONS)
+    reference = getattr(ffn, up_name).weight
+    factory = {"device": reference.device, "dtype": reference.dtype}
+    targets = {"down_rank": down_name, "up_rank": up_name, "gate_rank": "gate_proj"}
+    for key, target in targets.items():
+        if key in ranks:
+            dense = getattr(ffn, target)
+            setattr(ffn, target, LowRankLinear(dense.in_features, dense.out_features, ranks[key]).to(**factory))
+    if "joint_rank" in ranks:
+        up = getattr(ffn, up_name)
+        down = getattr(ffn, down_name)
+        joint = LowRankGatedFFN(up.in_features, up.out_features, ranks["joint_rank"], ffn.act_fn, nn.Identity()).to(**factory)
+        joint.down_proj = down
+        setattr(parent, name, joint)
+
+
+def shape_(model: nn.Module, shapes: dict[str, Any], prefix: str = "") -> None:
+    """Give ``model`` the shapes of a plan; paths are relative to the conditional-generation model, ``prefix`` is stripped from them."""
+    for path, head in shapes.get("heads", {}).items():
+        attention = model.get_submodule(path.removeprefix(prefix))
+        shape_attention_(attention, head["keep"], head["of"], compensated=head["compensated"])
+    for path, ranks in shapes.get("ffn", {}).items():
+        parent, _, name = path.removeprefix(prefix).rpartition(".")
+        shape_ffn_(model.get_submodule(parent), name, ranks)
+
+
+class InfoPruneLlavaConfig(LlavaConfig):
+    """LLaVA configuration with the shapes of a compression plan in ``infoprune``."""
+
+    model_type = "infoprune_llava"
+    infoprune: dict | None = None
+
+
+class InfoPruneLlavaModel(LlavaModel):
+    """Compressed LLaVA without the language head."""
+
+    config_class = InfoPruneLlavaConfig
+
+    def __init__(self, config: InfoPruneLlavaConfig) -> None:
+        super().__init__(config)
+        shape_(self, config.infoprune or {}, "model.")
+        self.post_init()
+
+
+class InfoPruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """Compressed LLaVA."""
+
+    config_class = InfoPruneLlavaConfig
+
+    def __init__(self, config: InfoPruneLlavaConfig) -> None:
+        super().__init__(config)
+        shape_(self, config.infoprune or {})
+        self.post_init()
+
+
+class InfoPruneIdefics3Config(Idefics3Config):
+    """Idefics3 configuration with the shapes of a compression plan in ``infoprune``."""
+
+    model_type = "infoprune_idefics3"
+    infoprune: dict | None = None
+
+
+class InfoPruneIdefics3Model(Idefics3Model):
+    """Compressed Idefics3 without the language head."""
+
+    config_class = InfoPruneIdefics3Config
+
+    def __init__(self, config: InfoPruneIdefics3Config) -> None:
+        super().__init__(config)
+        shape_(self, config.infoprune or {}, "model.")
+        self.post_init()
+
+
+class InfoPruneIdefics3ForConditionalGeneration(Idefics3ForConditionalGeneration):
+    """Compressed Idefics3."""
+
+    config_class = InfoPruneIdefics3Config
+
+    def __init__(self, config: InfoPruneIdefics3Config) -> None:
+        super().__init__(config)
+        shape_(self, config.infoprune or {})
+        self.post_init()
+
+
+class InfoPruneSmolVLMConfig(SmolVLMConfig):
+    """SmolVLM configuration with the shapes of a compression plan in ``infoprune``."""
+
+    model_type = "infoprune_smolvlm"
+    infoprune: dict | None = None
+
+
+class InfoPruneSmolVLMModel(SmolVLMModel):
+    """Compressed SmolVLM without the language head."""
+
+    config_class = InfoPruneSmolVLMConfig
+
+    def __init__(self, config: InfoPruneSmolVLMConfig) -> None:
+        super().__init__(config)
+        shape_(self, config.infoprune or {}, "model.")
+        self.post_init()
+
+
+class InfoPruneSmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
+    """Compressed SmolVLM."""
+
+    config_class = InfoPruneSmolVLMConfig
+
+    def __init__(self, config: InfoPruneSmolVLMConfig) -> None:
+        super().__init__(config)
+        shape_(self, config.infoprune or {})
+        self.post_init()

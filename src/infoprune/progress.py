@@ -1,0 +1,21 @@
+"""How long work reports itself: an interface for the library, bars for the command line, silence by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Says nothing; the command line's version draws bars."""
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A step of ``total`` parts; the yielded function is called with the number of parts just done."""
+        yield lambda done: None
+
+    def note(self, message: str) -> None:
+        """One line for people."""
+
+
+SILENT = Progress()

@@ -1,0 +1,159 @@
+"""Cut a model by a plan: physical removal and factorisation, in place. The only module that changes weights without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from infoprune.architecture import Architecture, AttentionSite, FFNSite
+from infoprune.calibrate import SiteStatistics, Statistics
+from infoprune.criteria.ffn import Factorization, FFNOptions, factorize_down, factorize_inputs
+from infoprune.criteria.heads import block_of, compensate
+from infoprune.errors import PlanError
+from infoprune.modeling_infoprune import shape_attention_, shape_ffn_
+from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
+
+
+@torch.no_grad()
+def apply_(
+    model: nn.Module,
+    architecture: Architecture,
+    plan: CompressionPlan,
+    statistics: Statistics,
+    *,
+    options: FFNOptions | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Cut ``model`` by ``plan``.
+
+    Args:
+        model: The dense model; changed in place.
+        architecture: Its sites.
+        plan: What to keep.
+        statistics: Moments of the dense model, for compensation and factorisation.
+        options: The FFN method; ``None`` takes it from ``plan.method``.
+        progress: Called after each site.
+
+    Raises:
+        PlanError: The plan does not fit the model; nothing was changed.
+    """
+    plan.check(architecture)
+    options = options or ffn_options(plan)
+    for path, decision in plan.heads.items():
+        prune_heads_(model, _attention(architecture, path), decision, statistics.sites[path])
+        progress()
+    for path, ranks in plan.ffn.items():
+        factorize_ffn_(model, _ffn(architecture, path), ranks, statistics.sites[path], options)
+        progress()
+
+
+def ffn_options(plan: CompressionPlan) -> FFNOptions:
+    """The FFN method that a plan records."""
+    try:
+        return FFNOptions(
+            metric=plan.method.get("ffn_metric", "task"),  # type: ignore[arg-type]
+            centred=bool(plan.method.get("centred", True)),
+            structure=plan.method.get("structure", "joint"),  # type: ignore[arg-type]
+        )
+    except TypeError as error:
+        raise PlanError(f"The plan's method is not usable: {error}") from error
+
+
+def _attention(architecture: Architecture, path: str) -> AttentionSite:
+    site = architecture.site(path)
+    assert isinstance(site, AttentionSite)
+    return site
+
+
+def _ffn(architecture: Architecture, path: str) -> FFNSite:
+    site = architecture.site(path)
+    assert isinstance(site, FFNSite)
+    return site
+
+
+@torch.no_grad()
+def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, statistics: SiteStatistics) -> None:
+    """Remove the units that ``decision`` does not keep; rows of q, k, v and columns of the output projection go with them."""
+    attention: Any = model.get_submodule(site.path)
+    names = site.names
+    old = {name: getattr(attention, name) for name in (names.query, names.key, names.value, names.out)}
+    kept = list(decision.keep_units)
+    columns = torch.cat([torch.arange(u * site.unit_width, (u + 1) * site.unit_width) for u in kept])
+    if decision.compensate:
+        weight, correction = compensate(block_of(site, statistics, old[names.out].weight.cpu()), kept)
+    else:
+        weight, correction = old[names.out].weight[:, columns], None
+    shape_attention_(attention, len(kept), site.num_units, compensated=decision.compensate)
+    rows = {names.query: columns}
+    if not site.multi_query:
+        key_rows = torch.cat([torch.arange(u * site.head_dim, (u + 1) * site.head_dim) for u in kept])
+        rows |= {names.key: key_rows, names.value: key_rows}
+    for name, index in rows.items():
+        new = getattr(attention, name)
+        new.weight.copy_(old[name].weight[index])
+        if new.bias is not None:
+            new.bias.copy_(old[name].bias[index])
+    out = getattr(attention, names.out)
+    out.weight.copy_(weight)
+    if out.bias is not None:
+        _set_bias(out, old[names.out].bias, correction)
+
+
+def _set_bias(linear: nn.Linear, original: torch.Tensor | None, correction: torch.Tensor | None) -> None:
+    linear.bias.zero_()
+    for part in (original, correction):
+        if part is not None:
+            linear.bias.add_(part.to(linear.bias.device, linear.bias.dtype))
+
+
+@torch.no_grad()
+def factorize_ffn_(model: nn.Module, site: FFNSite, decision: FFNDecision, statistics: SiteStatistics, options: FFNOptions) -> None:
+    """Replace linears of one FFN by low-rank ones."""
+    parent_path, _, name = site.path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    old: Any = getattr(parent, name)
+    names = site.names
+    dense = {key: getattr(old, key) for key in (names.gate, names.up, names.down) if key}
+    solved = factorizations(site, statistics, dense, options, decision)
+    shape_ffn_(parent, name, decision.model_dump(exclude_none=True))
+    new: Any = getattr(parent, name)
+    targets = {"gate_rank": names.gate, "up_rank": names.up, "down_rank": names.down}
+    for rank_name, factorization in solved.items():
+        a, b, correction = factorization.factors(getattr(decision, rank_name))
+        if rank_name == "joint_rank":
+            assert names.gate is not None
+            down, up = new.shared_proj, new.gate_up_proj
+            biases = [dense[key].bias for key in (names.gate, names.up)]
+            original = None if biases[0] is None else torch.cat(biases)
+        else:
+            key = targets[rank_name]
+            assert key is not None
+            down, up = getattr(new, key).down, getattr(new, key).up
+            original = dense[key].bias
+        down.weight.copy_(a)
+        up.weight.copy_(b)
+        _set_bias(up, original, correction)
+
+
+def factorizations(
+    site: FFNSite, statistics: SiteStatistics, dense: dict[str, nn.Linear], options: FFNOptions, decision: FFNDecision
+) -> dict[str, Factorization]:
+    """Solve the eigenproblems of exactly the linears that ``decision`` factorises, by the decision's field names."""
+    names, solved = site.names, {}
+    if decision.joint_rank is not None:
+        assert names.gate is not None
+        stacked = torch.cat([dense[names.gate].weight.cpu(), dense[names.up].weight.cpu()])
+        solved["joint_rank"] = factorize_inputs(site, statistics, stacked, "joint", options)
+    if decision.gate_rank is not None:
+        assert names.gate is not None
+        solved["gate_rank"] = factorize_inputs(site, statistics, dense[names.gate].weight.cpu(), "gate", options)
+    if decision.up_rank is not None:
+        solved["up_rank"] = factorize_inputs(site, statistics, dense[names.up].weight.cpu(), "up", options)
+    if decision.down_rank is not None:
+        down = dense[names.down]
+        bias = None if down.bias is None else down.bias.cpu()
+        solved["down_rank"] = factorize_down(statistics, down.weight.cpu(), bias, options)
+    return solved
