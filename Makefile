@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` and `make test`. Both need Python >= 3.10, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FLOPS ?= 0.5
+LIMIT ?= 1000
+OUTPUT ?= demo-output
+
+.PHONY: demo test lint benchmarks tables clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== environment: PyTorch and Transformers into $(VENV) (about 1.5 GB; a few minutes on a cold cache)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	@echo "== compress the demo model to $(FLOPS) of its FLOPs"
+	$(BIN)/infoprune compress demo --data easy-vqa:train --flops $(FLOPS) -o $(OUTPUT) --overwrite
+	@echo "== dense and compressed on $(LIMIT) test questions"
+	$(BIN)/infoprune evaluate $(OUTPUT) --against demo --data easy-vqa:test --limit $(LIMIT)
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/pyright
+
+benchmarks: $(VENV)/installed
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/ffn.py
+	$(BIN)/python benchmarks/heads.py
+	$(BIN)/python benchmarks/tail.py
+	$(BIN)/python benchmarks/tables.py
+
+tables: $(VENV)/installed
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf $(VENV) $(OUTPUT)

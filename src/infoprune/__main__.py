@@ -1,0 +1,5 @@
+"""``python -m infoprune``."""
+
+from infoprune.cli import main
+
+main()

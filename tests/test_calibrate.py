@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from infoprune.calibrate import Moments, calibrate, fisher_sample
+from infoprune.errors import CalibrationError
+from infoprune.packing import batches
+
+
+def test_moments_equal_the_direct_ones_and_are_safe_in_float64():
+    torch.manual_seed(0)
+    x = torch.randn(1000, 6) * 1e-2 + 100.0  # a mean far larger than the spread
+    moments = Moments(6)
+    for chunk in x.double().split(130):
+        moments.update(chunk)
+    torch.testing.assert_close(moments.mean, x.double().mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.covariance, torch.cov(x.double().T, correction=0), rtol=1e-5, atol=1e-9)
+    assert moments.count == 1000
+
+
+def test_weighted_moments_and_merge():
+    torch.manual_seed(1)
+    x, w = torch.randn(50, 4, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
+    whole, a, b = Moments(4), Moments(4), Moments(4)
+    whole.update(x, w)
+    a.update(x[:20], w[:20])
+    b.update(x[20:], w[20:])
+    torch.testing.assert_close(whole.mean, (w[:, None] * x).sum(0) / w.sum())
+    torch.testing.assert_close(a.merge(b).covariance, whole.covariance)
+
+
+def test_fisher_sample_has_the_fisher_information_as_covariance():
+    logits = torch.tensor([[1.0, 0.0, -1.0, 0.5]])
+    samples = fisher_sample(logits.expand(200_000, 4), 1.0, torch.Generator().manual_seed(0)).double()
+    p = torch.softmax(logits[0].double(), 0)
+    torch.testing.assert_close(samples.T @ samples / len(samples), torch.diag(p) - torch.outer(p, p), atol=2e-3, rtol=0)
+
+
+def run(vlm, questions, rows, **options):
+    return calibrate(vlm.model, vlm.architecture, (b for b, _ in batches(vlm.encoder, questions, images_per_batch=rows)), **options)
+
+
+def test_padding_is_excluded(gqa_vlm, questions):
+    # Rows alone have no padding; together, the shorter ones are padded.
+    uneven = [questions[0], *questions[3:6], questions[6]]
+    alone = run(gqa_vlm, uneven, 1, weighting="uniform", gradients=False)
+    together = run(gqa_vlm, uneven, 3, weighting="uniform", gradients=False)
+    for path, site in alone.sites.items():
+        for tap in site.by_class:
+            a, b = site.pooled(tap), together.sites[path].pooled(tap)
+            assert a.count == b.count
+            torch.testing.assert_close(a.second_moment, b.second_moment, rtol=1e-4, atol=1e-5)
+
+
+def test_image_and_text_tokens_apart_add_up(gqa_vlm, questions):
+    whole = run(gqa_vlm, questions, 2)
+    split = run(gqa_vlm, questions, 2, split_tokens=True)
+    images = len({q.image for q in questions})
+    for site in gqa_vlm.architecture.ffn:
+        a, b = whole.sites[site.path], split.sites[site.path]
+        if site.tower == "text":
+            assert set(b.by_class["input"]) == {"image", "text"}
+            assert b.by_class["input"]["image"].count == 4 * images
+        torch.testing.assert_close(a.pooled("input").covariance, b.pooled("input").covariance)
+
+
+def test_gradients_equal_autograd(gqa_vlm, questions):
+    """F at a block's output, and the FFN's W^T g, against gradients taken by hand."""
+    from infoprune.packing import answer_logits
+
+    found = run(gqa_vlm, questions[:3], 1, seed=5)
+    site = next(s for s in gqa_vlm.architecture.ffn if s.tower == "text" and s.layer == 0)
+    block = gqa_vlm.model.get_submodule(site.path)
+    held = {}
+
+    def hold(module, args, output):
+        args[0].retain_grad()
+        output.retain_grad()
+        held.update(x=args[0], y=output)
+
+    handle = block.register_forward_hook(hold)
+    batch, _ = next(batches(gqa_vlm.encoder, questions[:3], images_per_batch=1))
+    logits = answer_logits(gqa_vlm.model, batch)
+    (logits * fisher_sample(logits.detach(), 2.0, torch.Generator().manual_seed(5))).sum().backward()
+    handle.remove()
+    statistics = found.sites[site.path]
+    for tap, gradient in (("x", statistics.input_gradient), ("y", statistics.output_gradient)):
+        g = held[tap].grad[batch.valid].double()
+        torch.testing.assert_close(gradient.second_moment, g.T @ g / len(g), rtol=1e-3, atol=1e-9)
+
+
+def test_nan_is_reported_with_its_site(gqa_vlm, questions):
+    site = gqa_vlm.architecture.ffn[-1]
+    with torch.no_grad():
+        gqa_vlm.model.get_submodule(f"{site.path}.{site.names.up}").weight[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match=site.path):
+        run(gqa_vlm, questions, 2)
+
+
+def test_no_data_is_refused(gqa_vlm):
+    with pytest.raises(CalibrationError, match="no questions"):
+        calibrate(gqa_vlm.model, gqa_vlm.architecture, [])
+
+
+def test_relevance_needs_gradients(gqa_vlm):
+    with pytest.raises(CalibrationError, match="gradients"):
+        calibrate(gqa_vlm.model, gqa_vlm.architecture, [], gradients=False)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from infoprune.architecture import AttentionSite, FFNSite
+from infoprune.calibrate import Moments, SiteStatistics
+from infoprune.criteria.ffn import FFNOptions, factorize_down, factorize_inputs
+from infoprune.criteria.heads import (
+    CRITERIA,
+    RANKINGS,
+    Block,
+    compensate,
+    conditional_rate_score,
+    erank_score,
+    information_loss,
+    rank_units,
+    removal_loss,
+)
+from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
+from infoprune.linalg import root_and_inverse, symmetric_power
+
+SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16)
+
+
+def random_block(seed: int = 0, site: AttentionSite = SITE, duplicate: tuple[int, int] | None = None) -> tuple[Block, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    n = site.num_units * site.unit_width
+    mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    contexts = torch.randn(400, n, generator=generator, dtype=torch.float64) @ mix + 0.5
+    if duplicate:
+        a, b = (slice(u * site.unit_width, (u + 1) * site.unit_width) for u in duplicate)
+        contexts[:, b] = contexts[:, a] + 1e-4 * torch.randn(400, site.unit_width, generator=generator, dtype=torch.float64)
+    moments = Moments(n)
+    moments.update(contexts)
+    out = torch.randn(site.hidden_size, n, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(300, site.hidden_size, generator=generator, dtype=torch.float64)
+    return Block(site, moments.covariance, moments.mean, out, gradient.T @ gradient / 300), contexts
+
+
+def weighted_loss(block: Block, error: torch.Tensor) -> float:
+    error = error - error.mean(0)
+    return 0.5 * float(((error @ block.metric) * error).sum() / len(error))
+
+
+def test_greedy_losses_equal_the_schur_complement_of_each_set():
+    block, _ = random_block()
+    removal = information_loss(block)
+    assert len(removal.order) == block.site.num_units - 1
+    for k in range(1, len(removal.order) + 1):
+        assert removal.losses[k] == pytest.approx(removal_loss(block, removal.order[:k]), rel=1e-8)
+
+
+def test_first_greedy_choice_is_the_best_single_removal():
+    block, _ = random_block(3)
+    removal = information_loss(block)
+    assert removal.losses[1] == pytest.approx(min(removal_loss(block, [u]) for u in range(4)), rel=1e-9)
+
+
+def test_set_loss_equals_the_measured_loss_after_compensation():
+    block, contexts = random_block(1)
+    for removed in itertools.combinations(range(4), 2):
+        kept = [u for u in range(4) if u not in removed]
+        weight, bias = compensate(block, kept)
+        error = contexts @ block.out.T - (contexts[:, block.index(kept)] @ weight.T + bias)
+        assert removal_loss(block, list(removed)) == pytest.approx(weighted_loss(block, error), rel=1e-6)
+        assert float(error.mean(0).abs().max()) < 1e-9  # the bias carries the means
+
+
+def test_compensation_is_never_worse_than_plain_removal():
+    for seed in range(5):
+        block, _ = random_block(seed)
+        for count in (1, 2, 3):
+            for removed in itertools.combinations(range(4), count):
+                assert removal_loss(block, list(removed)) <= removal_loss(block, list(removed), compensated=False) * (1 + 1e-9)
+
+
+def test_a_duplicated_head_has_no_conditional_rate_and_is_free_to_remove_once():
+    block, _ = random_block(2, duplicate=(1, 3))
+    rates = conditional_rate_score(block, torch.Generator())
+    assert max(rates[1], rates[3]) < 1e-3 * min(rates[0], rates[2])
+    removal = information_loss(block)
+    assert removal.order[0] in (1, 3)
+    assert removal.losses[1] < 1e-4 * removal.losses[2]
+    assert removal_loss(block, [1, 3]) > 1e3 * removal_loss(block, [1])  # a set function: both together are not free
+
+
+def test_erank_of_a_head_is_that_of_its_output_covariance():
+    block, contexts = random_block(4)
+    c = block.columns(2)
+    output = contexts[:, c] @ block.out[:, c].T
+    values = torch.linalg.eigvalsh(torch.cov(output.T, correction=0)).clamp_min(0)
+    p = values / values.sum()
+    expected = float(torch.exp(-torch.special.xlogy(p, p).sum()))
+    assert erank_score(block, torch.Generator())[2] == pytest.approx(expected, rel=1e-8)
+
+
+def test_every_criterion_scores_every_unit_and_random_depends_on_the_seed():
+    blocks = [random_block(seed)[0] for seed in range(2)]
+    blocks[1] = Block(AttentionSite("b", "text", 1, LLAMA_STYLE, 4, 4, 5, 16), *(getattr(blocks[1], n) for n in ("covariance", "mean", "out", "metric")))
+    for name in CRITERIA[1:]:
+        scores = rank_units(blocks, name)
+        assert set(scores) == {"a", "b"}
+        assert all(len(s) == 4 and torch.isfinite(torch.tensor(s)).all() for s in scores.values())
+    assert rank_units(blocks, "random", seed=1) != rank_units(blocks, "random", seed=2)
+    assert set(CRITERIA) == {"information-loss", "erank-ks", *RANKINGS}
+
+
+# --- FFN ----------------------------------------------------------------------------------------------------------------------------
+
+GATED = FFNSite("f", "text", 0, LLAMA_STYLE, 12, 20)
+PLAIN = FFNSite("p", "vision", 0, CLIP_STYLE, 12, 20)
+
+
+def ffn_case(seed: int, out_features: int):
+    """x, g at the output of a linear, and the statistics that calibration would have of them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = normal(500, 12) @ normal(12, 12) + 1.0
+    weight = normal(out_features, 12)
+    g = normal(500, out_features) @ normal(out_features, out_features)
+    statistics = SiteStatistics()
+    statistics.by_class["input"] = {"all": Moments(12)}
+    statistics.by_class["input"]["all"].update(x)
+    statistics.input_gradient = Moments(12)
+    statistics.input_gradient.update(g @ weight)
+    statistics.intermediate_gradient_energy = float(g.square().sum())
+    return x, weight, g, statistics
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+@pytest.mark.parametrize("centred", [True, False])
+def test_measured_error_equals_the_discarded_tail(rank, centred):
+    x, weight, _, statistics = ffn_case(0, 20)
+    solved = factorize_inputs(PLAIN, statistics, weight, "up", FFNOptions("identity", centred))
+    a, b, bias = solved.factors(rank)
+    error = x @ weight.T - (x @ a.T @ b.T + bias)
+    assert float(error.square().sum() / len(x)) == pytest.approx(float(solved.tails[rank]), rel=1e-6)
+
+
+def test_two_sided_tail_is_the_error_in_the_tasks_metric():
+    from infoprune.criteria.ffn import METRIC_RIDGE
+
+    x, weight, g, statistics = ffn_case(1, 40)
+    solved = factorize_inputs(GATED, statistics, weight, "joint", FFNOptions("task"))
+    metric = g.T @ g / len(g)
+    metric = metric + METRIC_RIDGE * metric.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    a, b, bias = solved.factors(5)
+    error = x @ weight.T - (x @ a.T @ b.T + bias)
+    assert float(((error @ metric) * error).sum() / len(x)) == pytest.approx(float(solved.tails[5]), rel=1e-6)
+
+
+def test_task_metric_beats_the_plain_one_in_the_tasks_metric():
+    x, weight, g, statistics = ffn_case(2, 40)
+    metric = g.T @ g / len(g)
+
+    def loss(options):
+        a, b, bias = factorize_inputs(GATED, statistics, weight, "joint", options).factors(4)
+        error = x @ weight.T - (x @ a.T @ b.T + bias)
+        return float(((error @ metric) * error).sum())
+
+    assert loss(FFNOptions("task")) < loss(FFNOptions("identity"))
+
+
+def test_centring_is_never_worse():
+    for seed in range(4):
+        x, weight, _, statistics = ffn_case(seed, 20)
+        losses = []
+        for centred in (True, False):
+            a, b, bias = factorize_inputs(PLAIN, statistics, weight, "up", FFNOptions("identity", centred)).factors(3)
+            losses.append(float((x @ weight.T - (x @ a.T @ b.T + bias)).square().sum()))
+        assert losses[0] <= losses[1] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_output_side_tail_and_full_rank(with_bias):
+    generator = torch.Generator().manual_seed(5)
+    h = torch.randn(600, 20, generator=generator, dtype=torch.float64) + 0.3
+    weight = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+    bias = torch.randn(12, generator=generator, dtype=torch.float64) if with_bias else None
+    y = h @ weight.T + (bias if bias is not None else 0)
+    statistics = SiteStatistics()
+    statistics.by_class["output"] = {"all": Moments(12)}
+    statistics.by_class["output"]["all"].update(y)
+    statistics.output_gradient = Moments(12)
+    statistics.output_gradient.update(torch.randn(600, 12, generator=generator, dtype=torch.float64))
+    for options in (FFNOptions("identity"), FFNOptions("identity", centred=False), FFNOptions("task")):
+        solved = factorize_down(statistics, weight, bias, options)
+        a, b, correction = solved.factors(5)
+        error = y - (h @ a.T @ b.T + correction + (bias if bias is not None else 0))
+        metric = solved.root @ solved.root
+        assert float(((error @ metric) * error).sum() / len(y)) == pytest.approx(float(solved.tails[5]), rel=1e-6)
+        a, b, correction = solved.factors(12)
+        torch.testing.assert_close(b @ a, weight, atol=1e-8, rtol=1e-8)
+        assert float(correction.abs().max()) < 1e-7
+
+
+def test_zero_gradient_makes_the_site_free_but_still_sensible():
+    _, weight, _, statistics = ffn_case(6, 20)
+    statistics.input_gradient = Moments(12)
+    statistics.intermediate_gradient_energy = 0.0
+    solved = factorize_inputs(PLAIN, statistics, weight, "up", FFNOptions("task"))
+    assert float(solved.tails[0]) == 0
+    assert all(torch.isfinite(part).all() for part in solved.factors(3))
+
+
+def test_symmetric_roots():
+    torch.manual_seed(0)
+    x = torch.randn(30, 6, dtype=torch.float64)
+    matrix = x.T @ x
+    root, inverse = root_and_inverse(matrix)
+    torch.testing.assert_close(root @ root, matrix)
+    torch.testing.assert_close(root @ inverse, torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(symmetric_power(matrix, 0.5), root)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tiny_models import examples
+
+import infoprune
+from infoprune.data import subset
+from infoprune.errors import DataError
+from infoprune.evaluation.quality import Quality, generated_answers, paired_drop, score
+from infoprune.evaluation.runner import evaluate
+
+
+def test_jsonl_and_json(jsonl, questions, tmp_path):
+    assert infoprune.load_examples(str(jsonl)) == questions
+    records = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    as_json = tmp_path / "q.json"
+    as_json.write_text(json.dumps(records))
+    assert infoprune.load_examples(str(as_json)) == questions
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no records"), ("{oops\n", "line 1"), ('{"image": "a.png", "question": "q"}\n', "answer"), ("[1]\n", "not an object"),
+        ('{"image": "a.png", "question": " ", "answer": "b"}\n', "question"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_refused(tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        infoprune.load_examples(str(path))
+
+
+def test_missing_data_split_and_images(tmp_path, gqa_vlm):
+    with pytest.raises(DataError, match="No data"):
+        infoprune.load_examples(str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(DataError, match="no split"):
+        infoprune.load_examples("easy-vqa:validation")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    for path in (broken, tmp_path / "missing.png"):
+        with pytest.raises(DataError, match=r"\.png"):
+            score([gqa_vlm], [infoprune.Example(path, "what shape ?", "red")])
+    with pytest.raises(DataError, match="no examples"):
+        score([gqa_vlm], [])
+
+
+def test_subset_is_reproducible_and_spreads(questions):
+    assert subset(questions, 6, seed=1) == subset(questions, 6, seed=1)
+    assert len({e.image for e in subset(questions, 6, seed=1, spread=True)}) == 6
+    assert subset(questions, None, seed=0) == subset(questions, 999, seed=0) == questions
+
+
+def test_scoring_agrees_with_generate(vlm, questions):
+    """Teacher-forced scoring says of every question what greedy generation does, also where the model is right."""
+    answers = generated_answers(vlm, questions, max_new_tokens=4)
+    relabelled = [infoprune.Example(q.image, q.question, a) for q, a in zip(questions, answers, strict=True) if a]
+    mixed = [*questions, *relabelled]
+    expected = [a == e.answer for a, e in zip(generated_answers(vlm, mixed, max_new_tokens=4), mixed, strict=True)]
+    scored = score([vlm], mixed)[0].correct
+    # Scoring also asks for the end of the answer, which a random model rarely gives after so few tokens.
+    assert all(not s or e for s, e in zip(scored, expected, strict=True))
+
+
+def test_kl_of_a_model_with_itself_is_zero(gqa_vlm, questions):
+    dense, same = score([gqa_vlm, gqa_vlm], questions)
+    assert same.kl_nats == pytest.approx(0, abs=1e-6)
+    assert (dense.correct == same.correct).all()
+
+
+def test_paired_interval_covers_the_drop_and_respects_clusters(tmp_path):
+    questions = examples(tmp_path, images=40)
+    rng = np.random.default_rng(0)
+    wrong = np.repeat(rng.random(40) < 0.3, 3)  # whole images are lost
+    dense, compressed = Quality(np.ones(120, dtype=bool)), Quality(~wrong)
+    drop, (low, high) = paired_drop(dense, compressed, questions)
+    assert drop == pytest.approx(100 * wrong.mean())
+    assert low < drop < high
+    independent = 2 * 1.96 * 100 * np.sqrt(wrong.mean() * (1 - wrong.mean()) / 120)
+    assert high - low > 1.3 * independent
+
+
+def test_wilson_interval():
+    low, high = Quality(np.array([True] * 97 + [False] * 3)).accuracy_ci95
+    assert (low, high) == pytest.approx((91.55, 98.97), abs=0.02)
+
+
+def test_evaluate_side_by_side(gqa_vlm, questions):
+    result = infoprune.compress(gqa_vlm, questions, flops=0.6, rank_multiple=2)
+    report = evaluate(result.vlm, questions, against=gqa_vlm, repeats=2)
+    compared = report["comparison"]
+    assert compared["flops_ratio"] == pytest.approx(result.flops_ratio)
+    assert compared["kl_nats"] > 0
+    assert {"speedup_vision", "speedup_prefill", "speedup_decode", "speedup_end_to_end"} <= set(compared)
+    assert [m["params"] for m in report["models"]] == [result.dense_parameters, result.parameters]

@@ -1,0 +1,200 @@
+"""The one suite that every model family runs."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import infoprune
+from infoprune.architecture import AttentionSite, resolve
+from infoprune.calibrate import calibrate
+from infoprune.compress import compress
+from infoprune.criteria.ffn import FFNOptions
+from infoprune.evaluation.cost import count_flops, predicted_flops, prompt_inputs
+from infoprune.packing import answer_logits, batches
+from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
+from infoprune.surgery import apply_
+
+
+def statistics_of(vlm, questions, **options):
+    return calibrate(vlm.model, vlm.architecture, (b for b, _ in batches(vlm.encoder, questions)), **options)
+
+
+def plan_of(vlm, *, compensate=True, rank=8, heads=True, ffn=True, structure="joint"):
+    """Drop the first unit of every block that has two, factorise every FFN."""
+    decisions = {}
+    for site in vlm.architecture.ffn:
+        top = {"joint": "joint_rank"}.get(structure) if site.gated else None
+        ranks = {top: rank} if top else {"up_rank": rank} | ({"gate_rank": rank} if site.gated else {})
+        decisions[site.path] = FFNDecision(**ranks, down_rank=rank)
+    return CompressionPlan(
+        library="test",
+        model_type=vlm.architecture.family.model_type,
+        model_id="tiny",
+        heads={
+            s.path: HeadDecision(keep_units=tuple(range(1, s.num_units)), num_units=s.num_units, compensate=compensate)
+            for s in vlm.architecture.attention
+            if s.num_units > 1
+        }
+        if heads
+        else {},
+        ffn=decisions if ffn else {},
+    )
+
+
+def inputs_of(vlm, questions):
+    return prompt_inputs(vlm.encoder, questions[0])
+
+
+@torch.no_grad()
+def test_sites_cover_every_linear_of_the_layers(vlm):
+    sites = (*vlm.architecture.attention, *vlm.architecture.ffn)
+    assert {s.tower for s in sites} == {"vision", "text"}
+    for site in sites:
+        names = site.names
+        roles = {names.query, names.key, names.value, names.out} if isinstance(site, AttentionSite) else {names.gate, names.up, names.down}
+        linears = {name for name, m in vlm.model.get_submodule(site.path).named_modules() if isinstance(m, nn.Linear)}
+        assert linears == roles - {None}
+    layers = sum(len(vlm.model.get_submodule(p)) for p in {s.path.rsplit(".", 2)[0] for s in vlm.architecture.attention})
+    assert layers == len(vlm.architecture.attention) == len(vlm.architecture.ffn)
+
+
+@torch.no_grad()
+def test_empty_plan_changes_nothing(vlm, questions):
+    statistics = statistics_of(vlm, questions)
+    before = vlm.model(**inputs_of(vlm, questions)).logits
+    apply_(vlm.model, vlm.architecture, plan_of(vlm, heads=False, ffn=False), statistics)
+    assert torch.equal(vlm.model(**inputs_of(vlm, questions)).logits, before)
+
+
+@torch.no_grad()
+def test_masked_equals_compacted(vlm, questions):
+    statistics = statistics_of(vlm, questions)
+    masked = copy.deepcopy(vlm.model)
+    for site in vlm.architecture.attention:
+        if site.num_units > 1:
+            masked.get_submodule(f"{site.path}.{site.names.out}").weight[:, : site.unit_width] = 0
+    apply_(vlm.model, vlm.architecture, plan_of(vlm, compensate=False, ffn=False), statistics)
+    inputs = inputs_of(vlm, questions)
+    torch.testing.assert_close(vlm.model(**inputs).logits, masked(**inputs).logits, atol=1e-4, rtol=1e-4)
+    assert sum(p.numel() for p in vlm.model.parameters()) < sum(p.numel() for p in masked.parameters())
+
+
+@torch.no_grad()
+def test_full_rank_factorisation_keeps_the_output(vlm, questions):
+    # Beyond the useful ranks, so past plan.check on purpose: this tests the algebra.
+    from infoprune.surgery import factorize_ffn_
+
+    statistics = statistics_of(vlm, questions, branches=True)
+    inputs = inputs_of(vlm, questions)
+    before = vlm.model(**inputs).logits
+    for number, site in enumerate(vlm.architecture.ffn):
+        full = {"down_rank": site.hidden_size}
+        if site.gated and number % 2:
+            full["joint_rank"] = site.hidden_size
+        else:
+            full |= {"up_rank": site.hidden_size} | ({"gate_rank": site.hidden_size} if site.gated else {})
+        factorize_ffn_(vlm.model, site, FFNDecision(**full), statistics.sites[site.path], FFNOptions())
+    torch.testing.assert_close(vlm.model(**inputs).logits, before, atol=2e-3, rtol=2e-3)
+
+
+def test_calibration_leaves_nothing_behind(vlm, questions):
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    vlm.model(**inputs_of(vlm, questions))  # Transformers installs hooks of its own on the first call
+
+    def hooks():
+        return [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in vlm.model.modules()]
+
+    hooks_before = hooks()
+    statistics = statistics_of(vlm, questions)
+    assert hooks() == hooks_before
+    for name, parameter in vlm.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.requires_grad
+        assert parameter.grad is None
+    assert statistics.num_examples == len(questions)
+    for site in vlm.architecture.attention:
+        assert statistics.sites[site.path].pooled("input").count > 0
+
+
+@torch.no_grad()
+def test_packed_equals_unpacked(vlm, questions):
+    packed = torch.cat([answer_logits(vlm.model, b) for b, _ in batches(vlm.encoder, questions, images_per_batch=2)])
+    single = torch.cat([answer_logits(vlm.model, b) for b, _ in batches(vlm.encoder, questions, images_per_batch=1, share_prefix=False)])
+    torch.testing.assert_close(packed, single, atol=5e-5, rtol=1e-4)
+    plain = vlm.model(**inputs_of(vlm, questions)).logits[0, -1]
+    torch.testing.assert_close(packed[0], plain, atol=5e-5, rtol=1e-4)
+
+
+def test_predicted_flops_equal_counted(vlm, questions):
+    family, inputs = vlm.architecture.family, inputs_of(vlm, questions)
+    dense, workload = count_flops(vlm.model, family, inputs, 2)
+    plan = plan_of(vlm)
+    apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions))
+    compressed, _ = count_flops(vlm.model, family, inputs, 2)
+    assert compressed.total == predicted_flops(vlm.architecture, plan, workload, dense.total)
+
+
+def test_save_and_load_are_bit_identical(vlm, questions, tmp_path):
+    inputs = inputs_of(vlm, questions)
+    result = compress(vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    assert result.flops_ratio <= 0.8
+    folder = infoprune.save(result.vlm, tmp_path / "out", probe=inputs)
+    reloaded = infoprune.load(folder)
+    assert reloaded.plan == result.vlm.plan
+    with torch.no_grad():
+        assert torch.equal(reloaded.model(**inputs).logits, result.vlm.model(**inputs).logits)
+    state = result.vlm.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in reloaded.model.state_dict().items())
+
+
+def test_loads_without_infoprune_only_through_trust_remote_code(vlm, questions, tmp_path):
+    inputs = inputs_of(vlm, questions)
+    result = compress(vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    folder = infoprune.save(result.vlm, tmp_path / "out")
+    with torch.no_grad():
+        torch.save({"inputs": inputs, "logits": result.vlm.model(**inputs).logits}, tmp_path / "expected.pt")
+    code = f"""
+import sys, torch
+sys.modules["infoprune"] = None  # as if it were not installed
+from transformers import AutoModel, AutoModelForImageTextToText
+try:
+    AutoModelForImageTextToText.from_pretrained({str(folder)!r}, trust_remote_code=False)
+except ValueError:
+    pass
+else:
+    raise SystemExit("loaded without code")
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+model = AutoModelForImageTextToText.from_pretrained({str(folder)!r}, trust_remote_code=True, dtype=torch.float32).eval()
+with torch.no_grad():
+    assert torch.equal(model(**expected["inputs"]).logits, expected["logits"])
+base = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True, dtype=torch.float32)
+assert type(base).__name__.startswith("InfoPrune"), type(base)
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_cached_generation_equals_uncached(vlm, questions):
+    result = compress(vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    inputs = inputs_of(vlm, questions)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached = result.vlm.model.generate(**inputs, **options, use_cache=True)
+    assert torch.equal(cached, result.vlm.model.generate(**inputs, **options, use_cache=False))
+    assert torch.equal(cached, result.vlm.model.generate(**inputs, **options, cache_implementation="static"))
+
+
+def test_compressed_model_is_refused(vlm, questions, tmp_path):
+    result = compress(vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    reloaded = infoprune.load(infoprune.save(result.vlm, tmp_path / "out"))
+    with pytest.raises(infoprune.InfoPruneError, match="already compressed"):
+        compress(reloaded, questions, flops=0.5)
+    with pytest.raises(infoprune.InfoPruneError, match="already compressed"):
+        resolve(reloaded.model)

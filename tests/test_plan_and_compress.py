@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_families import plan_of
+from tiny_models import TINY, build
+
+import infoprune
+from infoprune import CompressionOptions, CompressionPlan, InfoPruneError
+from infoprune.compress import apply_plan, compress
+from infoprune.criteria.heads import CRITERIA
+from infoprune.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
+from infoprune.plan import FFNDecision, HeadDecision, ffn_parameters, max_rank
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=8), st.sets(st.integers(0, 7), min_size=1), max_size=3),
+    st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 99), max_size=3),
+    st.one_of(st.none(), st.text(max_size=5)),
+)
+def test_json_round_trip(heads, ranks, revision):
+    plan = CompressionPlan(
+        library="x", model_type="llava", model_id="m", revision=revision, budget={"flops": 0.5}, method={"centred": True, "alpha": 0.5},
+        heads={p: HeadDecision(keep_units=tuple(sorted(k)), num_units=8) for p, k in heads.items()},
+        ffn={p: FFNDecision(down_rank=r) for p, r in ranks.items()},
+    )  # fmt: skip
+    assert CompressionPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"version": 99}, "version 99"),
+        ({"heads": {"x": {"keep_units": [], "num_units": 2}}}, "keep_units"),
+        ({"heads": {"x": {"keep_units": [1, 0], "num_units": 2}}}, "increasing"),
+        ({"heads": {"x": {"keep_units": [2], "num_units": 2}}}, "below"),
+        ({"ffn": {"x": {"joint_rank": 2, "up_rank": 2}}}, "excludes"),
+        ({"ffn": {"x": {}}}, "at least one"),
+        ({"ffn": {"x": {"down_rank": 0}}}, "down_rank"),
+    ],
+)
+def test_malformed_plans_are_refused(change, message):
+    good = json.loads(CompressionPlan(library="x", model_type="llava", model_id="m").to_json())
+    with pytest.raises(PlanError, match=message):
+        CompressionPlan.from_json(json.dumps(good | change))
+    with pytest.raises(PlanError, match="not valid JSON"):
+        CompressionPlan.from_json("{")
+
+
+def test_plans_that_do_not_fit_are_refused_and_change_nothing(gqa_vlm, questions):
+    architecture, plan = gqa_vlm.architecture, plan_of(gqa_vlm)
+    site = architecture.ffn[0]
+    wrong = [
+        plan.model_copy(update={"model_type": "idefics3"}),
+        plan.model_copy(update={"heads": {"nowhere": HeadDecision(keep_units=(0,), num_units=2)}}),
+        plan.model_copy(update={"heads": {architecture.attention[0].path: HeadDecision(keep_units=(0,), num_units=9)}}),
+        plan.model_copy(update={"ffn": {site.path: FFNDecision(down_rank=max_rank(site, "down_rank") + 1)}}),
+        plan.model_copy(update={"ffn": {site.path: FFNDecision(gate_rank=2)}}),
+    ]
+    before = {name: p.clone() for name, p in gqa_vlm.model.state_dict().items()}
+    for bad in wrong:
+        with pytest.raises(PlanError):
+            apply_plan(gqa_vlm, bad, questions)
+    assert all(torch.equal(p, before[name]) for name, p in gqa_vlm.model.state_dict().items())
+
+
+def test_a_factorised_linear_never_costs_more(vlm):
+    for site in vlm.architecture.ffn:
+        for name in ("joint_rank", "down_rank") if site.gated else ("up_rank", "down_rank"):
+            top = max_rank(site, name)
+            assert ffn_parameters(site, FFNDecision(**{name: top})) < ffn_parameters(site, None)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_meets_the_budget(gqa_vlm, questions, criterion):
+    result = compress(gqa_vlm, questions, flops=0.7, heads=criterion, rank_multiple=2)
+    assert 0.6 < result.flops_ratio <= 0.7
+    assert torch.isfinite(result.vlm.model(**result.probe).logits).all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structure": "separate"}, {"structure": "best"}, {"ffn_metric": "identity", "weighting": "uniform", "centred": False},
+        {"allocation": "uniform"}, {"compensate": False}, {"heads": "none"}, {"towers": ("text",)},
+    ],
+)  # fmt: skip
+def test_every_variant_works(gqa_vlm, questions, fields):
+    result = compress(gqa_vlm, questions, flops=0.75, rank_multiple=2, **fields)
+    assert result.flops_ratio < 0.85
+    again = apply_plan(build(TINY[1]), result.vlm.plan, questions)
+    torch.testing.assert_close(again.model(**result.probe).logits, result.vlm.model(**result.probe).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_budget_of_one_keeps_everything(gqa_vlm, questions):
+    result = compress(gqa_vlm, questions, flops=1.0)
+    assert result.flops_ratio == 1
+    assert not result.vlm.plan.heads
+    assert not result.vlm.plan.ffn
+
+
+def test_ks_rule_is_monotone(gqa_vlm, questions):
+    shares = [compress(gqa_vlm, questions, ks=ks, rank_multiple=1).flops_ratio for ks in (1e-6, 0.1, 0.4)]
+    assert shares[0] >= shares[1] >= shares[2]
+    assert shares[2] < 1
+
+
+def test_loss_grows_as_the_budget_shrinks(gqa_vlm, questions):
+    losses = [compress(gqa_vlm, questions, flops=f, rank_multiple=2).predicted_loss for f in (0.9, 0.7, 0.5)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_impossible_budget_says_the_smallest_reachable(gqa_vlm, questions):
+    with pytest.raises(BudgetError, match=r"smallest share .* is 0\.\d+") as caught:
+        compress(gqa_vlm, questions, flops=0.01)
+    smallest = float(str(caught.value).split(" is ")[2].split(". ")[0])
+    assert compress(gqa_vlm, questions, flops=smallest).flops_ratio <= smallest
+
+
+@pytest.mark.parametrize("fields", [{}, {"flops": 0.5, "ks": 0.1}, {"flops": 0}, {"flops": 1.5}, {"flops": 0.5, "heads": "nonsense"},
+                                    {"flops": 0.5, "examples": 0}, {"flops": 0.5, "heads": "none", "ffn": "none"}])  # fmt: skip
+def test_bad_options_are_refused(fields):
+    with pytest.raises(InfoPruneError):
+        CompressionOptions(**fields)
+
+
+def test_compress_leaves_the_source_alone(gqa_vlm, questions):
+    before = {name: p.clone() for name, p in gqa_vlm.model.state_dict().items()}
+    compress(gqa_vlm, questions, flops=0.6, rank_multiple=2)
+    assert all(torch.equal(p, before[name]) for name, p in gqa_vlm.model.state_dict().items())
+
+
+def test_compression_is_reproducible(gqa_vlm, questions):
+    first, second = (compress(gqa_vlm, questions, flops=0.6, rank_multiple=2) for _ in range(2))
+    assert first.vlm.plan == second.vlm.plan
+    assert torch.equal(first.vlm.model(**first.probe).logits, second.vlm.model(**first.probe).logits)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------------------
+
+
+def test_output_folder_must_be_empty_and_failure_leaves_nothing(gqa_vlm, questions, tmp_path, monkeypatch):
+    result = compress(gqa_vlm, questions, flops=0.7, rank_multiple=2)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious.txt").write_text("keep me")
+    with pytest.raises(CheckpointError, match="not empty"):
+        infoprune.save(result.vlm, full)
+    assert (full / "precious.txt").read_text() == "keep me"
+    listing = sorted(p.name for p in tmp_path.iterdir())
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(result.vlm.processor), "save_pretrained", no_space)
+    with pytest.raises(CheckpointError, match="disk full"):
+        infoprune.save(result.vlm, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == listing
+
+
+def test_a_checkpoint_that_reloads_differently_is_not_kept(gqa_vlm, questions, tmp_path):
+    result = compress(gqa_vlm, questions, flops=0.7, rank_multiple=2)
+    plan = result.vlm.plan
+    handle = result.vlm.model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(CheckpointError, match="differs"):
+        infoprune.save(result.vlm, tmp_path / "out", probe=result.probe)
+    handle.remove()
+    assert not (tmp_path / "out").exists()
+    assert plan is result.vlm.plan
+
+
+def test_missing_and_corrupt_checkpoints(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        infoprune.load(tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        infoprune.load(empty)
+    weights = checkpoint / "model.safetensors"
+    tensors = load_file(weights)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="corrupt"):
+        infoprune.load(checkpoint)
+    name = next(n for n in tensors if n.endswith("down_proj.weight"))
+    save_file({k: v for k, v in tensors.items() if k != name}, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks 1 weights"):
+        infoprune.load(checkpoint)
+    weights.unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match="Only safetensors"):
+        infoprune.load(checkpoint)
+
+
+def test_unsupported_families_are_refused_with_the_list(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with pytest.raises(UnsupportedModelError, match="llava.*idefics3"):
+        infoprune.architecture.resolve(LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                                                    num_attention_heads=1, num_key_value_heads=1, vocab_size=8)))  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "martian"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="Supported"):
+        infoprune.load(tmp_path)
+
+
+def test_unsupported_tower_is_refused(gqa_vlm):
+    gqa_vlm.model.config.text_config.model_type = "gpt2"
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        infoprune.architecture.resolve(gqa_vlm.model)

@@ -1,0 +1,157 @@
+"""A tiny random model of every declared family and tower combination, with a real processor, built in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForImageTextToText,
+    BitImageProcessorPil,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Idefics3Config,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+)
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+
+from infoprune.architecture import resolve
+from infoprune.data import Example
+from infoprune.model import VLM
+from infoprune.packing import PromptEncoder
+
+WORDS = ["<pad>", "<eos>", "<unk>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+WORDS += ["what", "colour", "shape", "is", "the", "there", "a", "in", "image", "red", "blue", "circle", "square", "yes", "no", "?"]
+WORDS += [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
+IMAGE = WORDS.index("<image>")
+VOCABULARY = 64
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.3,
+}  # fmt: skip
+VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8, "initializer_range": 0.2}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
+        extra_special_tokens=[word for word in WORDS if word.startswith("<") and word not in ("<pad>", "<eos>", "<unk>")],
+    )  # fmt: skip
+
+
+def llava_processor(with_class_token: bool) -> LlavaProcessor:
+    image_processor = BitImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    return LlavaProcessor(
+        image_processor=image_processor, tokenizer=tokenizer(), patch_size=8, image_token="<image>",
+        vision_feature_select_strategy="default" if with_class_token else "full", num_additional_image_tokens=int(with_class_token),
+    )  # fmt: skip
+
+
+def idefics3_processor() -> Idefics3Processor:
+    image_processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True, return_row_col_info=True
+    )
+    return Idefics3Processor(image_processor, tokenizer(), image_seq_len=1)
+
+
+def text_config(kind: str, heads: int, key_value_heads: int):
+    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
+    extra = {"sliding_window": None} if kind == "mistral" else {}
+    return classes[kind](**TEXT, num_attention_heads=heads, num_key_value_heads=key_value_heads, head_dim=8, **extra)
+
+
+def llava(vision, text, with_class_token: bool, layer: int = -1) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, image_token_index=IMAGE, vision_feature_layer=layer,
+        vision_feature_select_strategy="default" if with_class_token else "full", image_seq_length=4,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One entry of the shared suite."""
+
+    name: str
+    config: Callable[[], object]
+    processor: Callable[[], object]
+
+
+def _clip(**extra):
+    return CLIPVisionConfig(**VISION, intermediate_size=40, projection_dim=24, **extra)
+
+
+TINY = [
+    Tiny("llava-clip-llama-mha", lambda: llava(_clip(), text_config("llama", 4, 4), True, -2), lambda: llava_processor(True)),
+    Tiny(
+        "llava-siglip-qwen2-gqa",
+        lambda: llava(SiglipVisionConfig(**VISION, intermediate_size=40), text_config("qwen2", 4, 2), False),
+        lambda: llava_processor(False),
+    ),
+    Tiny(
+        "llava-dinov2-mistral-mqa",
+        lambda: llava(Dinov2Config(**VISION, mlp_ratio=2, layerscale_value=0.7), text_config("mistral", 4, 1), True),
+        lambda: llava_processor(True),
+    ),
+    Tiny(
+        "idefics3",
+        lambda: Idefics3Config(
+            vision_config=Idefics3VisionConfig(**VISION, intermediate_size=40), text_config=text_config("llama", 8, 4),
+            image_token_id=IMAGE, scale_factor=2, pad_token_id=0,
+        ),
+        idefics3_processor,
+    ),
+    Tiny(
+        "smolvlm",
+        lambda: SmolVLMConfig(
+            vision_config=SmolVLMVisionConfig(**VISION, intermediate_size=40), text_config=text_config("llama", 4, 2),
+            image_token_id=IMAGE, scale_factor=2, pad_token_id=0,
+        ),
+        idefics3_processor,
+    ),
+]  # fmt: skip
+
+
+def build(tiny: Tiny, seed: int = 0) -> VLM:
+    """A randomly initialised model; biases too, so that none is accidentally zero."""
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(tiny.config(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    processor = tiny.processor()
+    model.generation_config.pad_token_id = 0
+    return VLM(model, processor, PromptEncoder(processor, IMAGE), resolve(model), tiny.name)
+
+
+def examples(folder: Path, images: int = 6, seed: int = 0) -> list[Example]:
+    """Random images with three questions each."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(images):
+        path = folder / f"{number}.png"
+        if not path.exists():
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(path)
+        found += [
+            Example(path, "what colour is the circle ?", "red"),
+            Example(path, "is there a square in the image ?", "no"),
+            Example(path, "what shape ?", "circle"),
+        ]
+    return found
