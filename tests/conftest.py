@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import TINY, build, examples
 
 from infoprune.model import VLM
+from tiny_models import TINY, build, examples
 
 
 @pytest.fixture(params=TINY, ids=[tiny.name for tiny in TINY])

@@ -37,7 +37,7 @@ def test_equals_brute_force(sites, budget):
 def test_loss_is_monotone_in_the_budget(sites):
     smallest = sum(min(o.cost for o in site) for site in sites)
     losses = [sum(o.loss for o in allocate(sites, smallest + extra)) for extra in (0, 5, 20, 100)]
-    assert all(b <= a * (1 + 1e-3) + 1e-6 for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-3) + 1e-6 for a, b in itertools.pairwise(losses))
 
 
 def test_dominated_options_are_dropped():

@@ -62,7 +62,7 @@ def test_image_and_text_tokens_apart_add_up(gqa_vlm, questions):
         if site.tower == "text":
             assert set(b.by_class["input"]) == {"image", "text"}
             assert b.by_class["input"]["image"].count == 4 * images
-        torch.testing.assert_close(a.pooled("input").covariance, b.pooled("input").covariance)
+        torch.testing.assert_close(a.pooled("input").covariance, b.pooled("input").covariance, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_equal_autograd(gqa_vlm, questions):

@@ -17,9 +17,7 @@ def run(*arguments, status=0):
 
 def test_compress_evaluate_ask_and_plan(checkpoint, jsonl, questions, tmp_path):
     out = tmp_path / "small"
-    report = json.loads(
-        run("compress", checkpoint, "--data", jsonl, "--flops", 0.7, "--rank-multiple", 2, "-o", out, "--json").stdout
-    )
+    report = json.loads(run("compress", checkpoint, "--data", jsonl, "--flops", 0.7, "--rank-multiple", 2, "-o", out, "--json").stdout)
     assert report["flops_ratio"] <= 0.7
     assert (out / "plan.json").is_file()
     assert (out / "report.json").is_file()
@@ -61,7 +59,9 @@ def test_errors_are_one_message(checkpoint, jsonl, tmp_path):
     assert "nowhere" in missing
     assert "smallest share" in run("compress", checkpoint, "--data", jsonl, "--flops", 0.001, "-o", tmp_path / "x", status=2).stderr
     assert "exactly one" in run("compress", checkpoint, "--data", jsonl, "-o", tmp_path / "x", status=2).stderr
-    assert "not empty" in run("compress", checkpoint, "--data", jsonl, "--flops", 0.5, "-o", checkpoint, status=2).stderr
+    assert "not empty" in run("compress", checkpoint, "--data", jsonl, "--flops", 0.5, "-o", tmp_path, status=2).stderr
+    own = run("compress", checkpoint, "--data", jsonl, "--flops", 0.5, "-o", checkpoint, "--overwrite", status=2).stderr
+    assert "never modified" in own
     assert "No data" in run("evaluate", checkpoint, "--data", tmp_path / "none.jsonl", status=2).stderr
     assert "Cannot read the image" in run("ask", checkpoint, tmp_path / "no.png", "what ?", status=2).stderr
     assert "Cannot read the plan" in run("plan", "show", tmp_path / "no.json", status=2).stderr

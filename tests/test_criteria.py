@@ -99,7 +99,9 @@ def test_erank_of_a_head_is_that_of_its_output_covariance():
 
 def test_every_criterion_scores_every_unit_and_random_depends_on_the_seed():
     blocks = [random_block(seed)[0] for seed in range(2)]
-    blocks[1] = Block(AttentionSite("b", "text", 1, LLAMA_STYLE, 4, 4, 5, 16), *(getattr(blocks[1], n) for n in ("covariance", "mean", "out", "metric")))
+    blocks[1] = Block(
+        AttentionSite("b", "text", 1, LLAMA_STYLE, 4, 4, 5, 16), *(getattr(blocks[1], n) for n in ("covariance", "mean", "out", "metric"))
+    )
     for name in CRITERIA[1:]:
         scores = rank_units(blocks, name)
         assert set(scores) == {"a", "b"}

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from tiny_models import examples
 
 import infoprune
 from infoprune.data import subset
 from infoprune.errors import DataError
 from infoprune.evaluation.quality import Quality, generated_answers, paired_drop, score
 from infoprune.evaluation.runner import evaluate
+from tiny_models import examples
 
 
 def test_jsonl_and_json(jsonl, questions, tmp_path):

@@ -143,7 +143,11 @@ def test_predicted_flops_equal_counted(vlm, questions):
 
 def test_save_and_load_are_bit_identical(vlm, questions, tmp_path):
     inputs = inputs_of(vlm, questions)
-    result = compress(vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    vlm.model.save_pretrained(tmp_path / "dense")  # from disk, as users have it: Transformers may rename keys on the way
+    vlm.processor.save_pretrained(tmp_path / "dense")
+    dense = infoprune.load(tmp_path / "dense")
+    assert torch.equal(dense.model(**inputs).logits, vlm.model(**inputs).logits)
+    result = compress(dense, questions, flops=0.8, rank_multiple=2, examples=12)
     assert result.flops_ratio <= 0.8
     folder = infoprune.save(result.vlm, tmp_path / "out", probe=inputs)
     reloaded = infoprune.load(folder)

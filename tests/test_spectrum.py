@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -45,7 +46,7 @@ def test_effective_rank_is_invariant_to_orthogonal_maps():
 @given(spectra)
 def test_effective_rank_never_decreases_with_the_truncation_rank(energies):
     ranks = [effective_rank(energies[:r]) for r in range(1, len(energies) + 1)]
-    assert all(b >= a - 1e-9 for a, b in zip(ranks, ranks[1:], strict=False))
+    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(ranks))
 
 
 @given(spectra)

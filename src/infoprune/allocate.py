@@ -1,8 +1,8 @@
 """One budget for everything: choose heads and ranks of both towers at least information loss.
 
 Every site offers options, each with a cost (FLOPs per example) and a loss (nats per example). Minimising total loss subject to total
-cost <= budget, one option per site, is a multiple-choice knapsack; its linear relaxation has at most one fractional site, so the
-exact integer programme is solved quickly by branch and bound (HiGHS, through SciPy).
+cost <= budget, one option per site, is a multiple-choice knapsack. It is solved by dynamic programming over a fine grid of the budget
+(Kellerer, Pferschy & Pisinger, "Knapsack problems", 2004, section 11.5), then trimmed or filled to the exact budget.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from infoprune.errors import BudgetError
+
+GRID = 20_000  # cells of the budget; rounding then moves the budget by less than (sites / GRID), and trimming undoes even that
 
 
 @dataclass(frozen=True)
@@ -63,30 +63,52 @@ def allocate(sites: Sequence[Sequence[Option]], budget: float) -> list[Option]:
         raise BudgetError(f"The smallest reachable cost is {smallest:.4g}, above the budget of {budget:.4g}.")
     if sum(options[-1].cost for options in candidates) <= budget:
         return [options[-1] for options in candidates]
-    flat = [option for options in candidates for option in options]
-    owner = np.repeat(np.arange(len(candidates)), [len(options) for options in candidates])
-    losses, costs = np.array([o.loss for o in flat]), np.array([o.cost for o in flat])
-    one_each = sparse.csr_matrix((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(candidates), len(flat)))
-    # Scaled to order one: the solver's tolerances are absolute.
-    unit_loss = max(float(losses.max()), 1e-300)
-    result = milp(
-        losses / unit_loss,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((costs / budget)[None], -np.inf, 1.0)],
-        options={"mip_rel_gap": 1e-4, "time_limit": 30.0},
-    )
-    if result.x is None:
-        raise BudgetError(f"The allocation did not find a solution: {result.message}")
-    chosen = []
-    for index, options in enumerate(candidates):
-        offset = int(np.searchsorted(owner, index))
-        chosen.append(options[int(np.argmax(result.x[offset : offset + len(options)]))])
-    return _within(chosen, candidates, budget)
+    return _fill(_within(_dynamic_programme(candidates, budget), candidates, budget), candidates, budget)
+
+
+def _dynamic_programme(candidates: list[list[Option]], budget: float) -> list[Option]:
+    """Least loss with costs rounded down to the grid; the sum may exceed the budget by up to one cell per site."""
+    cells = [[int(option.cost / budget * GRID + 1e-9) for option in options] for options in candidates]
+    best = np.zeros(GRID + 1)  # least loss within the first b cells
+    picks = np.zeros((len(candidates), GRID + 1), dtype=np.int32)
+    for site, options in enumerate(candidates):
+        updated = np.full(GRID + 1, np.inf)
+        for number, option in enumerate(options):
+            width = cells[site][number]
+            if width > GRID:
+                break
+            total = best[: GRID + 1 - width] + option.loss
+            better = total < updated[width:]
+            updated[width:][better] = total[better]
+            picks[site, width:][better] = number
+        best = updated
+    chosen, left = [], GRID
+    for site in range(len(candidates) - 1, -1, -1):
+        number = int(picks[site, left])
+        chosen.append(candidates[site][number])
+        left -= cells[site][number]
+    return chosen[::-1]
+
+
+def _fill(chosen: list[Option], candidates: list[list[Option]], budget: float) -> list[Option]:
+    """Spend what is left on the steps that save most loss per cost."""
+    chosen, left = list(chosen), budget - sum(o.cost for o in chosen)
+    while True:
+        steps = [
+            ((chosen[index].loss - better.loss) / (better.cost - chosen[index].cost), index, better)
+            for index, options in enumerate(candidates)
+            for better in options[options.index(chosen[index]) + 1 :]
+            if better.cost - chosen[index].cost <= left
+        ]
+        if not steps:
+            return chosen
+        _, index, better = max(steps, key=lambda step: step[:2])
+        left -= better.cost - chosen[index].cost
+        chosen[index] = better
 
 
 def _within(chosen: list[Option], candidates: list[list[Option]], budget: float) -> list[Option]:
-    """Undo what the solver's feasibility tolerance let through, by the cheapest losses first."""
+    """Undo what rounding to the grid let through, by the cheapest losses first."""
     chosen = list(chosen)
     while sum(o.cost for o in chosen) > budget:
         steps = []

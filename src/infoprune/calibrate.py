@@ -199,6 +199,7 @@ def calibrate(
             for batch in batches:
                 collector.begin(batch)
                 logits = answer_logits(model, batch)
+                collector.check_values()  # before a backward pass would spread a NaN to every site
                 if gradients:
                     (logits * fisher_sample(logits.detach(), temperature, generator)).sum().backward()
                 collector.finish()
@@ -245,6 +246,7 @@ class _Collector:
         self.sites: dict[str, SiteStatistics] = {}
         self.options = options
         self._batch: PackedBatch | None = None
+        self._not_finite: str | None = None  # first site, in the order of the forward pass, with a value that is not finite
         # Values waiting for the gradient that weighs them: (site, tap) -> (site, values, gradient energy so far, energies to come).
         self._pending: dict[tuple[str, str], tuple[Site, torch.Tensor, torch.Tensor | float, int]] = {}
 
@@ -263,14 +265,20 @@ class _Collector:
                 self.sites[path].input_gradient = self.sites[path].input_gradient or gradient
         self._batch, self._pending = None, {}
 
+    def check_values(self) -> None:
+        if self._not_finite is not None:
+            raise CalibrationError(
+                f"Calibration met NaN or infinity at '{self._not_finite}'. Check the checkpoint's weights there and the input images."
+            )
+
     def check(self) -> None:
         for path, statistics in self.sites.items():
             moments = [m for classes in statistics.by_class.values() for m in classes.values()]
-            if not moments or all(m.count == 0 for m in moments):
+            if all(m.count == 0 for m in moments):
                 raise CalibrationError(f"Calibration saw no tokens at '{path}': no image or prompt token reached it.")
             moments += [m for m in (statistics.output_gradient, statistics.input_gradient) if m is not None]
             if not all(m.is_finite() for m in moments):
-                raise CalibrationError(f"Calibration met NaN or infinity at '{path}'. Check the checkpoint's weights and the input images.")
+                raise CalibrationError(f"Calibration met gradients that are NaN or infinite at '{path}'. Compute in float32.")
 
     def attach(self, model: nn.Module, site: Site, stack: ExitStack) -> None:
         self.sites[site.path] = SiteStatistics()
@@ -339,6 +347,8 @@ class _Collector:
 
     def _hold(self, site: Site, tap: str, values: torch.Tensor, expected: int) -> None:
         tokens = self._tokens(site, values)
+        if self._not_finite is None and not torch.isfinite(tokens).all():
+            self._not_finite = site.path
         if self.options.gradients:
             self._pending[site.path, tap] = (site, tokens, 0.0, expected)
         else:

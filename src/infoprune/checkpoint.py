@@ -33,14 +33,16 @@ def register() -> None:
         AutoModelForImageTextToText.register(config, conditional, exist_ok=True)
 
 
-def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that holds anything, before any work is done.
+def check_output_folder(folder: Path, *, source: str | Path = "", overwrite: bool = False) -> None:
+    """Refuse a folder that holds anything, or the source model itself, before any work is done.
 
     Raises:
         CheckpointError: It exists and is not empty, or its parent can't be written.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder} exists and is not a folder.")
+    if source and Path(source).expanduser().exists() and folder.resolve() == Path(source).expanduser().resolve():
+        raise CheckpointError(f"The output folder {folder} is the model's own folder. Choose another one; sources are never modified.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(f"The output folder {folder} is not empty. Choose another one, or pass --overwrite.")
     try:
@@ -77,7 +79,7 @@ def save(
     if vlm.plan is None:
         raise CheckpointError("This model has no compression plan; save an uncompressed model with its own save_pretrained.")
     folder = Path(folder).expanduser()
-    check_output_folder(folder, overwrite=overwrite)
+    check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         aside = Path(scratch) / folder.name
         try:
@@ -111,7 +113,8 @@ def _write(vlm: VLM, folder: Path) -> None:
     # The weights already have the plan's shapes; giving the object its final class for the time of the call spares a second copy of them.
     model.__class__, model.config = conditional, config
     try:
-        model.save_pretrained(folder)
+        # Not the family's legacy key names: those are only understood under its own model_type.
+        model.save_pretrained(folder, save_original_format=False)
     finally:
         model.__class__, model.config = dense_class, dense_config
     vlm.processor.save_pretrained(folder)

@@ -57,7 +57,9 @@ def ks_truncation(energies: torch.Tensor) -> torch.Tensor:
     Returns:
         (n,) float64, not increasing; the last is 0.
     """
-    return (1 - normalize(energies).cumsum(0)).clamp_min(0)
+    p = normalize(energies)
+    from_here = p.flip(0).cumsum(0).flip(0)  # summed from the small end: 1 - C(r) would lose small tails to rounding
+    return torch.cat([from_here[1:], torch.zeros(1, dtype=p.dtype)])
 
 
 def ks_distance(a: torch.Tensor, b: torch.Tensor) -> float:

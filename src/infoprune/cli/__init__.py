@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 import warnings
 
@@ -26,13 +27,14 @@ def main() -> None:
     from infoprune.cli import ask, compress, evaluate, inspect, plan
     from infoprune.errors import InfoPruneError
 
+    signal.signal(signal.SIGINT, _interrupt)
     for module in (inspect, compress, evaluate, ask, plan):
         module.register(app)
     try:
         app()
     except InfoPruneError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
+    except _Interrupted:
         _fail("Interrupted. Nothing half-written was left behind.", 130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -40,6 +42,14 @@ def main() -> None:
                 f"The disk is full ({error.filename or 'while writing'}). Free some space and run again; nothing half-written was left.", 2
             )
         raise
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C under a name that Typer does not swallow; temporary folders are cleaned up on its way out."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _Interrupted
 
 
 def _fail(message: str, status: int) -> None:

@@ -64,7 +64,7 @@ def compress(
     option_names = {field.name for field in fields(CompressionOptions)}
     options = CompressionOptions(**{key: value for key, value in settings.items() if key in option_names})
     target = Path(settings["output"])
-    check_output_folder(target, overwrite=overwrite)
+    check_output_folder(target, source=settings["model"], overwrite=overwrite)
     progress = BarProgress()
     vlm = infoprune.load(
         settings["model"], device=settings.get("device", "cpu"), trust_remote_code=trust_remote_code,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,8 @@ from rich.table import Table
 
 from infoprune.progress import Progress
 
-console = Console()
+# In a file or a pipe there is no width to fit into; 80 columns would cut module paths.
+console = Console(width=None if sys.stdout.isatty() else 140)
 error_console = Console(stderr=True)
 
 

@@ -56,7 +56,7 @@ def apply(
     from infoprune.evaluation.cost import num_parameters, prompt_inputs
 
     loaded = CompressionPlan.read(plan)
-    check_output_folder(output, overwrite=overwrite)
+    check_output_folder(output, source=model, overwrite=overwrite)
     progress = BarProgress()
     vlm = infoprune.load(model, device=device, notify=progress.note)
     before = num_parameters(vlm.model)
