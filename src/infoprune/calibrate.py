@@ -99,6 +99,7 @@ class SiteStatistics:
         input_gradient: FFN only: moments of the gradient with respect to the block's input, W^T g over the input linears.
         branch_gradients: Gated FFN only, on request: the same for the gate and the up projection apart.
         intermediate_gradient_energy: FFN only: sum over tokens of |g|^2 at the input linears' outputs.
+        token_weights: Per batch, (tokens,) weights at the block's output; ones without relevance weighting.
     """
 
     by_class: dict[str, dict[TokenClass, Moments]] = field(default_factory=dict)
@@ -106,6 +107,7 @@ class SiteStatistics:
     input_gradient: Moments | None = None
     branch_gradients: dict[str, Moments] = field(default_factory=dict)
     intermediate_gradient_energy: float = 0.0
+    token_weights: list[torch.Tensor] = field(default_factory=list)
 
     def pooled(self, tap: str) -> Moments:
         """Moments of image and text tokens together."""
@@ -365,7 +367,10 @@ class _Collector:
 
     def _add(self, site: Site, tap: str, tokens: torch.Tensor, weights: torch.Tensor | None) -> None:
         assert self._batch is not None
-        classes = self.sites[site.path].by_class.setdefault(tap, {})
+        statistics = self.sites[site.path]
+        if tap == "output" or isinstance(site, AttentionSite):
+            statistics.token_weights.append(torch.ones(len(tokens)) if weights is None else weights.float().cpu())
+        classes = statistics.by_class.setdefault(tap, {})
         parts: dict[TokenClass, torch.Tensor | None] = {"image" if site.tower == "vision" else "all": None}
         if site.tower == "text" and self.options.split_tokens:
             image = self._batch.image[self._batch.valid]

@@ -14,14 +14,15 @@ from infoprune._version import __version__
 from infoprune.architecture import Architecture
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.data import Example, load_examples, subset
-from infoprune.decide import CompressionOptions, decide, solve_sites
+from infoprune.decide import CompressionOptions, Decisions, decide, solve_sites
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters, predicted_flops, prompt_inputs, typical_example
 from infoprune.model import VLM
-from infoprune.packing import batches
+from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
-from infoprune.surgery import apply_
+from infoprune.repair import cut_and_repair_
+from infoprune.surgery import apply_, ffn_options
 
 ROWS_PER_BATCH = 4  # bounds the memory of activations kept for the backward pass
 
@@ -94,11 +95,10 @@ def compress(
     architecture = _dense_architecture(vlm)
     examples = calibration_examples(data, options.examples, options.seed, progress)
     clock = _Clock()
-    statistics = _statistics(vlm, examples, options, progress)
+    inputs = _batches(vlm, examples)
+    statistics = _statistics(vlm, inputs, options, progress)
     clock.lap("calibrate")
-    example, answer_tokens = typical_example(vlm.encoder, examples)
-    probe = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
-    dense_flops, workload = count_flops(vlm.model, architecture.family, probe, answer_tokens)
+    probe, dense_flops, workload = measure(vlm, examples)
     dense_parameters = num_parameters(vlm.model)
     num_sites = len(architecture.attention) + len(architecture.ffn)
     with progress.task("scoring heads and ranks", num_sites) as advance:
@@ -106,27 +106,19 @@ def compress(
     decisions = decide(solved, architecture, workload, dense_flops.total, options)
     del solved
     clock.lap("decide")
-    plan = CompressionPlan(
-        library=__version__,
-        model_type=architecture.family.model_type,
-        model_id=vlm.model_id,
-        revision=getattr(vlm.model.config, "_commit_hash", None),
-        budget={name: value for name, value in (("flops", options.flops), ("ks", options.ks)) if value is not None},
-        method={
-            "heads": options.heads, "ffn": options.ffn, "ffn_metric": options.ffn_metric,
-            "centred": options.centred, "structure": options.structure, "allocation": options.allocation,
-        },
-        calibration=CalibrationRecord(
-            data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, weighting=options.weighting,
-            temperature=options.temperature, fingerprint=fingerprint(examples),
-        ),
-        heads=decisions.heads,
-        ffn=decisions.ffn,
-    )  # fmt: skip
+    record = CalibrationRecord(
+        data=data if isinstance(data, str) else "examples",
+        count=len(examples),
+        seed=options.seed,
+        weighting=options.weighting,
+        temperature=options.temperature,
+        fingerprint=fingerprint(examples),
+    )
+    plan = make_plan(vlm, decisions, options, record)
     target = vlm if in_place else vlm.copy()
-    _cut(target, plan, statistics, progress)
+    _cut(target, plan, statistics, inputs, progress)
     clock.lap("cut")
-    flops, _ = count_flops(target.model, architecture.family, probe, answer_tokens)
+    flops, _ = count_flops(target.model, architecture.family, probe, workload.answer_tokens)
     expected = predicted_flops(architecture, plan, workload, dense_flops.total)
     if abs(flops.total - expected) > 0.005 * dense_flops.total:
         raise PlanError(f"The compressed model takes {flops.total:,} FLOPs where the plan predicts {expected:,}; please report this.")
@@ -134,6 +126,36 @@ def compress(
         replace(target, plan=plan), dense_flops, flops, workload, decisions.predicted_loss,
         dense_parameters, num_parameters(target.model), clock.laps, probe,
     )  # fmt: skip
+
+
+def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], Flops, Workload]:
+    """A typical example's inputs, the FLOPs of answering it, and its workload."""
+    example, answer_tokens = typical_example(vlm.encoder, examples)
+    probe = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
+    return probe, *count_flops(vlm.model, _dense_architecture(vlm).family, probe, answer_tokens)
+
+
+def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
+    """The plan that records ``decisions`` and how they came about."""
+    method = ("heads", "ffn", "ffn_metric", "centred", "structure", "allocation", "repair")
+    return CompressionPlan(
+        library=__version__,
+        model_type=_dense_architecture(vlm).family.model_type,
+        model_id=vlm.model_id,
+        revision=getattr(vlm.model.config, "_commit_hash", None),
+        budget={name: value for name, value in (("flops", options.flops), ("ks", options.ks)) if value is not None},
+        method={name: getattr(options, name) for name in method},
+        calibration=record,
+        heads=decisions.heads,
+        ffn=decisions.ffn,
+    )
+
+
+def apply_decisions(vlm: VLM, decisions: Decisions, options: CompressionOptions, statistics: Statistics) -> VLM:
+    """A cut copy of ``vlm``; for those who decide by other means than :func:`compress`."""
+    target, plan = vlm.copy(), make_plan(vlm, decisions, options)
+    apply_(target.model, _dense_architecture(vlm), plan, statistics)
+    return replace(target, plan=plan)
 
 
 def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | None = None, *, progress: Progress = SILENT) -> VLM:
@@ -159,8 +181,8 @@ def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | 
         ),
     )
     examples = calibration_examples(source, options.examples, options.seed, progress)
-    statistics = _statistics(vlm, examples, options, progress)
-    _cut(vlm, plan, statistics, progress)
+    inputs = _batches(vlm, examples)
+    _cut(vlm, plan, _statistics(vlm, inputs, options, progress), inputs, progress)
     return replace(vlm, plan=plan)
 
 
@@ -177,7 +199,9 @@ def calibration_statistics(
 ) -> tuple[Architecture, Statistics]:
     """Sites of a dense model and their moments over the calibration sample."""
     architecture = _dense_architecture(vlm)
-    return architecture, _statistics(vlm, calibration_examples(data, options.examples, options.seed, progress), options, progress)
+    return architecture, _statistics(
+        vlm, _batches(vlm, calibration_examples(data, options.examples, options.seed, progress)), options, progress
+    )
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -196,13 +220,16 @@ def _dense_architecture(vlm: VLM) -> Architecture:
     return vlm.architecture
 
 
-def _statistics(vlm: VLM, examples: Sequence[Example], options: CompressionOptions, progress: Progress) -> Statistics:
-    assert vlm.architecture is not None
-    with progress.task("calibrating", len(examples)) as advance:
+def _batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
+    return [batch.to(vlm.device) for batch, _ in batches(vlm.encoder, examples, images_per_batch=ROWS_PER_BATCH)]
+
+
+def _statistics(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOptions, progress: Progress) -> Statistics:
+    with progress.task("calibrating", sum(batch.num_questions for batch in inputs)) as advance:
         return calibrate(
             vlm.model,
-            vlm.architecture,
-            (batch.to(vlm.device) for batch, _ in batches(vlm.encoder, examples, images_per_batch=ROWS_PER_BATCH)),
+            _dense_architecture(vlm),
+            inputs,
             weighting=options.weighting,
             gradients=options.needs_gradients,
             branches=options.structure != "joint" and options.ffn_metric == "task",
@@ -212,10 +239,14 @@ def _statistics(vlm: VLM, examples: Sequence[Example], options: CompressionOptio
         )
 
 
-def _cut(vlm: VLM, plan: CompressionPlan, statistics: Statistics, progress: Progress) -> None:
-    assert vlm.architecture is not None
-    with progress.task("cutting", len(plan.heads) + len(plan.ffn)) as advance:
-        apply_(vlm.model, vlm.architecture, plan, statistics, progress=lambda: advance(1))
+def _cut(vlm: VLM, plan: CompressionPlan, statistics: Statistics, inputs: Sequence[PackedBatch], progress: Progress) -> None:
+    architecture = _dense_architecture(vlm)
+    if not plan.method.get("repair", True):
+        with progress.task("cutting", len(plan.heads) + len(plan.ffn)) as advance:
+            apply_(vlm.model, architecture, plan, statistics, progress=lambda: advance(1))
+        return
+    with progress.task("cutting and repairing", len(architecture.attention)) as advance:
+        cut_and_repair_(vlm.model, architecture, plan, statistics, inputs, ffn_options(plan), progress=lambda: advance(1))
 
 
 class _Clock:

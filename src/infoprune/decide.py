@@ -41,6 +41,7 @@ class CompressionOptions:
         allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline).
         weighting, temperature: See :func:`infoprune.calibrate.calibrate`.
         examples: Calibration questions, one per image as far as images go.
+        repair: Cut layer by layer and refit each block's last linear to the dense residual stream (:mod:`infoprune.repair`).
         rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
         floor: Least rank of a site, as a share of the rank it would have under uniform shares.
         seed: Seed of every draw.
@@ -60,6 +61,7 @@ class CompressionOptions:
     weighting: Weighting = "relevance"
     temperature: float = 2.0
     examples: int = 128
+    repair: bool = True
     rank_multiple: int = 8
     floor: float = 0.5
     seed: int = 0
@@ -182,6 +184,33 @@ def decide(
         return _decide_by_ks(solved, options)
     assert options.flops is not None
     return _decide_by_flops(solved, architecture, workload, dense_total, options)
+
+
+def remove_units(solved: list[SolvedSite], count: int, options: CompressionOptions) -> Decisions:
+    """Remove ``count`` units over all blocks, at least one staying per block, whatever they cost.
+
+    Under ``information-loss`` the least marginal loss goes first, under a ranking the lowest score; losses add up either way.
+
+    Raises:
+        BudgetError: There are not that many to remove.
+    """
+    blocks = [item for item in solved if isinstance(item.site, AttentionSite) and item.removal is not None]
+    removals = {item.site.path: item.removal for item in blocks if item.removal}
+    candidates = []
+    for item in blocks:
+        removal = removals[item.site.path]
+        for place, unit in enumerate(removal.order):
+            marginal = item.tokens * (removal.losses[place + 1] - removal.losses[place])
+            candidates.append((marginal if removal.scores is None else removal.scores[unit], item.site.path, place))
+    if count > len(candidates):
+        raise BudgetError(f"{count} units can't be removed; {len(candidates)} can, as one stays per block.")
+    taken = dict.fromkeys(removals, 0)
+    for _ in range(count):  # within a block the order is fixed, so only its next unit competes
+        _, path, _ = min(c for c in candidates if c[2] == taken[c[1]])
+        taken[path] += 1
+    heads = {i.site.path: _head_decision(i.site, removals[i.site.path], taken[i.site.path], options)
+             for i in blocks if taken[i.site.path] and isinstance(i.site, AttentionSite)}  # fmt: skip
+    return Decisions(heads, {}, sum(i.tokens * removals[i.site.path].losses[taken[i.site.path]] for i in blocks))
 
 
 # --- adaptive rule -----------------------------------------------------------------------------------------------------------------

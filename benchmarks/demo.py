@@ -1,0 +1,114 @@
+"""Training-free curve of the demo model: accuracy on easy-VQA's whole test split, KL, FLOPs, times, cost of compressing.
+
+    python benchmarks/demo.py
+
+Calibration draws from the training split; the test split is used here and nowhere before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import infoprune
+from common import log, whole_images, write
+from infoprune.evaluation import latency, quality
+from infoprune.evaluation.cost import prompt_inputs
+from infoprune.evaluation.runner import bytes_on_disk
+
+SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
+
+# Runs in a process of its own, so that its peak memory is its own.
+WORKER = """
+import json, resource, sys, time
+start = time.time()
+import infoprune
+vlm = infoprune.load("demo")
+loaded = time.time()
+if sys.argv[1] == "dense":
+    from infoprune.evaluation.quality import generated_answers
+    generated_answers(vlm, infoprune.load_examples("easy-vqa:test")[:1])
+else:
+    result = infoprune.compress(vlm, "easy-vqa:train", flops=float(sys.argv[1]), in_place=True)
+    seconds = time.time() - loaded
+    infoprune.save(result.vlm, sys.argv[2], probe=result.probe, extra=result.as_dict())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+print(json.dumps({"peak": peak, "seconds": 0 if sys.argv[1] == "dense" else seconds}))
+"""
+
+
+def worker(*arguments: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-c", WORKER, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=None, help="test questions (default: all 9,673)")
+    parser.add_argument("--generate", action=argparse.BooleanOptionalAction, default=True, help="also answer with generate, dense model")
+    args = parser.parse_args()
+
+    examples = whole_images("test", args.questions)
+    infoprune.load("demo", notify=log)  # assemble outside the timed processes
+    base = worker("dense")
+    log(f"dense process: peak {base['peak']:.2f} GB")
+    with tempfile.TemporaryDirectory() as scratch:
+        made = {}
+        for share in SHARES:
+            made[share] = worker(str(share), f"{scratch}/{share}")
+            log(f"share {share}: compressed in {made[share]['seconds']:.0f} s, peak {made[share]['peak']:.2f} GB")
+        dense = infoprune.load("demo")
+        models = [dense, *(infoprune.load(Path(scratch) / str(share)) for share in SHARES)]
+        reports = [json.loads((Path(scratch) / str(share) / "report.json").read_text()) for share in SHARES]
+        log("timing, all models interleaved")
+        gc.collect()
+        probe = prompt_inputs(dense.encoder, examples[0])
+        times = latency.measure(models, dense.architecture.family, probe, answer_tokens=2, repeats=25)
+        log(f"scoring {len(examples)} questions with {len(models)} models")
+        scored = quality.score(models, examples)
+        rows = [dense_row(dense, scored[0], times[0], reports[0], base)]
+        for share, model, score, timed, report in zip(SHARES, models[1:], scored[1:], times[1:], reports, strict=True):
+            rows.append({
+                "method": "infoprune", "scope": "model", "recovered": False, "seed": 0, "budget": share,
+                "flops_ratio": report["flops_ratio"], **quality.comparison(scored[0], score, examples),
+                **latency.speedups(times[0], timed), "milliseconds": timed, "flops": report["flops"],
+                "predicted_loss_nats": report["predicted_loss_nats"], "params": report["parameters"], "bytes_on_disk": bytes_on_disk(model),
+                "seconds_to_compress": made[share]["seconds"], "peak_rss_gb": made[share]["peak"],
+            })  # fmt: skip
+            log(f"share {share}: {score.accuracy:.2f}%, KL {score.kl_nats:.4f}, prefill {rows[-1]['speedup_prefill']:.2f}x")
+        write("demo", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
+        if args.generate:
+            del models
+            start = time.time()
+            answers = quality.generated_answers(dense, examples)
+            right = [answer == example.answer for answer, example in zip(answers, examples, strict=True)]
+            rows[0] |= {
+                "generated_accuracy": 100 * sum(right) / len(right),
+                "generated_agrees_with_scored": 100
+                * sum(a == b for a, b in zip(right, scored[0].correct.tolist(), strict=True))
+                / len(right),
+                "seconds_to_generate": time.time() - start,
+            }
+            log(f"generated answers: {rows[0]['generated_accuracy']:.2f}%")
+            write("demo", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
+
+
+def dense_row(vlm, scored, timed, report, base):
+    low, high = scored.accuracy_ci95
+    return {
+        "method": "dense", "scope": "model", "flops_ratio": 1.0, "accuracy": scored.accuracy, "accuracy_ci95": [low, high],
+        "num_questions": len(scored.correct), "milliseconds": timed, "flops": report["dense_flops"], "params": report["dense_parameters"],
+        "bytes_on_disk": bytes_on_disk(vlm), "peak_rss_gb": base["peak"],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Cut a model layer by layer and repair each block against the dense model's residual stream, in closed form.
+
+Local optimality is not enough: every cut shifts what the next layers read, and small errors add up over depth. So blocks are cut in
+the order of the forward pass, each on the inputs that the compressed model will really see, and the linear that writes to the
+residual stream is refitted by weighted least squares with a ridge towards its own weights:
+
+    W = argmin sum_t w_t ||y_t + (h_t - h'_t) - W z_t||^2 + rho ||W - W_0||^2
+
+with z what the linear reads in the compressed model, y the dense block's output, h and h' the dense and compressed residual streams
+before the block, and w the calibration's token weights. The target contains the drift h - h', so a block also corrects what earlier
+cuts left behind. Only one layer runs at a time, dense and compressed, on stored activations: two forward passes in all, and no second
+copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from infoprune.architecture import Architecture, AttentionSite, FFNSite
+from infoprune.calibrate import Statistics
+from infoprune.criteria.ffn import FFNOptions
+from infoprune.packing import PackedBatch, answer_logits
+from infoprune.plan import CompressionPlan
+from infoprune.surgery import factorize_ffn_, prune_heads_
+
+RIDGE = 0.05
+
+
+class _Stop(Exception):
+    """Ends a forward pass at a tower's first layer."""
+
+
+@dataclass
+class _Stream:
+    """Residual stream of one batch before a layer, and what else the layers are called with."""
+
+    hidden: torch.Tensor
+    kwargs: dict[str, Any]
+
+
+@torch.no_grad()
+def cut_and_repair_(
+    model: nn.Module,
+    architecture: Architecture,
+    plan: CompressionPlan,
+    statistics: Statistics,
+    batches: Sequence[PackedBatch],
+    options: FFNOptions,
+    *,
+    ridge: float = RIDGE,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Cut ``model`` by ``plan`` in place, with sequential least-squares repair.
+
+    Args:
+        model: The dense model.
+        architecture: Its sites.
+        plan: What to keep.
+        statistics: Moments of the dense model, with the token weights of the same batches.
+        batches: The calibration batches, in the same order.
+        options: The FFN method.
+        ridge: rho relative to the mean diagonal of E[z z^T].
+        progress: Called after each layer.
+
+    Raises:
+        PlanError: The plan does not fit the model; nothing was changed.
+    """
+    plan.check(architecture)
+    was_training = model.training
+    model.eval()
+    dense_text = [_capture(model, architecture, "text", batch) for batch in batches]
+    for tower in ("vision", "text"):
+        layers = _layers(architecture, tower)
+        first = dense_text if tower == "text" else [_capture(model, architecture, "vision", batch) for batch in batches]
+        dense = [stream.hidden for stream in first]
+        current = [_capture(model, architecture, "text", batch) for batch in batches] if tower == "text" else first
+        compressed = [stream.hidden for stream in current]
+        for attention, ffn in layers:
+            worker = _LayerRepair(model, attention, ffn, batches, [s.kwargs for s in first], [s.kwargs for s in current], statistics, ridge)
+            dense, compressed = worker.run(dense, compressed, plan, options)
+            progress()
+    model.train(was_training)
+
+
+def _layers(architecture: Architecture, tower: str) -> list[tuple[AttentionSite, FFNSite]]:
+    attention = [site for site in architecture.attention if site.tower == tower]
+    return list(zip(attention, (site for site in architecture.ffn if site.tower == tower), strict=True))
+
+
+def _capture(model: nn.Module, architecture: Architecture, tower: str, batch: PackedBatch) -> _Stream:
+    """What a tower's first layer is called with."""
+    held: list[_Stream] = []
+
+    def hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if len(args) > 1:  # positional after the hidden states: the attention mask, in every declared tower
+            kwargs["attention_mask"] = args[1]
+        held.append(_Stream(hidden, kwargs))
+        raise _Stop
+
+    layer = _layer(model, _layers(architecture, tower)[0][0])
+    handle = layer.register_forward_pre_hook(hold, with_kwargs=True)
+    try:
+        answer_logits(model, batch)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return held[0]
+
+
+def _layer(model: nn.Module, site: AttentionSite) -> nn.Module:
+    return model.get_submodule(site.path.rpartition(".")[0])
+
+
+class _LayerRepair:
+    """One layer: run dense, cut and refit attention, cut and refit the FFN, run compressed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: AttentionSite,
+        ffn: FFNSite,
+        batches: Sequence[PackedBatch],
+        dense_kwargs: list[dict[str, Any]],
+        compressed_kwargs: list[dict[str, Any]],
+        statistics: Statistics,
+        ridge: float,
+    ) -> None:
+        self.model, self.attention, self.ffn, self.batches = model, attention, ffn, batches
+        self.dense_kwargs, self.compressed_kwargs, self.statistics, self.ridge = dense_kwargs, compressed_kwargs, statistics, ridge
+        self.layer = _layer(model, attention)
+
+    def run(
+        self, dense: list[torch.Tensor], compressed: list[torch.Tensor], plan: CompressionPlan, options: FFNOptions
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        targets: dict[str, list[torch.Tensor]] = {self.attention.path: [], self.ffn.path: []}
+        with ExitStack() as stack:
+            for site in (self.attention, self.ffn):
+                linear, held = _writer(self.model, site), targets[site.path]
+                stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
+            after_dense = [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)]
+        # Where a layer scale follows the block, the drift would have to pass it backwards; there each block only aims at its own output.
+        scaled = any(type(child).__name__.endswith("LayerScale") for child in self.layer.children())
+        drift = [torch.zeros_like(h) if scaled else h - c for h, c in zip(dense, compressed, strict=True)]
+        if self.attention.path in plan.heads:
+            prune_heads_(self.model, self.attention, plan.heads[self.attention.path], self.statistics.sites[self.attention.path])
+            self._refit(self.attention, compressed, targets[self.attention.path], drift)
+        if self.ffn.path in plan.ffn:
+            factorize_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
+            attention_now = self._outputs(self.attention, compressed)
+            middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], attention_now, strict=True)]
+            self._refit(self.ffn, compressed, targets[self.ffn.path], middle)
+        return after_dense, [self._call(h, k) for h, k in zip(compressed, self.compressed_kwargs, strict=True)]
+
+    def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        output = self.layer(hidden, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _outputs(self, site: AttentionSite | FFNSite, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        held: list[torch.Tensor] = []
+        handle = _writer(self.model, site).register_forward_hook(lambda *call: held.append(call[2]))
+        try:
+            for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
+                self._call(h, kwargs)
+        finally:
+            handle.remove()
+        return held
+
+    def _refit(
+        self, site: AttentionSite | FFNSite, hidden: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor]
+    ) -> None:
+        linear = _last_linear(_writer(self.model, site))
+        read: list[torch.Tensor] = []
+        handle = linear.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+        try:
+            for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
+                self._call(h, kwargs)
+        finally:
+            handle.remove()
+        fit = _LeastSquares(linear)
+        for number, batch in enumerate(self.batches):
+            valid = batch.valid if site.tower == "text" and read[number].shape[:2] == batch.valid.shape else None
+            z, goal = (_flat(values, valid) for values in (read[number], targets[number] + drift[number]))
+            fit.update(z, goal, self.statistics.sites[site.path].token_weights[number])
+        fit.solve_(self.ridge)
+
+
+def _flat(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    return values.reshape(-1, values.shape[-1]) if valid is None else values[valid]
+
+
+def _writer(model: nn.Module, site: AttentionSite | FFNSite) -> nn.Module:
+    """The linear (dense or low-rank) that writes to the residual stream."""
+    return model.get_submodule(site.path).get_submodule(site.names.out if isinstance(site, AttentionSite) else site.names.down)
+
+
+def _last_linear(module: nn.Module) -> Any:
+    return module if isinstance(module, nn.Linear) else module.get_submodule("up")
+
+
+class _LeastSquares:
+    """Weighted least squares for a linear's weight, and bias where it has one, as a ridge-limited change of what it has."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear, n = linear, linear.in_features + 1
+        self.gram = torch.zeros(n, n, dtype=torch.float64)
+        self.cross = torch.zeros(linear.out_features, n, dtype=torch.float64)
+
+    def update(self, z: torch.Tensor, goal: torch.Tensor, weights: torch.Tensor) -> None:
+        error = goal - self.linear(z)
+        extended = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        weighted = extended * weights[:, None].to(z)
+        self.gram += (weighted.T @ extended).double().cpu()
+        self.cross += (error.T @ weighted).double().cpu()
+
+    def solve_(self, ridge: float) -> None:
+        size = self.linear.in_features
+        total = float(self.gram[-1, -1])
+        if total <= 0:
+            return
+        gram, cross = self.gram / total, self.cross / total
+        if self.linear.bias is None:
+            gram, cross = gram[:size, :size], cross[:, :size]
+        damping = torch.zeros(len(gram), dtype=torch.float64)
+        damping[:size] = ridge * float(gram.diagonal()[:size].mean())  # the bias is free
+        change = torch.linalg.solve(gram + torch.diag(damping) + 1e-12 * torch.eye(len(gram), dtype=torch.float64), cross.T).T
+        self.linear.weight.add_(change[:, :size].to(self.linear.weight))
+        if self.linear.bias is not None:
+            self.linear.bias.add_(change[:, size].to(self.linear.bias))
