@@ -23,6 +23,8 @@ from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
 
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
+# (method, share, options): the curve, and what it would be without the repair.
+RUNS = [("infoprune", share, "{}") for share in SHARES] + [("infoprune:no-repair", share, '{"repair": false}') for share in (0.5, 0.31)]
 
 # Runs in a process of its own, so that its peak memory is its own.
 WORKER = """
@@ -35,7 +37,7 @@ if sys.argv[1] == "dense":
     from infoprune.evaluation.quality import generated_answers
     generated_answers(vlm, infoprune.load_examples("easy-vqa:test")[:1])
 else:
-    result = infoprune.compress(vlm, "easy-vqa:train", flops=float(sys.argv[1]), in_place=True)
+    result = infoprune.compress(vlm, "easy-vqa:train", flops=float(sys.argv[1]), in_place=True, **json.loads(sys.argv[3]))
     seconds = time.time() - loaded
     infoprune.save(result.vlm, sys.argv[2], probe=result.probe, extra=result.as_dict())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -61,13 +63,13 @@ def main() -> None:
     base = worker("dense")
     log(f"dense process: peak {base['peak']:.2f} GB")
     with tempfile.TemporaryDirectory() as scratch:
-        made = {}
-        for share in SHARES:
-            made[share] = worker(str(share), f"{scratch}/{share}")
-            log(f"share {share}: compressed in {made[share]['seconds']:.0f} s, peak {made[share]['peak']:.2f} GB")
+        made = []
+        for number, (method, share, options) in enumerate(RUNS):
+            made.append(worker(str(share), f"{scratch}/{number}", options))
+            log(f"{method} {share}: compressed in {made[-1]['seconds']:.0f} s, peak {made[-1]['peak']:.2f} GB")
         dense = infoprune.load("demo")
-        models = [dense, *(infoprune.load(Path(scratch) / str(share)) for share in SHARES)]
-        reports = [json.loads((Path(scratch) / str(share) / "report.json").read_text()) for share in SHARES]
+        models = [dense, *(infoprune.load(Path(scratch) / str(number)) for number in range(len(RUNS)))]
+        reports = [json.loads((Path(scratch) / str(number) / "report.json").read_text()) for number in range(len(RUNS))]
         log("timing, all models interleaved")
         gc.collect()
         probe = prompt_inputs(dense.encoder, examples[0])
@@ -75,15 +77,17 @@ def main() -> None:
         log(f"scoring {len(examples)} questions with {len(models)} models")
         scored = quality.score(models, examples)
         rows = [dense_row(dense, scored[0], times[0], reports[0], base)]
-        for share, model, score, timed, report in zip(SHARES, models[1:], scored[1:], times[1:], reports, strict=True):
+        for (method, share, _), model, score, timed, report, cost in zip(
+            RUNS, models[1:], scored[1:], times[1:], reports, made, strict=True
+        ):
             rows.append({
-                "method": "infoprune", "scope": "model", "recovered": False, "seed": 0, "budget": share,
+                "method": method, "scope": "model", "recovered": False, "seed": 0, "budget": share,
                 "flops_ratio": report["flops_ratio"], **quality.comparison(scored[0], score, examples),
                 **latency.speedups(times[0], timed), "milliseconds": timed, "flops": report["flops"],
                 "predicted_loss_nats": report["predicted_loss_nats"], "params": report["parameters"], "bytes_on_disk": bytes_on_disk(model),
-                "seconds_to_compress": made[share]["seconds"], "peak_rss_gb": made[share]["peak"],
+                "seconds_to_compress": cost["seconds"], "peak_rss_gb": cost["peak"],
             })  # fmt: skip
-            log(f"share {share}: {score.accuracy:.2f}%, KL {score.kl_nats:.4f}, prefill {rows[-1]['speedup_prefill']:.2f}x")
+            log(f"{method} {share}: {score.accuracy:.2f}%, KL {score.kl_nats:.4f}, prefill {rows[-1]['speedup_prefill']:.2f}x")
         write("demo", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
         if args.generate:
             del models

@@ -15,13 +15,21 @@ from infoprune.evaluation import quality
 from infoprune.evaluation.cost import ffn_flops
 
 SHARES = (0.5, 0.3, 0.2)
-SVD_LLM = {"ffn_metric": "identity", "weighting": "uniform", "centred": False, "structure": "separate", "allocation": "uniform"}
+SVD_LLM = {
+    "ffn_metric": "identity",
+    "weighting": "uniform",
+    "centred": False,
+    "structure": "separate",
+    "allocation": "uniform",
+    "repair": False,
+}
 METHODS = {
     "svd-llm": SVD_LLM,
     "infoprune:centred": SVD_LLM | {"centred": True},
     "infoprune:joint": SVD_LLM | {"centred": True, "structure": "joint"},
     "infoprune:task-metric": SVD_LLM | {"centred": True, "structure": "joint", "ffn_metric": "task"},
-    "infoprune:relevance": {"allocation": "uniform"},
+    "infoprune:relevance": {"allocation": "uniform", "repair": False},
+    "infoprune:no-repair": {"repair": False},
     "infoprune": {},
 }
 QUESTIONS = 1500
@@ -34,7 +42,7 @@ def main() -> None:
     statistics = {}
     for weighting in ("uniform", "relevance"):
         options = CompressionOptions(flops=1.0, weighting=weighting)
-        statistics[weighting] = calibration_statistics(vlm, "easy-vqa:train", options)[1]
+        statistics[weighting] = calibration_statistics(vlm, "easy-vqa:train", options)
         log(f"calibrated, {weighting} weights")
     _, dense_flops, workload = measure(vlm, examples)
     ffn = sum(ffn_flops(site, None, workload) for site in vlm.architecture.ffn if site.tower == "text")
@@ -44,11 +52,11 @@ def main() -> None:
         models, notes = [vlm], []
         for method, fields in METHODS.items():
             options = CompressionOptions(flops=budget, heads="none", towers=("text",), **fields)
-            found = statistics[options.weighting]
+            found, inputs = statistics[options.weighting]
             decisions = decide(
                 solve_sites(vlm.model, vlm.architecture, found, options), vlm.architecture, workload, dense_flops.total, options
             )
-            models.append(apply_decisions(vlm, decisions, options, found))
+            models.append(apply_decisions(vlm, decisions, options, found, inputs))
             kept = sum(ffn_flops(s, decisions.ffn.get(s.path), workload) for s in vlm.architecture.ffn if s.tower == "text")
             notes.append((method, kept / ffn))
         log(f"share {share}: scoring")
@@ -58,9 +66,8 @@ def main() -> None:
                          **quality.comparison(scored[0], score, examples)})  # fmt: skip
             baseline = next(r for r in rows if r["budget"] == share and r["method"] == "svd-llm")
             rows[-1]["kl_over_svd_llm"] = rows[-1]["kl_nats"] / baseline["kl_nats"]
-            log(
-                f"{share} {method:24s} kept {kept:.3f} acc {score.accuracy:.2f} KL {score.kl_nats:.4f} = {rows[-1]['kl_over_svd_llm']:.2f} of SVD-LLM"
-            )
+            relative = rows[-1]["kl_over_svd_llm"]
+            log(f"{share} {method:24s} kept {kept:.3f} acc {score.accuracy:.2f} KL {score.kl_nats:.4f} = {relative:.2f} of SVD-LLM")
         write("ffn", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
 
 

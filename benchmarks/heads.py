@@ -26,7 +26,7 @@ def main() -> None:
     vlm = infoprune.load("demo", notify=log)
     assert vlm.architecture is not None
     examples = whole_images("test", QUESTIONS)
-    statistics = calibration_statistics(vlm, "easy-vqa:train", CompressionOptions(flops=1.0))[1]
+    statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", CompressionOptions(flops=1.0))
     log("calibrated")
     rows = []
     for tower, share in CASES:
@@ -37,10 +37,12 @@ def main() -> None:
             if not compensate:
                 names = [(INFORMATION_LOSS, 0), ("random", 0)]
             for criterion, seed in names:
-                options = CompressionOptions(flops=1.0, heads=criterion, ffn="none", towers=(tower,), seed=seed, compensate=compensate)
+                options = CompressionOptions(
+                    flops=1.0, heads=criterion, ffn="none", towers=(tower,), seed=seed, compensate=compensate, repair=False
+                )
                 solved = solve_sites(vlm.model, vlm.architecture, statistics, options)
                 decisions = remove_units(solved, count, options)
-                pruned = apply_decisions(vlm, decisions, options, statistics)
+                pruned = apply_decisions(vlm, decisions, options, statistics, inputs)
                 scored = quality.score([vlm, pruned], examples)
                 method = "infoprune" if criterion == INFORMATION_LOSS else criterion
                 rows.append({"method": method, "scope": "heads", "tower": tower, "share_removed": share, "units_removed": count,

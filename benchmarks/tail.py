@@ -12,10 +12,10 @@ import torch
 
 import infoprune
 from common import log, write
-from infoprune.compress import calibration_examples, calibration_statistics
+from infoprune.compress import calibration_statistics
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.decide import CompressionOptions
-from infoprune.packing import answer_logits, batches
+from infoprune.packing import answer_logits
 from infoprune.plan import FFNDecision
 from infoprune.surgery import factorizations
 
@@ -27,7 +27,7 @@ def main() -> None:
     vlm = infoprune.load("demo", notify=log)
     assert vlm.architecture is not None
     options = CompressionOptions(flops=1.0, weighting="uniform", ffn_metric="identity", heads="none")
-    statistics = calibration_statistics(vlm, "easy-vqa:train", options)[1]
+    statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", options)
     log("calibrated")
     errors: dict[tuple[str, str], list[float]] = {}
     predicted = {}
@@ -55,7 +55,7 @@ def main() -> None:
                     predicted[site.path, name] = (rank, float(solved[rank_name].tails[rank]))
                     hook = partial(measure, (site.path, name), a, b, correction, site.tower)
                     stack.callback(dense[name].register_forward_hook(hook).remove)
-        for batch, _ in batches(vlm.encoder, calibration_examples("easy-vqa:train", options.examples, options.seed), images_per_batch=8):
+        for batch in inputs:
             batch_valid[:] = [batch.valid]
             answer_logits(vlm.model, batch)
     rows = []

@@ -151,10 +151,12 @@ def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, recor
     )
 
 
-def apply_decisions(vlm: VLM, decisions: Decisions, options: CompressionOptions, statistics: Statistics) -> VLM:
+def apply_decisions(
+    vlm: VLM, decisions: Decisions, options: CompressionOptions, statistics: Statistics, inputs: Sequence[PackedBatch]
+) -> VLM:
     """A cut copy of ``vlm``; for those who decide by other means than :func:`compress`."""
     target, plan = vlm.copy(), make_plan(vlm, decisions, options)
-    apply_(target.model, _dense_architecture(vlm), plan, statistics)
+    _cut(target, plan, statistics, inputs, SILENT)
     return replace(target, plan=plan)
 
 
@@ -196,12 +198,10 @@ def calibration_examples(data: str | Sequence[Example], count: int, seed: int, p
 
 def calibration_statistics(
     vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
-) -> tuple[Architecture, Statistics]:
-    """Sites of a dense model and their moments over the calibration sample."""
-    architecture = _dense_architecture(vlm)
-    return architecture, _statistics(
-        vlm, _batches(vlm, calibration_examples(data, options.examples, options.seed, progress)), options, progress
-    )
+) -> tuple[Statistics, list[PackedBatch]]:
+    """Moments of a dense model over the calibration sample, and the batches they came from."""
+    inputs = _batches(vlm, calibration_examples(data, options.examples, options.seed, progress))
+    return _statistics(vlm, inputs, options, progress), inputs
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -34,6 +34,7 @@ def compress(
     structure: Annotated[Optional[str], typer.Option(help="Gate and up: 'joint' (default), 'separate' or 'best'.")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
     examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 128).")] = None,
+    repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default on).")] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
     recipe: Annotated[Optional[Path], typer.Option(help="YAML file with the same options; the command line wins.")] = None,
@@ -53,7 +54,8 @@ def compress(
     given: dict[str, Any] = {
         "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "heads": heads, "ffn": ffn,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
-        "examples": examples, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix, "device": device,
+        "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,
+        "device": device,
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}
     if flops is not None or ks is not None:  # the budget on the command line replaces the recipe's, whichever kind it is

@@ -35,7 +35,9 @@ def examine(vlm: VLM, data: str, *, num_examples: int = 64, seed: int = 0, progr
         compensation) of each unit; ``ffn``: per block and linear the normalised spectrum, its eRank and the rank at KS 0.1.
     """
     options = CompressionOptions(flops=1.0, heads="none", examples=num_examples, seed=seed)
-    architecture, statistics = calibration_statistics(vlm, data, options, progress)
+    statistics, _ = calibration_statistics(vlm, data, options, progress)
+    architecture = vlm.architecture
+    assert architecture is not None
     generator = torch.Generator().manual_seed(seed)
     attention, ffn = [], []
     with progress.task("scoring heads", len(architecture.attention)) as advance:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from infoprune.calibrate import calibrate
+from infoprune.criteria.ffn import FFNOptions
+from infoprune.packing import answer_logits, batches
+from infoprune.repair import _LeastSquares, cut_and_repair_
+from infoprune.surgery import apply_
+from test_families import plan_of
+
+
+def stream(model, vlm, inputs):
+    """Output of the language model's layers on valid tokens, before the final norm would rescale it."""
+    last = next(s for s in reversed(vlm.architecture.attention) if s.tower == "text")
+    layer, held = model.get_submodule(last.path.rpartition(".")[0]), []
+    handle = layer.register_forward_hook(lambda m, a, o: held.append(o if isinstance(o, torch.Tensor) else o[0]))
+    for batch in inputs:
+        answer_logits(model, batch)
+    handle.remove()
+    return torch.cat([h[b.valid] for h, b in zip(held, inputs, strict=True)])
+
+
+@torch.no_grad()
+def test_repair_brings_the_residual_stream_closer(vlm, questions):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=3)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs, weighting="uniform")
+    plan, dense = plan_of(vlm), stream(vlm.model, vlm, inputs)
+    plain, repaired = copy.deepcopy(vlm.model), copy.deepcopy(vlm.model)
+    apply_(plain, vlm.architecture, plan, statistics)
+    cut_and_repair_(repaired, vlm.architecture, plan, statistics, inputs, FFNOptions(), ridge=1e-4)
+    before, after = (float((stream(m, vlm, inputs) - dense).square().mean()) for m in (plain, repaired))
+    assert after < 0.9 * before
+    assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in repaired.named_parameters()}
+
+
+@torch.no_grad()
+def test_an_empty_plan_is_left_alone(vlm, questions):
+    inputs = [b for b, _ in batches(vlm.encoder, questions)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs)
+    before = {name: p.clone() for name, p in vlm.model.state_dict().items()}
+    cut_and_repair_(vlm.model, vlm.architecture, plan_of(vlm, heads=False, ffn=False), statistics, inputs, FFNOptions())
+    assert all(torch.equal(p, before[name]) for name, p in vlm.model.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_least_squares_equals_the_direct_solution_and_ridge_keeps_the_weights(bias):
+    torch.manual_seed(0)
+    z, w = torch.randn(200, 6) + 0.5, torch.rand(200) + 0.1
+    truth = nn.Linear(6, 4, bias=bias)
+    goal = truth(z).detach()
+    found = nn.Linear(6, 4, bias=bias)
+    fit = _LeastSquares(found)
+    with torch.no_grad():
+        for part in range(0, 200, 50):
+            fit.update(z[part : part + 50], goal[part : part + 50], w[part : part + 50])
+        fit.solve_(0.0)
+        torch.testing.assert_close(found.weight, truth.weight, atol=1e-4, rtol=1e-4)
+        stiff = nn.Linear(6, 4, bias=bias)
+        before = stiff.weight.clone()
+        fit = _LeastSquares(stiff)
+        fit.update(z, goal, w)
+        fit.solve_(1e9)
+        torch.testing.assert_close(stiff.weight, before, atol=1e-5, rtol=0)
