@@ -24,7 +24,7 @@ from infoprune.evaluation.runner import bytes_on_disk
 
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
 # (method, share, options): the curve, and what it would be without the repair.
-RUNS = [("infoprune", share, "{}") for share in SHARES] + [("infoprune:no-repair", share, '{"repair": false}') for share in (0.5, 0.31)]
+RUNS = [("infoprune", share, "{}") for share in SHARES] + [("infoprune:no-repair", share, '{"repair": false}') for share in (0.31,)]
 
 # Runs in a process of its own, so that its peak memory is its own.
 WORKER = """

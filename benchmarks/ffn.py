@@ -32,7 +32,7 @@ METHODS = {
     "infoprune:no-repair": {"repair": False},
     "infoprune": {},
 }
-QUESTIONS = 1500
+QUESTIONS = 600
 
 
 def main() -> None:

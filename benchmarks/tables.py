@@ -67,7 +67,7 @@ def demo() -> str:
 
 
 def ablation() -> str:
-    rows = [row for row in load("demo")["rows"] if row.get("budget") in (0.5, 0.31)]
+    rows = [row for row in load("demo")["rows"] if row.get("budget") == 0.31]
     rows.sort(key=lambda row: (-row["budget"], row["method"]))
     cells = [[f"`--flops {r['budget']:g}`", "with repair" if r["method"] == "infoprune" else "without", f"{r['accuracy']:.2f}%",
               f"{r['kl_nats']:.4f}", f"{r['predicted_loss_nats']:.4f}"] for r in rows]  # fmt: skip
