@@ -23,8 +23,11 @@ from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
 
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
-# (method, share, options): the curve, and what it would be without the repair.
-RUNS = [("infoprune", share, "{}") for share in SHARES] + [("infoprune:no-repair", share, '{"repair": false}') for share in (0.31,)]
+# (method, share, options): the curve of the defaults, and each side of the switch between mild and strong compression where the other is used.
+RUNS = [("infoprune", share, "{}") for share in SHARES] + [
+    ("infoprune:strong", 0.5, '{"repair": true, "temperature": 2.0}'),
+    ("infoprune:mild", 0.31, '{"repair": false, "temperature": 1.0}'),
+]
 
 # Runs in a process of its own, so that its peak memory is its own.
 WORKER = """

@@ -67,11 +67,12 @@ def demo() -> str:
 
 
 def ablation() -> str:
-    rows = [row for row in load("demo")["rows"] if row.get("budget") == 0.31]
+    rows = [row for row in load("demo")["rows"] if row.get("budget") in (0.5, 0.31)]
     rows.sort(key=lambda row: (-row["budget"], row["method"]))
-    cells = [[f"`--flops {r['budget']:g}`", "with repair" if r["method"] == "infoprune" else "without", f"{r['accuracy']:.2f}%",
+    names = {("infoprune", 0.5): "mild (default)", ("infoprune", 0.31): "strong (default)"}
+    cells = [[f"`--flops {r['budget']:g}`", names.get((r["method"], r["budget"]), r["method"].partition(":")[2]), f"{r['accuracy']:.2f}%",
               f"{r['kl_nats']:.4f}", f"{r['predicted_loss_nats']:.4f}"] for r in rows]  # fmt: skip
-    return table(["", "", "accuracy", "KL, nats per answer token", "predicted loss, nats per example"], cells)
+    return table(["", "method", "accuracy", "KL, nats per answer token", "predicted loss, nats per example"], cells)
 
 
 def cost() -> str:
@@ -132,8 +133,9 @@ def draw() -> None:
     left, right = figure.subplots(1, 2)
     shares = [row["flops_ratio"] for row in curve]
     left.plot(shares, [row["accuracy"] for row in curve], "o-", label="infoprune")
-    plain = [row for row in rows if row["method"] == "infoprune:no-repair"]
-    left.plot([r["flops_ratio"] for r in plain], [r["accuracy"] for r in plain], "s", mfc="none", label="without repair")
+    for method, marker in (("infoprune:mild", "s"), ("infoprune:strong", "^")):
+        other = [row for row in rows if row["method"] == method]
+        left.plot([r["flops_ratio"] for r in other], [r["accuracy"] for r in other], marker, mfc="none", label=method.partition(":")[2])
     left.set(xlabel="share of the dense FLOPs", ylabel="accuracy, % (easy-VQA test)")
     left.legend()
     for part in ("vision", "prefill", "end_to_end"):

@@ -162,7 +162,7 @@ def calibrate(
     gradients: bool = True,
     branches: bool = False,
     split_tokens: bool = False,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     seed: int = 0,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> Statistics:

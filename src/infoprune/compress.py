@@ -111,7 +111,7 @@ def compress(
         count=len(examples),
         seed=options.seed,
         weighting=options.weighting,
-        temperature=options.temperature,
+        temperature=options.temperature or 1.0,
         fingerprint=fingerprint(examples),
     )
     plan = make_plan(vlm, decisions, options, record)
@@ -233,7 +233,7 @@ def _statistics(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOpt
             weighting=options.weighting,
             gradients=options.needs_gradients,
             branches=options.structure != "joint" and options.ffn_metric == "task",
-            temperature=options.temperature,
+            temperature=options.temperature or 1.0,
             seed=options.seed,
             progress=advance,
         )

@@ -34,7 +34,9 @@ def compress(
     structure: Annotated[Optional[str], typer.Option(help="Gate and up: 'joint' (default), 'separate' or 'best'.")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
     examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 128).")] = None,
-    repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default on).")] = None,
+    repair: Annotated[
+        Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: where compression is strong).")
+    ] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
     recipe: Annotated[Optional[Path], typer.Option(help="YAML file with the same options; the command line wins.")] = None,

@@ -33,7 +33,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"The recipe {path} has unknown keys: {', '.join(unknown)}. Known: {', '.join(sorted({*known, *OTHER_KEYS}))}."
         )
     for key, value in loaded.items():
-        expected = (str,) if key in OTHER_KEYS else (int, float) if key in ("flops", "ks") else _kinds(known[key])
+        expected = (str,) if key in OTHER_KEYS else _kinds(key, known[key])
         if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
             raise InfoPruneError(
                 f"The recipe {path} gives {key}={value!r}, which is not a {' or '.join(kind.__name__ for kind in expected)}."
@@ -41,8 +41,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in loaded.items()}
 
 
-def _kinds(default: Any) -> tuple[type, ...]:
-    if isinstance(default, bool):
+def _kinds(key: str, default: Any) -> tuple[type, ...]:
+    if key in ("flops", "ks", "temperature"):
+        return (int, float)
+    if key == "repair" or isinstance(default, bool):
         return (bool,)
     if isinstance(default, float):
         return (int, float)
