@@ -23,7 +23,7 @@ from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
 
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
-# (method, share, options): the curve of the defaults, and each side of the switch between mild and strong compression where the other is used.
+# (method, share, options): the curve of the defaults, and mild and strong compression where the other is the default.
 RUNS = [("infoprune", share, "{}") for share in SHARES] + [
     ("infoprune:strong", 0.5, '{"repair": true, "temperature": 2.0}'),
     ("infoprune:mild", 0.31, '{"repair": false, "temperature": 1.0}'),

@@ -32,7 +32,7 @@ METHODS = {
     "infoprune": {},
     "infoprune:strong": {"temperature": 2.0, "repair": True},
 }
-QUESTIONS = 600
+QUESTIONS = 300
 
 
 def main() -> None:

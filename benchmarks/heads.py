@@ -16,7 +16,7 @@ from infoprune.decide import CompressionOptions, remove_units, solve_sites
 from infoprune.evaluation import quality
 
 CASES = (("text", 0.25), ("text", 0.5), ("vision", 0.5))
-QUESTIONS = 400
+QUESTIONS = 300
 AT_ONCE = 7
 DRAWS = 5
 
