@@ -76,14 +76,14 @@ def ablation() -> str:
 
 
 def cost() -> str:
-    rows = load("demo")["rows"]
-    dense = rows[0]
-    cells = [["dense model, load and answer once", "", f"{dense['peak_rss_gb']:.2f} GB", f"{dense['bytes_on_disk'] / 1e6:.0f} MB"]]
-    for row in rows[1:]:
-        if row["method"] == "infoprune":
-            cells.append([f"compress `--flops {row['budget']:g}`", f"{row['seconds_to_compress']:.0f} s", f"{row['peak_rss_gb']:.2f} GB",
-                          f"{row['bytes_on_disk'] / 1e6:.0f} MB"])  # fmt: skip
-    return table(["process", "time to compress", "peak memory", "weights on disk"], cells)
+    cells = []
+    for row in load("efficiency")["rows"]:
+        if row["method"] == "dense":
+            cells.append(["load the dense model, answer once", "", f"{row['peak_rss_gb']:.2f} GB", ""])
+        else:
+            cells.append([f"compress `--flops {row['budget']:g}`, save, reload, compare", f"{row['seconds_to_compress']:.0f} s",
+                          f"{row['peak_rss_gb']:.2f} GB", f"{row['peak_over_dense']:.2f}x"])  # fmt: skip
+    return table(["process", "time to compress", "peak memory", "against dense"], cells) + source("efficiency")
 
 
 def ffn() -> str:

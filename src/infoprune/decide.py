@@ -147,7 +147,8 @@ def solve_sites(
         scores = {} if options.heads == INFORMATION_LOSS else rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
         for site, block in zip(sites, blocks, strict=True):
             removal = information_loss(block) if options.heads == INFORMATION_LOSS else _ranked_removal(block, scores[site.path], options)
-            solved.append(SolvedSite(site, tokens_per_example(site, statistics), removal, block))
+            # Only the KS rule looks at the block again; its matrices are too large to keep for nothing.
+            solved.append(SolvedSite(site, tokens_per_example(site, statistics), removal, block if options.ks is not None else None))
             progress()
     if options.ffn != NONE:
         for site in architecture.ffn:
