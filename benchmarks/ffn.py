@@ -10,9 +10,10 @@ from __future__ import annotations
 import infoprune
 from common import log, whole_images, write
 from infoprune.compress import apply_decisions, calibration_statistics, measure
-from infoprune.decide import CompressionOptions, decide, solve_sites
+from infoprune.decide import decide, solve_sites
 from infoprune.evaluation import quality
 from infoprune.evaluation.cost import ffn_flops
+from infoprune.options import CompressionOptions
 
 SHARES = (0.5, 0.3, 0.2)
 SVD_LLM = {

@@ -12,8 +12,9 @@ import infoprune
 from common import log, whole_images, write
 from infoprune.compress import apply_decisions, calibration_statistics
 from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
-from infoprune.decide import CompressionOptions, remove_units, solve_sites
+from infoprune.decide import remove_units, solve_sites
 from infoprune.evaluation import quality
+from infoprune.options import CompressionOptions
 
 CASES = (("text", 0.25), ("text", 0.5), ("vision", 0.5))
 QUESTIONS = 300

@@ -14,7 +14,7 @@ import infoprune
 from common import log, write
 from infoprune.compress import calibration_statistics
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.decide import CompressionOptions
+from infoprune.options import CompressionOptions
 from infoprune.packing import answer_logits
 from infoprune.plan import FFNDecision
 from infoprune.surgery import factorizations

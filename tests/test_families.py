@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 import infoprune
-from infoprune.architecture import AttentionSite, resolve
+from infoprune.architecture import AttentionSite
 from infoprune.calibrate import calibrate
 from infoprune.compress import compress
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.evaluation.cost import count_flops, predicted_flops, prompt_inputs
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
+from infoprune.resolve import resolve
 from infoprune.surgery import apply_
 
 

@@ -14,6 +14,7 @@ from infoprune.compress import apply_plan, compress
 from infoprune.criteria.heads import CRITERIA
 from infoprune.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
 from infoprune.plan import FFNDecision, HeadDecision, ffn_parameters, max_rank
+from infoprune.resolve import resolve
 from test_families import plan_of
 from tiny_models import TINY, build
 
@@ -204,7 +205,7 @@ def test_unsupported_families_are_refused_with_the_list(tmp_path):
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 8}
     with pytest.raises(UnsupportedModelError, match=r"llava.*idefics3"):
-        infoprune.architecture.resolve(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)))
+        resolve(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)))
     (tmp_path / "config.json").write_text('{"model_type": "martian"}')
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match="Supported"):
@@ -214,4 +215,4 @@ def test_unsupported_families_are_refused_with_the_list(tmp_path):
 def test_unsupported_tower_is_refused(gqa_vlm):
     gqa_vlm.model.config.text_config.model_type = "gpt2"
     with pytest.raises(UnsupportedModelError, match="gpt2"):
-        infoprune.architecture.resolve(gqa_vlm.model)
+        resolve(gqa_vlm.model)

@@ -29,10 +29,10 @@ from transformers import (
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
-from infoprune.architecture import resolve
 from infoprune.data import Example
 from infoprune.model import VLM
 from infoprune.packing import PromptEncoder
+from infoprune.resolve import resolve
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 WORDS += ["what", "colour", "shape", "is", "the", "there", "a", "in", "image", "red", "blue", "circle", "square", "yes", "no", "?"]

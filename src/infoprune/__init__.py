@@ -12,9 +12,9 @@ from infoprune._version import __version__
 from infoprune.checkpoint import save
 from infoprune.compress import Compressed, apply_plan, compress
 from infoprune.data import Example, load_examples
-from infoprune.decide import CompressionOptions
 from infoprune.errors import InfoPruneError
 from infoprune.model import VLM, load
+from infoprune.options import CompressionOptions
 from infoprune.plan import CompressionPlan
 
 _checkpoint.register()

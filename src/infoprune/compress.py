@@ -17,10 +17,11 @@ from infoprune._version import __version__
 from infoprune.architecture import Architecture
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.data import Example, load_examples, subset
-from infoprune.decide import CompressionOptions, Decisions, decide, solve_sites
+from infoprune.decide import Decisions, decide, solve_sites
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters, predicted_flops, prompt_inputs, typical_example
 from infoprune.model import VLM
+from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress

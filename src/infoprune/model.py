@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from infoprune.architecture import Architecture, resolve
+from infoprune.architecture import Architecture
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
 from infoprune.packing import PromptEncoder
 from infoprune.plan import CompressionPlan
+from infoprune.resolve import resolve, supported
 
 DEMO = "demo"
 
@@ -139,8 +140,6 @@ def _from_pretrained(path: str | Path, source: str | Path, dtype: torch.dtype, t
         raise
     except ValueError as error:
         if "model type" in str(error) or "Unrecognized configuration" in str(error):
-            from infoprune.architecture import supported
-
             raise UnsupportedModelError(f"'{source}' is not a supported vision-language model. Supported: {supported()}.") from error
         raise CheckpointError(f"The checkpoint '{source}' could not be loaded: {error}") from error
     except Exception as error:  # Transformers raises many kinds here; each means that this checkpoint can't be used

@@ -50,8 +50,8 @@ def compress(
     import infoprune
     from infoprune.checkpoint import check_output_folder
     from infoprune.cli.recipe import read_recipe
-    from infoprune.decide import CompressionOptions
     from infoprune.errors import InfoPruneError
+    from infoprune.options import CompressionOptions
 
     given: dict[str, Any] = {
         "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "heads": heads, "ffn": ffn,

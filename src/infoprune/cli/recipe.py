@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from infoprune.decide import CompressionOptions
 from infoprune.errors import InfoPruneError
+from infoprune.options import CompressionOptions
 
 OTHER_KEYS = {"model", "data", "output", "prompt_suffix", "device"}
 

@@ -10,9 +10,10 @@ import torch
 
 from infoprune.compress import calibration_statistics
 from infoprune.criteria.heads import block_of, conditional_rate_score, erank_score, ks_score, rate_score, removal_loss
-from infoprune.decide import CompressionOptions, solve_sites, tokens_per_example
+from infoprune.decide import solve_sites, tokens_per_example
 from infoprune.errors import InfoPruneError
 from infoprune.model import VLM
+from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT, Progress
 from infoprune.spectrum import effective_rank, normalize, rank_for_ks
 

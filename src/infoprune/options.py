@@ -1,0 +1,91 @@
+"""How to compress: one frozen dataclass, whose names the command line and recipes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from infoprune.architecture import TowerName
+from infoprune.calibrate import Weighting
+from infoprune.criteria.ffn import FFNOptions
+from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
+from infoprune.errors import BudgetError, InfoPruneError
+
+NONE = "none"
+# Below this share of FLOPs (and under the KS rule) compression counts as strong. Mild cuts stay where the second-order prediction holds:
+# the exact Fisher information (temperature 1) and no repair measured best. Strong ones leave it: a smoothed Fisher information
+# (temperature 2), in which confident answers count, and the sequential repair. Measured on training-split questions of the demo model.
+STRONG = 0.45
+
+
+@dataclass(frozen=True)
+class CompressionOptions:
+    """How to compress; the same names as the command line's options and the recipe's keys.
+
+    Attributes:
+        flops: Share of the dense model's FLOPs that remains, over image, prompt and answer.
+        ks: KS tolerance instead of a budget: the adaptive rule.
+        heads: Head criterion (``infoprune.criteria.heads.CRITERIA``) or ``none``.
+        ffn: ``low-rank`` or ``none``.
+        towers: Which towers may be cut.
+        compensate: Repair the output projection after removing heads.
+        alpha: Weight of eRank in ``erank-ks``.
+        ffn_metric, centred, structure: See :class:`infoprune.criteria.ffn.FFNOptions`.
+        allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline).
+        weighting: See :func:`infoprune.calibrate.calibrate`.
+        temperature: Of the Fisher information; ``None``: 2 for strong compression, 1 for mild, see :data:`STRONG`.
+        examples: Calibration questions, one per image as far as images go.
+        repair: Cut layer by layer and refit each block's last linear to the dense residual stream
+            (:mod:`infoprune.repair`); ``None``: for strong compression.
+        rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
+        floor: Least rank of a site, as a share of the rank it would have under uniform shares.
+        seed: Seed of every draw.
+    """
+
+    flops: float | None = None
+    ks: float | None = None
+    heads: str = INFORMATION_LOSS
+    ffn: Literal["low-rank", "none"] = "low-rank"
+    towers: tuple[TowerName, ...] = ("vision", "text")
+    compensate: bool = True
+    alpha: float = 0.5
+    ffn_metric: Literal["task", "identity"] = "task"
+    centred: bool = True
+    structure: Literal["joint", "separate", "best"] = "joint"
+    allocation: Literal["global", "uniform"] = "global"
+    weighting: Weighting = "relevance"
+    temperature: float | None = None
+    examples: int = 128
+    repair: bool | None = None
+    rank_multiple: int = 8
+    floor: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.flops is None) == (self.ks is None):
+            raise BudgetError("Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5) and ks (a tolerance, e.g. 0.1).")
+        for name, value in (("flops", self.flops), ("ks", self.ks)):
+            if value is not None and not 0 < value <= 1:
+                raise BudgetError(f"{name} must be above 0 and at most 1, not {value}.")
+        strong = self.flops is None or self.flops < STRONG
+        # Resolved here, once, so that everything downstream reads plain values.
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 2.0 if strong else 1.0)
+        if self.repair is None:
+            object.__setattr__(self, "repair", strong)
+        if self.heads not in (*CRITERIA, NONE):
+            raise InfoPruneError(f"Unknown head criterion '{self.heads}'. Known: {', '.join((*CRITERIA, NONE))}.")
+        if self.heads == NONE and self.ffn == NONE:
+            raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
+        if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or not self.temperature or self.temperature < 0:
+            raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+
+    @property
+    def ffn_options(self) -> FFNOptions:
+        """The FFN method."""
+        return FFNOptions(self.ffn_metric, self.centred, self.structure)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration must take gradients."""
+        return self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, "energy")
