@@ -17,7 +17,7 @@ from infoprune.evaluation import quality
 from infoprune.options import CompressionOptions
 
 CASES = (("text", 0.25), ("text", 0.5), ("vision", 0.5))
-QUESTIONS = 300
+QUESTIONS = 200
 AT_ONCE = 7
 DRAWS = 5
 
