@@ -35,7 +35,6 @@ lint: $(VENV)/installed
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/demo.py
-	$(BIN)/python benchmarks/efficiency.py
 	$(BIN)/python benchmarks/ffn.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/tail.py

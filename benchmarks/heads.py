@@ -16,7 +16,7 @@ from infoprune.decide import remove_units, solve_sites
 from infoprune.evaluation import quality
 from infoprune.options import CompressionOptions
 
-CASES = (("text", 0.25), ("text", 0.5), ("vision", 0.5))
+CASES = (("text", 0.5), ("text", 0.25), ("vision", 0.5))
 QUESTIONS = 200
 AT_ONCE = 7
 DRAWS = 5

@@ -116,7 +116,10 @@ def factorize_inputs(site: FFNSite, statistics: SiteStatistics, weight: torch.Te
         gram = gradient.second_moment + ridge * gram
     root, inverse = root_and_inverse(moment, floor=RELATIVE_FLOOR)
     energies, basis = descending_eigh(root @ gram @ root)
-    return Factorization(weight, basis, root, inverse, energies, mean, "input")
+    # Directions raised to the eigenvalue floor carry less than the floor: the discarded energy counts what was really there.
+    whitened = inverse @ basis
+    present = (whitened * (moment @ whitened)).sum(0).clamp(0, 1)
+    return Factorization(weight, basis, root, inverse, energies * present, mean, "input")
 
 
 def factorize_down(statistics: SiteStatistics, weight: torch.Tensor, bias: torch.Tensor | None, options: FFNOptions) -> Factorization:
