@@ -1,6 +1,6 @@
 """Train the demo model's bridge (projector and LoRA on the language linears) on easy-VQA's training split.
 
-    python scripts/train_bridge.py --epochs 2 --autocast --out src/infoprune/demo/bridge.safetensors
+    python scripts/train_bridge.py --epochs 2 --autocast --max-steps 500 --out src/infoprune/demo/bridge.safetensors
 
 1. Vision features of all training images are computed once (the vision tower stays frozen).
 2. Alignment: the projector alone learns to place image tokens near the word embeddings of the image's colour and shape, both taken
