@@ -126,6 +126,7 @@ def test_impossible_budget_says_the_smallest_reachable(gqa_vlm, questions):
 
 
 @pytest.mark.parametrize("fields", [{}, {"flops": 0.5, "ks": 0.1}, {"flops": 0}, {"flops": 1.5}, {"flops": 0.5, "heads": "nonsense"},
+        {"flops": 0.5, "structure": "nonsense"}, {"flops": 0.5, "ffn_metric": "nonsense"}, {"flops": 0.5, "towers": ("ear",)},
                                     {"flops": 0.5, "examples": 0}, {"flops": 0.5, "heads": "none", "ffn": "none"}])  # fmt: skip
 def test_bad_options_are_refused(fields):
     with pytest.raises(InfoPruneError):

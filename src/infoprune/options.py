@@ -75,6 +75,18 @@ class CompressionOptions:
             object.__setattr__(self, "repair", strong)
         if self.heads not in (*CRITERIA, NONE):
             raise InfoPruneError(f"Unknown head criterion '{self.heads}'. Known: {', '.join((*CRITERIA, NONE))}.")
+        choices = {
+            "ffn": ("low-rank", NONE),
+            "ffn_metric": ("task", "identity"),
+            "structure": ("joint", "separate", "best"),
+            "allocation": ("global", "uniform"),
+            "weighting": ("uniform", "relevance"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InfoPruneError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
+        if not self.towers or not set(self.towers) <= {"vision", "text"}:
+            raise InfoPruneError(f"Unknown towers {', '.join(self.towers) or '(none)'}. Known: vision, text.")
         if self.heads == NONE and self.ffn == NONE:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or not self.temperature or self.temperature < 0:
