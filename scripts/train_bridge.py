@@ -7,7 +7,7 @@
    from training answers. It takes seconds and saves the language model most of the search for a common code.
 3. Projector and LoRA learn to answer. An image's questions share its tokens in one packed row (``infoprune.packing``).
 
-One image in twenty of the training split is held out to watch progress; the test split is never read. The last weights are kept.
+Progress is watched on the validation split (one training image in twenty); the test split is never read. The last weights are kept.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def main() -> None:
     model, processor = build_without_bridge(lambda message: log(event=message))
     encoder = PromptEncoder(processor, model.config.image_token_id)
     groups = by_image(load_examples("easy-vqa:train"))
+    train, held_out = list(groups), by_image(load_examples("easy-vqa:validation"))
+    groups |= held_out
     images = list(groups)
-    held_out = set(random.sample(images, len(images) // 20))
-    train = [image for image in images if image not in held_out]
     features = vision_features(model, encoder, images, log)
 
     projector = model.model.multi_modal_projector

@@ -7,6 +7,12 @@ result = infoprune.compress(vlm, "easy-vqa", flops=0.5)
 infoprune.save(result.vlm, "small", probe=result.probe)
 """
 
+import os as _os
+
+# Intel's MKL rounds differently with the alignment of its inputs unless told otherwise before its first use; a resumed training run
+# could then not end with the same bits.
+_os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 from infoprune import checkpoint as _checkpoint
 from infoprune._version import __version__
 from infoprune.checkpoint import save

@@ -8,25 +8,32 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from infoprune._version import __version__
-from infoprune.architecture import Architecture
+from infoprune.architecture import Architecture, AttentionSite
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.data import Example, load_examples, subset
-from infoprune.decide import Decisions, decide, solve_sites
+from infoprune.decide import Decisions, SolvedSite, attention_share, decide, solve_sites, with_units
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters, predicted_flops, prompt_inputs, typical_example
 from infoprune.model import VLM
-from infoprune.options import CompressionOptions
-from infoprune.packing import PackedBatch, batches
+from infoprune.options import TRAINED, CompressionOptions
+from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.repair import cut_and_repair_
 from infoprune.surgery import apply_, ffn_options
+from infoprune.training.gates import HeadGates
+from infoprune.training.heads import check_agreement, masked_logits
+from infoprune.training.loop import Processes
+from infoprune.training.options import TrainingOptions
+from infoprune.training.run import LearnedHeads, TrainingRun, split
+from infoprune.training.state import WorkFolder
 
 ROWS_PER_BATCH = 4  # bounds the memory of activations kept for the backward pass
 
@@ -39,10 +46,12 @@ class Compressed:
         vlm: The compressed model, with its plan.
         dense_flops, flops: Counted on the real models, before and after.
         workload: What they were counted over.
-        predicted_loss: Second-order prediction of the information lost, in nats per example.
+        predicted_loss: Second-order prediction of the information lost by the cut, in nats per example.
         dense_parameters, parameters: Before and after.
         seconds: Wall time by step.
         probe: Inputs of one example, to compare a saved checkpoint on.
+        training: What gate training and recovery were like, by stage.
+        main_process: False in all but one of several processes; that one saves.
     """
 
     vlm: VLM
@@ -54,6 +63,8 @@ class Compressed:
     parameters: int
     seconds: dict[str, float]
     probe: dict[str, torch.Tensor]
+    training: dict[str, Any] = field(default_factory=dict)
+    main_process: bool = True
 
     @property
     def flops_ratio(self) -> float:
@@ -71,6 +82,7 @@ class Compressed:
             "dense_parameters": self.dense_parameters,
             "parameters": self.parameters,
             "seconds": self.seconds,
+            "training": self.training,
         }
 
 
@@ -79,26 +91,90 @@ def compress(
     data: str | Sequence[Example],
     *,
     options: CompressionOptions | None = None,
+    training: TrainingOptions | None = None,
     in_place: bool = False,
+    work: Path | None = None,
     progress: Progress = SILENT,
-    **fields: Any,
+    **given: Any,
 ) -> Compressed:
-    """Compress a vision-language model, training-free.
+    """Compress a vision-language model: training-free, or with trained heads and recovery where the options ask for them.
 
     Args:
         vlm: A dense model from :func:`infoprune.load`.
-        data: Calibration data: a specification for :func:`infoprune.data.load_examples`, or examples. Never the test data.
+        data: Calibration and training data: a specification for :func:`infoprune.data.load_examples`, or examples. Never the test data.
         options: How; or give the fields of :class:`CompressionOptions` by keyword, e.g. ``flops=0.5``.
-        in_place: Cut ``vlm`` itself instead of a copy.
+        training: How to train; or give the fields of :class:`TrainingOptions` by keyword, e.g. ``recovery="full"``.
+        in_place: Cut ``vlm`` itself instead of a copy. Not with recovery, whose teacher is the dense model.
+        work: Folder for the state of training, from which an interrupted run goes on; delete it afterwards. ``None``: no state is kept.
         progress: Shows the steps.
 
     Raises:
-        BudgetError, DataError, CalibrationError, UnsupportedModelError: See their messages; ``vlm`` is unchanged.
+        BudgetError, DataError, CalibrationError, CheckpointError, UnsupportedModelError: See their messages; ``vlm`` is unchanged.
     """
-    options = options or CompressionOptions(**fields)
-    architecture = _dense_architecture(vlm)
-    examples = calibration_examples(data, options.examples, options.seed, progress)
+    options, training = _options_of(options, training, given)
+    _dense_architecture(vlm)
     clock = _Clock()
+    run: TrainingRun | None = None
+    pool = _pool(data, progress)
+    if options.heads == TRAINED or training.recovery != "none":
+        run = _training_run(vlm, pool, data, options, training, work, progress)
+        pool = run.examples
+    examples = subset(pool, options.examples, seed=options.seed, spread=True)
+    cut = run.saved_cut() if run else None
+    if cut is None:
+        cut = _cut_free(vlm, data, examples, options, run, in_place and training.recovery == "none", clock, progress)
+        if run and training.recovery != "none":
+            run.save_cut(cut.vlm, cut.as_dict())
+    else:
+        progress.note("found the cut model of an interrupted run; going on with its recovery")
+        cut = _reloaded(vlm, cut, examples)
+    if run is None or training.recovery == "none":
+        return cut
+    report = run.recover(cut.vlm, vlm)
+    clock.lap("recover")
+    return replace(cut, training=cut.training | {"recovery": report}, seconds=cut.seconds | clock.laps)
+
+
+def _options_of(
+    options: CompressionOptions | None, training: TrainingOptions | None, given: dict[str, Any]
+) -> tuple[CompressionOptions, TrainingOptions]:
+    own = {f.name for f in fields(TrainingOptions)} & given.keys()
+    training = training or TrainingOptions(**{name: given[name] for name in own})
+    return options or CompressionOptions(**{name: value for name, value in given.items() if name not in own}), training
+
+
+def _training_run(
+    vlm: VLM, pool: list[Example], data: str | Sequence[Example], options: CompressionOptions, training: TrainingOptions,
+    work: Path | None, progress: Progress,
+) -> TrainingRun:  # fmt: skip
+    examples, validation = split(pool, training, options.seed, progress)
+    processes = Processes.current(vlm.device, training.trackers, str(work or "."))
+    folder = WorkFolder(work) if work is not None else None
+    if folder is not None:
+        if processes.index == 0:
+            told = {"model": vlm.model_id, "data": fingerprint(examples), "validation": fingerprint(validation), "library": __version__}
+            folder.claim(told | asdict(options) | asdict(training) | {"processes": processes.count})
+        processes.wait()
+    return TrainingRun(training, examples, validation, options.seed, processes, progress, folder)
+
+
+def _reloaded(vlm: VLM, cut: tuple[VLM, dict[str, Any]], examples: Sequence[Example]) -> Compressed:
+    found, report = cut
+    probe, dense_flops, workload = measure(vlm, examples)
+    flops, _ = count_flops(found.model, _dense_architecture(vlm).family, probe, workload.answer_tokens)
+    target = replace(found, architecture=vlm.architecture, model_id=vlm.model_id, encoder=vlm.encoder)
+    return Compressed(
+        target, dense_flops, flops, workload, report["predicted_loss_nats"], report["dense_parameters"], report["parameters"],
+        report["seconds"], probe, report["training"],
+    )  # fmt: skip
+
+
+def _cut_free(
+    vlm: VLM, data: str | Sequence[Example], examples: list[Example], options: CompressionOptions, run: TrainingRun | None,
+    in_place: bool, clock: _Clock, progress: Progress,
+) -> Compressed:  # fmt: skip
+    """Calibrate, decide (heads by training, if the options say so), cut."""
+    architecture = _dense_architecture(vlm)
     inputs = _batches(vlm, examples)
     statistics = _statistics(vlm, inputs, options, progress)
     clock.lap("calibrate")
@@ -108,18 +184,29 @@ def compress(
     with progress.task("scoring heads and ranks", num_sites) as advance:
         solved = solve_sites(vlm.model, architecture, statistics, options, lambda: advance(1))
     decisions = decide(solved, architecture, workload, dense_flops.total, options)
-    del solved
     clock.lap("decide")
+    target = vlm if in_place else vlm.copy()
+    report: dict[str, Any] = {}
+    if options.heads == TRAINED:
+        assert run is not None
+        learned = _learn_heads(target, solved, decisions, workload, options, run)
+        report["heads"] = learned.as_dict()
+        clock.lap("train heads")
+        if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
+            statistics = _statistics(target, inputs, options, progress)
+            solved = solve_sites(target.model, architecture, statistics, options)
+        decisions = decide(with_units(solved, learned.kept, options), architecture, workload, dense_flops.total, options)
+        report["heads"]["agreement"] = _check_gates(target, solved, decisions, statistics, inputs, options)
+    del solved
     record = CalibrationRecord(
         data=data if isinstance(data, str) else "examples",
         count=len(examples),
         seed=options.seed,
         weighting=options.weighting,
-        temperature=options.temperature or 1.0,
+        temperature=options.temperature,
         fingerprint=fingerprint(examples),
     )
     plan = make_plan(vlm, decisions, options, record)
-    target = vlm if in_place else vlm.copy()
     _cut(target, plan, statistics, inputs, progress)
     clock.lap("cut")
     flops, _ = count_flops(target.model, architecture.family, probe, workload.answer_tokens)
@@ -130,8 +217,32 @@ def compress(
     release_memory()
     return Compressed(
         replace(target, plan=plan), dense_flops, flops, workload, decisions.predicted_loss,
-        dense_parameters, num_parameters(target.model), clock.laps, probe,
+        dense_parameters, num_parameters(target.model), clock.laps, probe, report, run is None or run.processes.index == 0,
     )  # fmt: skip
+
+
+def _learn_heads(
+    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, options: CompressionOptions, run: TrainingRun
+) -> LearnedHeads:
+    """Gates get the share of the attention's FLOPs that the training-free allocation gives attention."""
+    blocks = {item.site.path: item.block for item in solved if item.block is not None}
+    sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
+    target = attention_share(solved, decisions, workload)
+    return run.learn_heads(vlm, sites, blocks, workload, target, compensated=options.compensate)
+
+
+def _check_gates(
+    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: Sequence[PackedBatch],
+    options: CompressionOptions,
+) -> float:  # fmt: skip
+    """The gated model with gates at 0 and 1 answers like the model without those heads; see ``heads.check_agreement``."""
+    blocks = {item.site.path: item.block for item in solved if item.block is not None}
+    sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
+    kept = {s.path: list(decisions.heads[s.path].keep_units) if s.path in decisions.heads else list(range(s.num_units)) for s in sites}
+    masked = masked_logits(vlm.model, HeadGates(sites).to(vlm.device), blocks, kept, inputs[0], compensated=options.compensate)
+    without = apply_decisions(vlm, replace(decisions, ffn={}), replace(options, repair=False), statistics, inputs[:1])
+    with torch.no_grad():
+        return check_agreement(masked, answer_logits(without.model, inputs[0]))
 
 
 def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], Flops, Workload]:
@@ -196,10 +307,14 @@ def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | 
 
 def calibration_examples(data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT) -> list[Example]:
     """The calibration sample: as many different images as possible."""
+    return subset(_pool(data, progress), count, seed=seed, spread=True)
+
+
+def _pool(data: str | Sequence[Example], progress: Progress) -> list[Example]:
     pool = load_examples(data, default_split="train", notify=progress.note) if isinstance(data, str) else list(data)
     if not pool:
         raise DataError("There are no calibration examples.")
-    return subset(pool, count, seed=seed, spread=True)
+    return pool
 
 
 def calibration_statistics(
@@ -239,7 +354,7 @@ def _statistics(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOpt
             weighting=options.weighting,
             gradients=options.needs_gradients,
             branches=options.structure != "joint" and options.ffn_metric == "task",
-            temperature=options.temperature or 1.0,
+            temperature=options.temperature,
             seed=options.seed,
             progress=advance,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, block_of,
 from infoprune.errors import BudgetError
 from infoprune.evaluation.cost import Workload, attention_flops, ffn_flops
 from infoprune.linalg import descending_eigh
-from infoprune.options import NONE, CompressionOptions
+from infoprune.options import NONE, TRAINED, CompressionOptions
 from infoprune.plan import FFNDecision, HeadDecision, max_rank
 from infoprune.spectrum import ks_distance, rank_for_ks
 from infoprune.surgery import factorizations
@@ -26,7 +26,10 @@ from infoprune.surgery import factorizations
 
 @dataclass(frozen=True)
 class SolvedSite:
-    """What deciding knows of one site: a block's removals, or an FFN's factorisations by rank name."""
+    """What deciding knows of one site: a block's removals, or an FFN's factorisations by rank name.
+
+    ``fixed`` is the number of removals that was decided elsewhere.
+    """
 
     site: AttentionSite | FFNSite
     tokens: float
@@ -34,6 +37,7 @@ class SolvedSite:
     block: Block | None = None
     spectra: dict[str, torch.Tensor] | None = None
     tails: dict[str, torch.Tensor] | None = None
+    fixed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,13 @@ def solve_sites(
         for site in sites:
             out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
             blocks.append(block_of(site, statistics.sites[site.path], out.weight.cpu()))
-        scores = {} if options.heads == INFORMATION_LOSS else rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
+        setwise = options.heads in (INFORMATION_LOSS, TRAINED)  # trained heads are first given the share that the set-wise loss gives them
+        scores = {} if setwise else rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
         for site, block in zip(sites, blocks, strict=True):
-            removal = information_loss(block) if options.heads == INFORMATION_LOSS else _ranked_removal(block, scores[site.path], options)
-            # Only the KS rule looks at the block again; its matrices are too large to keep for nothing.
-            solved.append(SolvedSite(site, tokens_per_example(site, statistics), removal, block if options.ks is not None else None))
+            removal = information_loss(block) if setwise else _ranked_removal(block, scores[site.path], options)
+            # Only the KS rule and gates look at the block again; its matrices are too large to keep for nothing.
+            again = options.ks is not None or options.heads == TRAINED
+            solved.append(SolvedSite(site, tokens_per_example(site, statistics), removal, block if again else None))
             progress()
     if options.ffn != NONE:
         for site in architecture.ffn:
@@ -119,6 +125,32 @@ def decide(
         return _decide_by_ks(solved, options)
     assert options.flops is not None
     return _decide_by_flops(solved, architecture, workload, dense_total, options)
+
+
+def with_units(solved: list[SolvedSite], kept: dict[str, list[int]], options: CompressionOptions) -> list[SolvedSite]:
+    """The same sites with one way to treat each block: keep the units that ``kept`` lists by path. FFNs still choose.
+
+    Raises:
+        KeyError: A block of ``solved`` is not in ``kept``.
+    """
+    fixed = []
+    for item in solved:
+        if isinstance(item.site, AttentionSite):
+            assert item.block is not None
+            removed = [u for u in range(item.site.num_units) if u not in kept[item.site.path]]
+            loss = removal_loss(item.block, removed, compensated=options.compensate) if removed else 0.0
+            item = replace(item, removal=Removal(removed, [loss] * (len(removed) + 1)), fixed=len(removed))
+        fixed.append(item)
+    return fixed
+
+
+def attention_share(solved: list[SolvedSite], decisions: Decisions, workload: Workload) -> float:
+    """Share of the attention's dense FLOPs that ``decisions`` keep."""
+    blocks = [item.site for item in solved if isinstance(item.site, AttentionSite)]
+    kept = sum(
+        attention_flops(s, len(decisions.heads[s.path].keep_units) if s.path in decisions.heads else s.num_units, workload) for s in blocks
+    )
+    return kept / sum(attention_flops(site, site.num_units, workload) for site in blocks)
 
 
 def remove_units(solved: list[SolvedSite], count: int, options: CompressionOptions) -> Decisions:
@@ -297,13 +329,14 @@ def _ffn_groups(
 
 
 def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions) -> dict[str, int]:
-    """Units to remove from each block under a ranking criterion, which has no unit to trade against FFN ranks.
+    """Units to remove from each block where that is decided already, or by a ranking, which has no unit to trade against FFN ranks.
 
-    Such criteria get the share of the attention's FLOPs that was asked of the model, filled by one global ranking, at least one unit
+    Rankings get the share of the attention's FLOPs that was asked of the model, filled by one global ranking, at least one unit
     staying per block; the FFNs get the rest of the budget.
     """
-    if options.heads in (INFORMATION_LOSS, NONE) or options.allocation == "uniform":
-        return {}
+    decided = {item.site.path: item.fixed for item in solved if item.fixed is not None}
+    if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE) or options.allocation == "uniform":
+        return decided
     assert options.flops is not None
     attention = [item for item in solved if isinstance(item.site, AttentionSite)]
     total = sum(_dense_cost(item.site, workload) for item in attention)

@@ -11,11 +11,7 @@ from infoprune.criteria.ffn import FFNOptions
 from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
 from infoprune.errors import BudgetError, InfoPruneError
 
-NONE = "none"
-# Below this share of FLOPs (and under the KS rule) compression counts as strong. Mild cuts stay where the second-order prediction holds:
-# the exact Fisher information (temperature 1) and no repair measured best. Strong ones leave it: a smoothed Fisher information
-# (temperature 2), in which confident answers count, and the sequential repair. Measured on training-split questions of the demo model.
-STRONG = 0.45
+NONE, TRAINED = "none", "trained"
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,8 @@ class CompressionOptions:
     Attributes:
         flops: Share of the dense model's FLOPs that remains, over image, prompt and answer.
         ks: KS tolerance instead of a budget: the adaptive rule.
-        heads: Head criterion (``infoprune.criteria.heads.CRITERIA``) or ``none``.
+        heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
+            see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
         ffn: ``low-rank`` or ``none``.
         towers: Which towers may be cut.
         compensate: Repair the output projection after removing heads.
@@ -33,10 +30,10 @@ class CompressionOptions:
         ffn_metric, centred, structure: See :class:`infoprune.criteria.ffn.FFNOptions`.
         allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline).
         weighting: See :func:`infoprune.calibrate.calibrate`.
-        temperature: Of the Fisher information; ``None``: 2 for strong compression, 1 for mild, see :data:`STRONG`.
+        temperature: Of the Fisher information, see :func:`infoprune.calibrate.fisher_sample`.
         examples: Calibration questions, one per image as far as images go.
         repair: Cut layer by layer and refit each block's last linear to the dense residual stream
-            (:mod:`infoprune.repair`); ``None``: for strong compression.
+            (:mod:`infoprune.repair`).
         rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
         floor: Least rank of a site, as a share of the rank it would have under uniform shares.
         seed: Seed of every draw.
@@ -54,9 +51,9 @@ class CompressionOptions:
     structure: Literal["joint", "separate", "best"] = "joint"
     allocation: Literal["global", "uniform"] = "global"
     weighting: Weighting = "relevance"
-    temperature: float | None = None
+    temperature: float = 1.0
     examples: int = 128
-    repair: bool | None = None
+    repair: bool = True
     rank_multiple: int = 8
     floor: float = 0.5
     seed: int = 0
@@ -67,14 +64,10 @@ class CompressionOptions:
         for name, value in (("flops", self.flops), ("ks", self.ks)):
             if value is not None and not 0 < value <= 1:
                 raise BudgetError(f"{name} must be above 0 and at most 1, not {value}.")
-        strong = self.flops is None or self.flops < STRONG
-        # Resolved here, once, so that everything downstream reads plain values.
-        if self.temperature is None:
-            object.__setattr__(self, "temperature", 2.0 if strong else 1.0)
-        if self.repair is None:
-            object.__setattr__(self, "repair", strong)
-        if self.heads not in (*CRITERIA, NONE):
-            raise InfoPruneError(f"Unknown head criterion '{self.heads}'. Known: {', '.join((*CRITERIA, NONE))}.")
+        if self.heads not in (*CRITERIA, TRAINED, NONE):
+            raise InfoPruneError(f"Unknown head criterion '{self.heads}'. Known: {', '.join((*CRITERIA, TRAINED, NONE))}.")
+        if self.heads == TRAINED and self.flops is None:
+            raise BudgetError("Trained heads need a budget: give flops instead of ks.")
         choices = {
             "ffn": ("low-rank", NONE),
             "ffn_metric": ("task", "identity"),
@@ -89,7 +82,7 @@ class CompressionOptions:
             raise InfoPruneError(f"Unknown towers {', '.join(self.towers) or '(none)'}. Known: vision, text.")
         if self.heads == NONE and self.ffn == NONE:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
-        if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or not self.temperature or self.temperature < 0:
+        if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
 
     @property
@@ -100,4 +93,4 @@ class CompressionOptions:
     @property
     def needs_gradients(self) -> bool:
         """Whether calibration must take gradients."""
-        return self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, "energy")
+        return self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, TRAINED, "energy")

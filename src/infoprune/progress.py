@@ -14,6 +14,9 @@ class Progress:
         """A step of ``total`` parts; the yielded function is called with the number of parts just done."""
         yield lambda done: None
 
+    def status(self, values: dict[str, float]) -> None:
+        """Figures that go with the part just done."""
+
     def note(self, message: str) -> None:
         """One line for people."""
 

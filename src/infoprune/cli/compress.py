@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -27,16 +29,25 @@ def compress(
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")] = None,
     flops: Annotated[Optional[float], typer.Option(help="Share of the dense FLOPs that remains, e.g. 0.5.")] = None,
     ks: Annotated[Optional[float], typer.Option(help="KS tolerance instead of a budget, e.g. 0.1.")] = None,
-    heads: Annotated[Optional[str], typer.Option(help="Head criterion, or 'none'. Default: information-loss.")] = None,
+    heads: Annotated[Optional[str], typer.Option(help="Head criterion, 'trained' or 'none'. Default: information-loss.")] = None,
     ffn: Annotated[Optional[str], typer.Option(help="'low-rank' (default) or 'none'.")] = None,
     towers: Annotated[Optional[list[str]], typer.Option(help="Towers to cut: vision, text; repeat for both (default).")] = None,
     ffn_metric: Annotated[Optional[str], typer.Option(help="'task' (default: output gradients) or 'identity'.")] = None,
     structure: Annotated[Optional[str], typer.Option(help="Gate and up: 'joint' (default), 'separate' or 'best'.")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
     examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 128).")] = None,
-    repair: Annotated[
-        Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: where compression is strong).")
+    repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: yes).")] = None,
+    recovery: Annotated[Optional[str], typer.Option(help="Train after the cut: 'none' (default), 'lora' or 'full'.")] = None,
+    gate_steps: Annotated[Optional[int], typer.Option(help="Updates of the gates, with --heads trained (default 100).")] = None,
+    recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 600).")] = None,
+    recovery_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate of recovery (default 3e-4).")] = None,
+    images_per_step: Annotated[Optional[int], typer.Option(help="Images of one update, with all their questions (default 8).")] = None,
+    validation: Annotated[
+        Optional[str], typer.Option(help="Data to stop early on (default: one image in twenty of --data, kept out of training).")
     ] = None,
+    patience: Annotated[Optional[int], typer.Option(help="Validations without gain before recovery stops (default 0: never).")] = None,
+    precision: Annotated[Optional[str], typer.Option(help="Of training: 'fp32', 'bf16' or 'auto' (default).")] = None,
+    tracker: Annotated[Optional[list[str]], typer.Option(help="Experiment tracker: tensorboard, wandb, mlflow; repeatable.")] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
     recipe: Annotated[Optional[Path], typer.Option(help="YAML file with the same options; the command line wins.")] = None,
@@ -51,13 +62,17 @@ def compress(
     from infoprune.checkpoint import check_output_folder
     from infoprune.cli.recipe import read_recipe
     from infoprune.errors import InfoPruneError
-    from infoprune.options import CompressionOptions
+    from infoprune.options import TRAINED, CompressionOptions
+    from infoprune.progress import Progress
+    from infoprune.training.options import TrainingOptions
 
     given: dict[str, Any] = {
         "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "heads": heads, "ffn": ffn,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
         "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,
-        "device": device,
+        "device": device, "recovery": recovery, "gate_steps": gate_steps, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
+        "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision,
+        "trackers": tuple(tracker) if tracker else None,
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}
     if flops is not None or ks is not None:  # the budget on the command line replaces the recipe's, whichever kind it is
@@ -65,23 +80,36 @@ def compress(
     settings |= {key: value for key, value in given.items() if value is not None}
     if not settings.get("model") or not settings.get("output"):
         raise InfoPruneError("Say which model to compress and where to: infoprune compress MODEL --flops 0.5 -o DIR (or in the recipe).")
-    option_names = {field.name for field in fields(CompressionOptions)}
-    options = CompressionOptions(**{key: value for key, value in settings.items() if key in option_names})
+    options = CompressionOptions(**_for(CompressionOptions, settings))
+    training = TrainingOptions(**_for(TrainingOptions, settings))
     target = Path(settings["output"])
     check_output_folder(target, source=settings["model"], overwrite=overwrite)
-    progress = BarProgress()
+    # Of several processes one speaks; the launcher numbers them before anything else runs.
+    progress = BarProgress() if os.environ.get("RANK", "0") == "0" else Progress()
+    trains = options.heads == TRAINED or training.recovery != "none"
+    work = target.with_name(f"{target.name}.work") if trains else None
     vlm = infoprune.load(
         settings["model"], device=settings.get("device", "cpu"), trust_remote_code=trust_remote_code,
         prompt_suffix=settings.get("prompt_suffix", ""), notify=progress.note,
     )  # fmt: skip
-    result = infoprune.compress(vlm, settings.get("data", DEFAULT_DATA), options=options, in_place=True, progress=progress)
+    result = infoprune.compress(
+        vlm, settings.get("data", DEFAULT_DATA), options=options, training=training, in_place=True, work=work, progress=progress
+    )
+    if not result.main_process:
+        return
     report = result.as_dict()
     infoprune.save(result.vlm, target, probe=result.probe, extra=report, overwrite=overwrite, notify=progress.note)
+    if work is not None:
+        shutil.rmtree(work)  # only now: until the checkpoint is in place, the work could still be lost
     if json_output:
         print_json(report | {"output": str(target)})
         return
     console.print(_summary(report))
     console.print(f"Saved to [bold]{target}[/]. It loads with `import infoprune` and AutoModelForImageTextToText.from_pretrained.")
+
+
+def _for(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key in {field.name for field in fields(kind)}}
 
 
 def _summary(report: dict[str, Any]) -> Table:

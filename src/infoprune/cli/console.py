@@ -21,19 +21,40 @@ error_console = Console(stderr=True)
 
 
 class BarProgress(Progress):
-    """Bars on a terminal; one line per step where output is a file."""
+    """Bars on a terminal; one line per step, and now and then its figures, where output is a file."""
+
+    EVERY = 25  # parts between two lines of figures in a file
+
+    def __init__(self) -> None:
+        self._show: Callable[[str], object] = lambda figures: None
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """See :class:`infoprune.progress.Progress`."""
         if not error_console.is_terminal:
             error_console.print(f"{description} ({total})", highlight=False)
-            yield lambda done: None
+            done_so_far = 0
+
+            def count(done: int) -> None:
+                nonlocal done_so_far
+                done_so_far += done
+
+            def line(figures: str) -> None:
+                if (done_so_far + 1) % self.EVERY == 0:
+                    error_console.print(f"  {done_so_far + 1}/{total}  {figures}", highlight=False, soft_wrap=True)
+
+            self._show = line
+            yield count
             return
         columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Bars(*columns, console=error_console) as bars:
-            task = bars.add_task(description, total=total)
+        with Bars(*columns, TextColumn("{task.fields[figures]}"), console=error_console) as bars:
+            task = bars.add_task(description, total=total, figures="")
+            self._show = lambda figures: bars.update(task, figures=figures)
             yield lambda done: bars.update(task, advance=done)
+
+    def status(self, values: dict[str, float]) -> None:
+        """See :class:`infoprune.progress.Progress`."""
+        self._show("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def note(self, message: str) -> None:
         """See :class:`infoprune.progress.Progress`."""

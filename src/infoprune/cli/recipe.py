@@ -10,6 +10,7 @@ import yaml
 
 from infoprune.errors import InfoPruneError
 from infoprune.options import CompressionOptions
+from infoprune.training.options import TrainingOptions
 
 OTHER_KEYS = {"model", "data", "output", "prompt_suffix", "device"}
 
@@ -20,7 +21,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         InfoPruneError: Unreadable, not a mapping, or a key that is no option; lists the known ones.
     """
-    known = {field.name: field.default for field in fields(CompressionOptions)}
+    known = {field.name: field.default for kind in (CompressionOptions, TrainingOptions) for field in fields(kind)}
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -42,9 +43,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _kinds(key: str, default: Any) -> tuple[type, ...]:
-    if key in ("flops", "ks", "temperature"):
+    if key in ("flops", "ks"):
         return (int, float)
-    if key == "repair" or isinstance(default, bool):
+    if key == "validation":
+        return (str,)
+    if isinstance(default, bool):
         return (bool,)
     if isinstance(default, float):
         return (int, float)

@@ -55,7 +55,8 @@ def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.
     """Assemble what criteria need; the covariance gets the relative floor that makes it invertible."""
     moments = statistics.pooled("input")
     covariance = moments.covariance
-    floor = RELATIVE_FLOOR * float(torch.linalg.eigvalsh((covariance + covariance.T) / 2)[-1])
+    covariance = (covariance + covariance.T) / 2  # float32 products leave it slightly asymmetric, which an inverse would magnify
+    floor = RELATIVE_FLOOR * float(torch.linalg.eigvalsh(covariance)[-1])
     covariance = covariance + max(floor, 1e-30) * torch.eye(len(covariance), dtype=torch.float64)
     if statistics.output_gradient is None:
         metric = torch.eye(site.hidden_size, dtype=torch.float64)
@@ -153,20 +154,21 @@ def ks_score(block: Block, generator: torch.Generator) -> list[float]:
     return scores
 
 
-def _noise(block: Block) -> float:
+def noise_energy(block: Block) -> float:
+    """s^2 of the rate: a tenth of the median head energy of the block, spread over d_h dimensions (``NOISE_SHARE``)."""
     energies = [float(head_spectrum(block, u).sum()) for u in range(block.site.num_units)]
     return max(NOISE_SHARE * float(torch.tensor(energies).median()) / block.site.head_dim, 1e-30)
 
 
 def rate_score(block: Block, generator: torch.Generator) -> list[float]:
     """Rate R_h = 1/2 sum ln(1 + lambda_i / s^2) in nats, s^2 = 0.1 median energy of the block / d_h."""
-    noise = _noise(block)
+    noise = noise_energy(block)
     return [gaussian_rate(head_spectrum(block, u), noise) for u in range(block.site.num_units)]
 
 
 def conditional_rate_score(block: Block, generator: torch.Generator) -> list[float]:
     """Rate of what the block's other heads cannot linearly reproduce of a head (Schur complement), in nats."""
-    noise, precision = _noise(block), torch.linalg.inv(block.covariance)
+    noise, precision = noise_energy(block), torch.linalg.inv(block.covariance)
     scores = []
     for unit in range(block.site.num_units):
         c = block.columns(unit)

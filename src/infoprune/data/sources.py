@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 from infoprune.data.example import Example
 from infoprune.errors import DataError
 
-EASY_VQA_SPLITS = ("train", "test")
+# The official training split has 4,000 images. The demo model never saw one in twenty of them: those are ``validation``, for choosing
+# and stopping; ``train`` is the rest.
+EASY_VQA_SPLITS = ("train", "validation", "test")
+VALIDATION_SHARE, VALIDATION_SEED = 20, 0
 
 
 def load_examples(spec: str, *, default_split: str = "train", notify: Callable[[str], None] = lambda message: None) -> list[Example]:
     """Load the examples that ``spec`` names.
 
     Args:
-        spec: ``easy-vqa`` or ``easy-vqa:SPLIT`` (train, test), or the path of a ``.jsonl`` or ``.json`` file whose records have
+        spec: ``easy-vqa`` or ``easy-vqa:SPLIT`` (train, validation, test), or the path of a ``.jsonl`` or ``.json`` file whose records have
             ``image`` (a path, relative to the file), ``question`` and ``answer``.
         default_split: The split when ``easy-vqa`` comes without one.
         notify: Called with one line for people before a download.
@@ -74,7 +78,12 @@ def _easy_vqa(split: str, notify: Callable[[str], None]) -> list[Example]:
     from infoprune.demo.sources import EASY_VQA, fetch
 
     if split not in EASY_VQA_SPLITS:
-        raise DataError(f"easy-vqa has no split '{split}'; it has {' and '.join(EASY_VQA_SPLITS)}.")
-    folder = fetch(EASY_VQA, notify=notify) / split
+        raise DataError(f"easy-vqa has no split '{split}'; it has {', '.join(EASY_VQA_SPLITS)}.")
+    folder = fetch(EASY_VQA, notify=notify) / ("test" if split == "test" else "train")
     questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    return [Example(folder / "images" / f"{image}.png", question, answer) for question, answer, image in questions]
+    examples = [Example(folder / "images" / f"{image}.png", question, answer) for question, answer, image in questions]
+    if split == "test":
+        return examples
+    images = list(dict.fromkeys(example.image for example in examples))
+    held_out = set(random.Random(VALIDATION_SEED).sample(images, len(images) // VALIDATION_SHARE))
+    return [example for example in examples if (example.image in held_out) == (split == "validation")]

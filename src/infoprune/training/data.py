@@ -1,0 +1,122 @@
+"""Training batches: images with all their questions, in an order that depends on the seed and the step alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from infoprune.data import Example
+from infoprune.errors import DataError
+from infoprune.packing import PackedBatch, PromptEncoder, pack
+
+CACHE_BYTES = 2_000_000_000
+_TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Endless, reproducible passes over the rows of a training set.
+
+    Attributes:
+        rows: Questions that are packed together, each row on one image.
+        rows_per_step: Rows of one update, over all processes.
+        seed: Seed of the shuffles.
+    """
+
+    rows: list[list[Example]]
+    rows_per_step: int
+    seed: int
+
+    def step(self, number: int) -> list[list[Example]]:
+        """Rows of update ``number``, 0, 1, ...: the same whatever came before."""
+        chosen = []
+        for place in range(number * self.rows_per_step, (number + 1) * self.rows_per_step):
+            epoch, index = divmod(place, len(self.rows))
+            chosen.append(self.rows[_order(self.seed, epoch, len(self.rows))[index]])
+        return chosen
+
+
+_orders: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    key = (seed, epoch, size)
+    if key not in _orders:
+        _orders.clear()
+        order = list(range(size))
+        random.Random(f"{seed}-{epoch}").shuffle(order)
+        _orders[key] = order
+    return _orders[key]
+
+
+def rows_of(examples: Sequence[Example], questions_per_image: int, *, share_prefix: bool) -> list[list[Example]]:
+    """Questions grouped by image, in chunks of at most ``questions_per_image``; one by one where a prefix can't be shared."""
+    if not examples:
+        raise DataError("There are no examples to train on.")
+    if not share_prefix:
+        return [[example] for example in examples]
+    groups: dict[Path, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.image, []).append(example)
+    return [group[i : i + questions_per_image] for group in groups.values() for i in range(0, len(group), questions_per_image)]
+
+
+def hold_out(examples: Sequence[Example], seed: int, share: int = 20) -> tuple[list[Example], list[Example]]:
+    """Split off the questions of one image in ``share``: (train, validation).
+
+    Raises:
+        DataError: Fewer than two images.
+    """
+    images = list(dict.fromkeys(example.image for example in examples))
+    if len(images) < 2:
+        raise DataError("Training needs questions on at least two images: one to train on and one to stop early on.")
+    held = set(random.Random(seed).sample(images, max(1, len(images) // share)))
+    return [e for e in examples if e.image not in held], [e for e in examples if e.image in held]
+
+
+@dataclass
+class VisionCache:
+    """Image features of a model whose vision tower does not change, computed once per image.
+
+    Attributes:
+        model: The conditional-generation model.
+        limit: Bytes to keep at most; further images are computed every time.
+    """
+
+    model: Any
+    limit: int = CACHE_BYTES
+    _features: dict[Path, torch.Tensor] = field(default_factory=dict)
+    _bytes: int = 0
+
+    @torch.no_grad()
+    def replace(self, batch: PackedBatch, images: Sequence[Path]) -> PackedBatch:
+        """``batch`` with image features in place of pixels.
+
+        Args:
+            batch: On the model's device.
+            images: The image of each row.
+        """
+        pixels = {name: value for name, value in batch.inputs.items() if name not in _TEXT_INPUTS}
+        missing = [row for row, image in enumerate(images) if image not in self._features]
+        fresh: dict[int, torch.Tensor] = {}
+        if missing:
+            found = self.model.model.get_image_features(**{n: v[missing] for n, v in pixels.items()}, return_dict=True).pooler_output
+            fresh = dict(zip(missing, (f.detach() for f in found), strict=True))
+            for row, features in fresh.items():
+                if self._bytes + features.nbytes <= self.limit:
+                    self._features[images[row]] = features.clone()
+                    self._bytes += features.nbytes
+        features = [fresh[row] if row in fresh else self._features[image] for row, image in enumerate(images)]
+        text = {name: batch.inputs[name] for name in _TEXT_INPUTS}
+        return replace(batch, inputs=text | {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=features)}})
+
+
+def pack_rows(encoder: PromptEncoder, rows: Sequence[Sequence[Example]], device: torch.device) -> PackedBatch:
+    """One batch of rows on ``device``."""
+    return pack(encoder, rows).to(device)

@@ -1,0 +1,217 @@
+"""Training-based head pruning: train gates under the objective and the budget, then choose what stays, exactly within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from infoprune.architecture import AttentionSite
+from infoprune.criteria.heads import Block
+from infoprune.data import Example
+from infoprune.errors import BudgetError, PlanError
+from infoprune.evaluation.cost import Workload, attention_flops
+from infoprune.packing import PackedBatch, answer_logits
+from infoprune.training import objective
+from infoprune.training.data import VisionCache
+from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
+from infoprune.training.loop import Terms, Totals
+from infoprune.training.options import TrainingOptions
+from infoprune.training.structure import BlockStructure, structure_of
+
+AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of the gated blocks for one example.
+
+    Attributes:
+        fixed: (blocks,) what a block costs without any unit.
+        unit: (units of all blocks,) what each unit adds.
+    """
+
+    fixed: torch.Tensor
+    unit: torch.Tensor
+
+    @property
+    def dense(self) -> float:
+        """With all units."""
+        return float(self.fixed.sum() + self.unit.sum())
+
+    def share(self, open_: torch.Tensor) -> torch.Tensor:
+        """Expected share of the dense cost when units are open with probability ``open_`` (units,)."""
+        return (self.fixed.sum() + (self.unit * open_).sum()) / self.dense
+
+
+def costs_of(sites: Sequence[AttentionSite], workload: Workload) -> Costs:
+    """Costs of ``sites``, in closed form."""
+    fixed = [attention_flops(site, 0, workload) for site in sites]
+    unit = [attention_flops(s, 1, workload) - attention_flops(s, 0, workload) for s in sites for _ in range(s.num_units)]
+    return Costs(torch.tensor(fixed, dtype=torch.float64), torch.tensor(unit, dtype=torch.float64))
+
+
+class GateStage:
+    """The stage that trains gates; its model stays dense, and is its own teacher with all gates open."""
+
+    name = "gates"
+
+    def __init__(
+        self,
+        model: Any,
+        gates: HeadGates,
+        blocks: dict[str, Block],
+        costs: Costs,
+        target: float,
+        options: TrainingOptions,
+        *,
+        compensated: bool,
+        seed: int,
+        extra: dict[str, torch.nn.Parameter] | None = None,
+        without_extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        cache: VisionCache | None = None,
+    ) -> None:
+        self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
+        self.compensated, self.seed, self.cache, self.without_extra = compensated, seed, cache, without_extra
+        self.steps = options.gate_steps
+        self.budget = objective.Budget(target)
+        self.structures: dict[str, BlockStructure] = {}
+        self.refreshed_at: torch.Tensor | None = None
+        self.parameters = {"log_alpha": gates.log_alpha, **(extra or {})}
+        groups: list[dict[str, Any]] = [{"params": [gates.log_alpha], "betas": (0.9, 0.99)}]
+        if extra:
+            groups.append({"params": list(extra.values()), "scale": options.recovery_rate / options.gate_rate})
+        self.optimizer = torch.optim.AdamW(groups, lr=options.gate_rate, weight_decay=0.0)
+        self._draw = ""
+
+    def learning_rate(self, step: int) -> float:
+        """Constant: the budget's multipliers need gates that can still move at the end."""
+        return self.options.gate_rate
+
+    def warmed(self, step: int) -> float:
+        """Progress of the warm-up, in [0, 1]."""
+        length = self.options.warmup * self.steps
+        return min(1.0, (step + 1) / length) if length >= 1 else 1.0
+
+    def begin(self, step: int) -> None:
+        """Refresh what calibration tells, and name this step's draw of the gates; each backward pass samples it anew."""
+        if step % self.options.refresh == 0:
+            self.refresh(self.gates.log_alpha.detach().clone())
+        self._draw = f"gates {self.seed} {step}"
+
+    def refresh(self, log_alpha: torch.Tensor) -> None:
+        """Spectra, directions and compensation at the gates that ``log_alpha`` gives."""
+        self.refreshed_at = log_alpha
+        for path, z in self.gates.by_site(deterministic_gate(log_alpha)).items():
+            found = structure_of(self.blocks[path], z, compensated=self.compensated)
+            self.structures[path] = found
+            if self.compensated:
+                self.gates.compensate_(path, found.coefficient, found.mean)
+
+    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
+        """Cross-entropy and distillation."""
+        o = self.options
+        self.gates.sample_(self._draw)
+        if self.cache is not None:
+            batch = self.cache.replace(batch, [row[0].image for row in rows])
+        logits = answer_logits(self.model, batch)
+        terms = {"cross_entropy": (o.cross_entropy_weight, objective.cross_entropy(logits, batch.targets) / totals.targets)}
+        if o.distillation_weight:
+            with self.gates.opened(), self.without_extra(), torch.no_grad():
+                teacher = answer_logits(self.model, batch)
+            value = objective.distillation(logits, teacher, o.distillation_temperature)
+            terms["distillation"] = (o.distillation_weight, value / totals.targets)
+        return terms
+
+    def shared_terms(self, step: int) -> Terms:
+        """Rate, KS and budget, functions of the gates alone."""
+        o, progress, sampled = self.options, self.warmed(step), self.gates.sample_(self._draw)
+        cost = self.costs.share(open_probability(self.gates.log_alpha).double())
+        return {
+            "rate": (o.rate_weight * progress, objective.relative_rate(self.structures, sampled)),
+            "ks": (o.ks_weight, objective.mean_ks(self.structures, sampled)),
+            "budget": (1.0, self.budget.penalty(cost, progress).float()),
+            "cost": (0.0, cost.float()),
+        }
+
+    def end(self, step: int, values: dict[str, float]) -> bool:
+        """Ascend the multipliers; gates never stop early, their budget must converge."""
+        self.budget.ascend(values["cost"], self.warmed(step), self.options.multiplier_rate)
+        values |= {"target": self.budget.at(self.warmed(step)), "mu_1": self.budget.linear, "mu_2": self.budget.quadratic}
+        return False
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Multipliers, and the gates of the last refresh."""
+        assert self.refreshed_at is not None
+        return {"refreshed_at": self.refreshed_at}, {"linear": self.budget.linear, "quadratic": self.budget.quadratic}
+
+    def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        """See :meth:`state`."""
+        self.budget.linear, self.budget.quadratic = meta["linear"], meta["quadratic"]
+        self.refresh(tensors["refreshed_at"].to(self.gates.log_alpha.device))
+
+
+def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[int]]:
+    """Units to keep by path: the least open gates close, at least one unit staying per block, until the cost is within the target.
+
+    Args:
+        gates: Trained.
+        costs: Of its blocks.
+        target: Share of the dense cost of the gated blocks.
+
+    Raises:
+        BudgetError: Not even one unit per block fits.
+    """
+    owner = [(number, unit) for number, site in enumerate(gates.sites) for unit in range(site.num_units)]
+    left = [site.num_units for site in gates.sites]
+    closed: set[int] = set()
+    budget = target * costs.dense
+    spent = costs.dense
+    for index in torch.argsort(gates.log_alpha.detach().cpu(), stable=True).tolist():
+        if spent <= budget:
+            break
+        block = owner[index][0]
+        if left[block] > 1:
+            left[block] -= 1
+            closed.add(index)
+            spent -= float(costs.unit[index])
+    if spent > budget * (1 + 1e-9):
+        raise BudgetError(f"One unit per block already takes {spent / costs.dense:.3f} of the attention's FLOPs, above {target:.3f}.")
+    kept: dict[str, list[int]] = {site.path: [] for site in gates.sites}
+    for index, (block, unit) in enumerate(owner):
+        if index not in closed:
+            kept[gates.sites[block].path].append(unit)
+    return kept
+
+
+@torch.no_grad()
+def masked_logits(
+    model: Any, gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], batch: PackedBatch, *, compensated: bool
+) -> torch.Tensor:
+    """Answer logits of the dense model with gates at exactly 0 and 1, compensation set for the units that stay."""
+    with gates.attached(model):
+        for site in gates.sites:
+            z = torch.zeros(site.num_units)
+            z[kept[site.path]] = 1.0
+            if compensated:
+                found = structure_of(blocks[site.path], z, compensated=True)
+                gates.compensate_(site.path, found.coefficient, found.mean)
+            gates.values = (gates.values or {}) | {site.path: z.to(gates.log_alpha.device)}
+        return answer_logits(model, batch)
+
+
+def check_agreement(masked: torch.Tensor, compacted: torch.Tensor) -> float:
+    """Largest difference of logits relative to the largest logit.
+
+    Raises:
+        PlanError: Above :data:`AGREEMENT`; the compacted model is not the one that was trained.
+    """
+    difference = float((masked - compacted).abs().max() / masked.abs().max().clamp_min(1e-12))
+    if not difference <= AGREEMENT:
+        raise PlanError(
+            f"The compacted model differs from the gated one by {difference:.2g} of its logits; nothing was kept. Please report this."
+        )
+    return difference

@@ -1,0 +1,277 @@
+"""The one training loop: gates and recovery are stages of it. Resumable at any step, the same on one process and on many.
+
+Everything random is a function of the seed and the step, so a stage's state is its step, its parameters, Adam's moments and what the
+stage itself keeps. Processes share a step's rows; their terms add up to the mean over all rows, and so do their gradients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from infoprune.data import Example
+from infoprune.errors import CalibrationError, InfoPruneError
+from infoprune.packing import PackedBatch, PromptEncoder
+from infoprune.progress import Progress
+from infoprune.training.data import Stream, pack_rows
+from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, restore_optimizer_, save_state
+
+CLIP_NORM = 1.0
+Terms = dict[str, tuple[float, torch.Tensor]]  # by name: coefficient and value
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Denominators of a step, over all processes: answer tokens and real tokens."""
+
+    targets: int
+    tokens: int
+
+
+class Stage(Protocol):
+    """What the loop trains."""
+
+    name: str
+    steps: int
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of update ``step``."""
+        ...
+
+    def begin(self, step: int) -> None:
+        """Before the forward passes of a step."""
+        ...
+
+    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
+        """Terms that depend on data: this batch's share of the mean over the step."""
+        ...
+
+    def shared_terms(self, step: int) -> Terms:
+        """Terms that don't, equal on all processes."""
+        ...
+
+    def end(self, step: int, values: dict[str, float]) -> bool:
+        """After an update: may add to ``values``, says whether to stop."""
+        ...
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What else a resumed run needs."""
+        ...
+
+    def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        """Put :meth:`state` back; parameters are in place already."""
+        ...
+
+
+@dataclass
+class Processes:
+    """The processes that share the work; one, unless started with ``accelerate launch``.
+
+    Attributes:
+        accelerator: Of Hugging Face Accelerate; ``None`` for a single process without trackers.
+    """
+
+    accelerator: Any = None
+
+    @classmethod
+    def current(cls, device: torch.device, trackers: Sequence[str] = (), logging_dir: str | None = None) -> Processes:
+        """Join the processes that the launcher started.
+
+        Raises:
+            InfoPruneError: A strategy that training does not support, or a tracker that is not installed.
+        """
+        from accelerate import Accelerator, DistributedType
+
+        try:
+            accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(trackers) or None, project_dir=logging_dir)
+            if trackers:
+                accelerator.init_trackers("infoprune")
+        except (ImportError, ValueError) as error:
+            raise InfoPruneError(f"The experiment tracker could not be started: {error} Install it, or leave out --tracker.") from error
+        supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if accelerator.distributed_type not in supported:
+            raise InfoPruneError(
+                f"Training runs data parallel; {accelerator.distributed_type.value} is not supported. Use a plain multi-process launch."
+            )
+        return cls(accelerator)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    @property
+    def index(self) -> int:
+        """Which one this is."""
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over processes."""
+        return values if self.count == 1 else self.accelerator.reduce(values, reduction="sum")
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            self.accelerator.wait_for_everyone()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """To the trackers."""
+        if self.accelerator is not None:
+            self.accelerator.log(values, step=step)
+
+
+@dataclass
+class Trained:
+    """What a stage's training was like.
+
+    Attributes:
+        history: Per step: the terms, the loss, and what the stage adds.
+        questions: Questions seen.
+        seconds: Wall time, resumed runs included.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    questions: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        rate = self.questions / self.seconds if self.seconds else None
+        return {"steps": len(self.history), "questions": self.questions, "seconds": self.seconds, "questions_per_second": rate}
+
+
+def train(
+    stage: Stage,
+    stream: Stream,
+    encoder: PromptEncoder,
+    device: torch.device,
+    *,
+    autocast: bool,
+    processes: Processes,
+    progress: Progress,
+    work: WorkFolder | None = None,
+    checkpoint_every: int = 50,
+    rows_per_forward: int = 8,
+) -> Trained:
+    """Train ``stage`` to its end, from where its state in ``work`` stopped.
+
+    Raises:
+        CalibrationError: The loss became NaN or infinite; the last state is kept.
+        CheckpointError: The state can't be read or written.
+    """
+    result, first = _resume(stage, work)
+    started = time.perf_counter() - result.seconds
+    with progress.task(f"training {stage.name}", stage.steps) as advance:
+        advance(first)
+        for step in range(first, stage.steps):
+            values, questions = _update(stage, stream, encoder, device, step, autocast, processes, rows_per_forward)
+            stop = stage.end(step, values)
+            result.history.append(values)
+            result.questions += questions
+            result.seconds = time.perf_counter() - started
+            processes.log({f"{stage.name}/{name}": value for name, value in values.items()}, step)
+            progress.status({name: values[name] for name in values if name != "gradient"})
+            advance(1)
+            last = stop or step + 1 == stage.steps
+            if work is not None and processes.index == 0 and (last or (step + 1) % checkpoint_every == 0):
+                _save(stage, work, step + 1, last, result)
+            if stop:
+                break
+    processes.wait()
+    return result
+
+
+def _resume(stage: Stage, work: WorkFolder | None) -> tuple[Trained, int]:
+    held = load_state(work.file(stage.name)) if work is not None else None
+    if held is None:
+        return Trained(), 0
+    tensors, meta = held
+    with torch.no_grad():
+        for name, parameter in stage.parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+    restore_optimizer_(stage.optimizer, stage.parameters, tensors, meta["step"])
+    stage.restore({n.removeprefix("stage."): t for n, t in tensors.items() if n.startswith("stage.")}, meta["stage"])
+    return Trained(meta["history"], meta["questions"], meta["seconds"]), stage.steps if meta["finished"] else meta["step"]
+
+
+def _save(stage: Stage, work: WorkFolder, step: int, finished: bool, result: Trained) -> None:
+    own, meta = stage.state()
+    tensors = {f"parameter.{name}": value for name, value in stage.parameters.items()} | {f"stage.{n}": t for n, t in own.items()}
+    tensors |= optimizer_tensors(stage.optimizer, stage.parameters)
+    run = {"history": result.history, "questions": result.questions, "seconds": result.seconds}
+    save_state(work.file(stage.name), tensors, {"step": step, "finished": finished, "stage": meta, **run})
+
+
+def _update(
+    stage: Stage, stream: Stream, encoder: PromptEncoder, device: torch.device, step: int, autocast: bool, processes: Processes, size: int
+) -> tuple[dict[str, float], int]:
+    rows = stream.step(step)
+    if len(rows) < processes.count:
+        raise InfoPruneError(f"{processes.count} processes can't share {len(rows)} images per step; raise images_per_step.")
+    own = rows[processes.index :: processes.count]
+    parts = [own[i : i + size] for i in range(0, len(own), size)]
+    batches = [pack_rows(encoder, part, device) for part in parts]
+    counts = torch.tensor([sum(len(b.targets) for b in batches), sum(int(b.valid.sum()) for b in batches)], device=device)
+    totals = Totals(*(int(v) for v in processes.sum(counts)))
+    for group in stage.optimizer.param_groups:
+        group["lr"] = stage.learning_rate(step) * group.get("scale", 1.0)
+    stage.optimizer.zero_grad()
+    stage.begin(step)
+    sums: dict[str, torch.Tensor] = {}
+    for batch, part in zip(batches, parts, strict=True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            terms = stage.data_terms(batch, part, totals)
+        _backward(terms, sums)
+    shared = stage.shared_terms(step)
+    _backward({name: (weight / processes.count, value) for name, (weight, value) in shared.items()}, {})
+    _sum_gradients(stage.parameters, processes)
+    norm = nn.utils.clip_grad_norm_(list(stage.parameters.values()), CLIP_NORM)
+    reduced = processes.sum(torch.stack(list(sums.values())))
+    values = {name: float(value) for name, value in zip(sums, reduced, strict=True)}
+    values |= {name: float(value.detach()) for name, (_, value) in shared.items()} | {"gradient": float(norm)}
+    if not torch.isfinite(torch.tensor(list(values.values()))).all():
+        raise CalibrationError(f"Training {stage.name} met NaN or infinity at step {step}: {values}. Lower its learning rate.")
+    stage.optimizer.step()
+    return values, sum(len(row) for row in rows)
+
+
+def _backward(terms: Terms, sums: dict[str, torch.Tensor]) -> None:
+    loss = sum((weight * value for weight, value in terms.values() if weight), torch.zeros(()))
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        loss.backward()
+    for name, (_, value) in terms.items():
+        sums[name] = sums.get(name, 0.0) + value.detach()
+
+
+def _sum_gradients(parameters: dict[str, nn.Parameter], processes: Processes) -> None:
+    if processes.count == 1:
+        return
+    for parameter in parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.copy_(processes.sum(parameter.grad))
+
+
+def one_cycle(step: int, steps: int, warmup: float = 0.1) -> float:
+    """Linear rise over ``warmup`` of the steps, then a cosine to zero; the share of the peak rate."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - rise) / max(1, steps - rise)))))
+
+
+def wants_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether to compute under bfloat16 autocast; ``auto``: where the hardware multiplies it faster than float32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    check: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and check is not None and check()

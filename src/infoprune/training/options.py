@@ -1,0 +1,90 @@
+"""How to train: one frozen dataclass, whose names the command line and recipes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from infoprune.errors import InfoPruneError
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How gates and recovery train.
+
+    A *step* is one update on ``images_per_step`` images with all their questions.
+
+    Attributes:
+        recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights) or ``none``.
+        gate_steps: Updates of the gates (``heads=trained``).
+        gate_rate: Learning rate of the gates' locations.
+        gate_lora: Rank of a LoRA on all linears that trains along with the gates and is merged before the cut; 0: weights stay frozen.
+        cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
+        distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
+        distillation_temperature: T.
+        hidden_weight: Recovery: coefficient of the hidden-state distillation, the relative squared distance at a few depths.
+        rate_weight: Coefficient beta of the gated heads' information rate relative to the dense model's.
+        ks_weight: Coefficient kappa of the mean KS distance between gated and dense block spectra.
+        warmup: Share of the gates' steps over which beta and the budget reach their full value.
+        refresh: Steps between refreshes of spectra, directions and compensation.
+        multiplier_rate: Ascent rate of the budget's Lagrange multipliers.
+        recovery_steps: Updates of recovery; fewer if it stops early.
+        recovery_rate: Peak learning rate of recovery.
+        lora_rank: Rank of recovery's LoRA.
+        images_per_step: Images of one update, over all processes.
+        questions_per_image: At most so many questions of an image in one update.
+        validation: Data to stop early on; ``None``: one training image in twenty, which then serves nothing else.
+        validation_questions: At most so many.
+        evaluate_every: Steps between validations.
+        patience: Validations without improvement before recovery stops; 0: never.
+        checkpoint_every: Steps between checkpoints of the training state.
+        precision: ``fp32``, ``bf16`` (autocast) or ``auto``: bf16 where the hardware multiplies it faster.
+        trackers: Names of experiment trackers: tensorboard, wandb, mlflow.
+    """
+
+    recovery: Literal["none", "lora", "full"] = "none"
+    gate_steps: int = 100
+    gate_rate: float = 0.1
+    gate_lora: int = 0
+    cross_entropy_weight: float = 1.0
+    distillation_weight: float = 1.0
+    distillation_temperature: float = 2.0
+    hidden_weight: float = 1.0
+    rate_weight: float = 0.05
+    ks_weight: float = 0.1
+    warmup: float = 0.4
+    refresh: int = 10
+    multiplier_rate: float = 1.0
+    recovery_steps: int = 600
+    recovery_rate: float = 3e-4
+    lora_rank: int = 16
+    images_per_step: int = 8
+    questions_per_image: int = 16
+    validation: str | None = None
+    validation_questions: int = 500
+    evaluate_every: int = 100
+    patience: int = 0
+    checkpoint_every: int = 50
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (("recovery", ("none", "lora", "full")), ("precision", ("auto", "fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise InfoPruneError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
+        if unknown := sorted(set(self.trackers) - set(TRACKERS)):
+            raise InfoPruneError(f"Unknown trackers {', '.join(unknown)}. Known: {', '.join(TRACKERS)}.")
+        positive = ("gate_steps", "gate_rate", "recovery_steps", "recovery_rate", "lora_rank", "images_per_step", "questions_per_image")
+        positive += ("refresh", "validation_questions", "evaluate_every", "checkpoint_every", "distillation_temperature", "multiplier_rate")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise InfoPruneError(f"{name} must be above 0, not {getattr(self, name)}.")
+        for name in ("gate_lora", "cross_entropy_weight", "distillation_weight", "hidden_weight", "rate_weight", "ks_weight", "patience"):
+            if getattr(self, name) < 0:
+                raise InfoPruneError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        if not 0 <= self.warmup < 1:
+            raise InfoPruneError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}.")
+        if not (self.cross_entropy_weight or self.distillation_weight):
+            raise InfoPruneError("With cross_entropy_weight and distillation_weight both 0 nothing tells training what the task needs.")

@@ -1,0 +1,196 @@
+"""Recovery: a compacted model learns back what it lost, from answers and from the dense model, and stops on data it did not train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from infoprune.architecture import Architecture
+from infoprune.data import Example
+from infoprune.errors import InfoPruneError
+from infoprune.evaluation.quality import can_share_prefix
+from infoprune.model import VLM
+from infoprune.packing import PackedBatch, answer_logits, batches
+from infoprune.training import objective
+from infoprune.training.data import VisionCache
+from infoprune.training.loop import Terms, Totals, one_cycle
+from infoprune.training.options import TrainingOptions
+
+DEPTHS = 3  # hidden states are compared after the last layer and at this many minus one evenly spaced layers before it
+
+
+class Hidden:
+    """Residual streams after a few language layers, taken along a forward pass."""
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        layers = [site.path.rpartition(".")[0] for site in architecture.attention if site.tower == "text"]
+        places = sorted({round((k + 1) * len(layers) / DEPTHS) - 1 for k in range(DEPTHS)} - {-1})
+        self.modules = [model.get_submodule(layers[place]) for place in places]
+
+    @contextmanager
+    def taken(self) -> Iterator[list[torch.Tensor]]:
+        """The list that a forward pass within the block fills."""
+        held: list[torch.Tensor] = []
+
+        def hold(module: nn.Module, args: Any, output: Any) -> None:
+            held.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [module.register_forward_hook(hold) for module in self.modules]
+        try:
+            yield held
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass
+class Best:
+    """The best validation so far: accuracy first, then the lower cross-entropy."""
+
+    accuracy: float = -1.0
+    cross_entropy: float = float("inf")
+    step: int = -1
+    worse: int = 0
+
+    def update(self, accuracy: float, cross_entropy: float, step: int) -> bool:
+        """Take a validation into account; whether it is the best."""
+        if (accuracy, -cross_entropy) > (self.accuracy, -self.cross_entropy):
+            self.accuracy, self.cross_entropy, self.step, self.worse = accuracy, cross_entropy, step, 0
+            return True
+        self.worse += 1
+        return False
+
+
+class RecoveryStage:
+    """The stage that trains a compacted model, the dense one being its teacher."""
+
+    name = "recovery"
+
+    def __init__(
+        self, student: VLM, teacher: VLM, parameters: dict[str, nn.Parameter], validation: Sequence[Example], options: TrainingOptions,
+        *, autocast: bool,
+    ) -> None:  # fmt: skip
+        assert teacher.architecture is not None
+        self.student, self.teacher, self.parameters, self.validation, self.options = student, teacher, parameters, validation, options
+        self.autocast = autocast
+        self.steps = options.recovery_steps
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=options.recovery_rate, weight_decay=0.0, betas=(0.9, 0.99))
+        self.cache = VisionCache(teacher.model)
+        self.best = Best()
+        self.best_parameters: dict[str, torch.Tensor] = {}
+        self._hidden = [Hidden(vlm.model, teacher.architecture) for vlm in (student, teacher)] if options.hidden_weight else []
+
+    def learning_rate(self, step: int) -> float:
+        """One cycle."""
+        return self.options.recovery_rate * one_cycle(step, self.steps)
+
+    def begin(self, step: int) -> None:
+        """The first validation is of the model as it was cut."""
+        if step == 0:
+            self.validate(step)
+
+    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
+        """Cross-entropy, and distillation of logits and hidden states."""
+        o = self.options
+        with self._take(0) as seen:
+            logits = answer_logits(self.student.model, batch)
+        terms: Terms = {"cross_entropy": (o.cross_entropy_weight, objective.cross_entropy(logits, batch.targets) / totals.targets)}
+        if not (o.distillation_weight or o.hidden_weight):
+            return terms
+        with torch.no_grad(), self._take(1) as known:
+            taught = answer_logits(self.teacher.model, self.cache.replace(batch, [row[0].image for row in rows]))
+        if o.distillation_weight:
+            value = objective.distillation(logits, taught, o.distillation_temperature)
+            terms["distillation"] = (o.distillation_weight, value / totals.targets)
+        if o.hidden_weight:
+            terms["hidden"] = (o.hidden_weight, objective.hidden_distance(seen, known, batch.valid) / totals.tokens)
+        return terms
+
+    @contextmanager
+    def _take(self, which: int) -> Iterator[list[torch.Tensor]]:
+        if not self._hidden:
+            yield []
+            return
+        with self._hidden[which].taken() as held:
+            yield held
+
+    def shared_terms(self, step: int) -> Terms:
+        """None."""
+        return {}
+
+    def end(self, step: int, values: dict[str, float]) -> bool:
+        """Validate now and then; stop when patience is at its end."""
+        if (step + 1) % self.options.evaluate_every and step + 1 < self.steps:
+            return False
+        values["validation_accuracy"], values["validation_cross_entropy"] = self.validate(step + 1)
+        return bool(self.options.patience) and self.best.worse >= self.options.patience
+
+    @torch.no_grad()
+    def validate(self, step: int) -> tuple[float, float]:
+        """Accuracy in percent and cross-entropy per answer token on the validation questions; keeps the best weights."""
+        right = total = targets = 0
+        loss = 0.0
+        share = can_share_prefix(self.student)
+        for batch, _ in batches(self.student.encoder, self.validation, share_prefix=share):
+            moved = batch.to(self.student.device)
+            with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.autocast):
+                logits = answer_logits(self.student.model, moved).float()
+            wrong = torch.zeros(moved.num_questions, device=logits.device)
+            wrong.index_add_(0, moved.question, (logits.argmax(-1) != moved.targets).float())
+            right, total = right + int((wrong == 0).sum()), total + moved.num_questions
+            loss, targets = loss + float(objective.cross_entropy(logits, moved.targets)), targets + len(moved.targets)
+        accuracy, cross_entropy = 100 * right / total, loss / targets
+        if self.best.update(accuracy, cross_entropy, step):
+            self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
+        return accuracy, cross_entropy
+
+    @torch.no_grad()
+    def keep_best_(self) -> None:
+        """Put the best validated weights in place."""
+        for name, value in self.best_parameters.items():
+            self.parameters[name].copy_(value)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The best weights and how good they were."""
+        return self.best_parameters, dict(self.best.__dict__)
+
+    def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        """See :meth:`state`."""
+        self.best = Best(**meta)
+        self.best_parameters = {name: value.to(self.student.device) for name, value in tensors.items()}
+
+
+def all_weights(model: Any) -> dict[str, nn.Parameter]:
+    """Every parameter but embeddings and language head, made trainable: those are shared with tokens that no training data shows."""
+    frozen = {
+        id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None for p in part.parameters()
+    }
+    trainable = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
+        if id(parameter) not in frozen:
+            trainable[name] = parameter
+    return trainable
+
+
+def add_lora(model: Any, architecture: Architecture, rank: int, seed: int) -> tuple[Any, dict[str, nn.Parameter]]:
+    """LoRA on every linear of every block, in place; merge with ``merge_and_unload`` of the returned wrapper.
+
+    Raises:
+        InfoPruneError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InfoPruneError("LoRA needs peft: pip install 'infoprune[train]'.") from error
+    blocks = tuple(f"{site.path}." for site in (*architecture.attention, *architecture.ffn))
+    targets = [name for name, module in model.named_modules() if name.startswith(blocks) and isinstance(module, nn.Linear)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapper = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, bias="none"))
+    return wrapper, {name: p for name, p in model.named_parameters() if "lora_" in name}

@@ -1,0 +1,171 @@
+"""One training run: its data, processes and work folder, and the two stages that compression may ask for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infoprune.architecture import AttentionSite
+from infoprune.checkpoint import save
+from infoprune.criteria.heads import Block
+from infoprune.data import Example, load_examples, subset
+from infoprune.evaluation.cost import Workload
+from infoprune.evaluation.quality import can_share_prefix
+from infoprune.model import VLM, load
+from infoprune.progress import Progress
+from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
+from infoprune.training.gates import HeadGates, deterministic_gate
+from infoprune.training.heads import GateStage, binarise, costs_of
+from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
+from infoprune.training.options import TrainingOptions
+from infoprune.training.recovery import RecoveryStage, add_lora, all_weights
+from infoprune.training.state import WorkFolder
+
+CUT = "cut"
+
+
+@dataclass(frozen=True)
+class LearnedHeads:
+    """Outcome of gate training.
+
+    Attributes:
+        kept: Units to keep by path.
+        trained: How training went.
+        gates: Test-time gates by path at the end.
+        cost_share: Expected share of the attention's FLOPs at the end, and what was aimed at.
+    """
+
+    kept: dict[str, list[int]]
+    trained: Trained
+    gates: dict[str, list[float]]
+    cost_share: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return self.trained.as_dict() | {
+            "gates": self.gates, "cost_share": self.cost_share[0], "target_share": self.cost_share[1], "history": self.trained.history,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Data, processes and work folder of one run.
+
+    Attributes:
+        options: How to train.
+        examples: Training questions, none of them on a validation image.
+        validation: Questions to stop early on.
+        seed: Seed of every draw.
+        processes: Who shares the work.
+        progress: Shows the steps.
+        work: Where state is kept; ``None``: nowhere.
+    """
+
+    options: TrainingOptions
+    examples: list[Example]
+    validation: list[Example]
+    seed: int
+    processes: Processes
+    progress: Progress
+    work: WorkFolder | None = None
+
+    def learn_heads(
+        self, vlm: VLM, sites: Sequence[AttentionSite], blocks: dict[str, Block], workload: Workload, target: float, *, compensated: bool
+    ) -> LearnedHeads:
+        """Train gates on ``sites`` down to ``target`` of their dense FLOPs.
+
+        With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
+        """
+        options, model = self.options, vlm.model
+        required = [(p, p.requires_grad) for p in model.parameters()]
+        model.requires_grad_(False)
+        gates = HeadGates(list(sites)).to(vlm.device)
+        costs = costs_of(sites, workload)
+        extra: dict[str, Any] = {}
+        wrapper = None
+        if options.gate_lora:
+            assert vlm.architecture is not None
+            wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed)
+            extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
+        elif all(site.tower == "text" for site in sites):
+            extra = {"cache": VisionCache(model)}
+        stage = GateStage(model, gates, blocks, costs, target, options, compensated=compensated, seed=self.seed, **extra)
+        try:
+            with gates.attached(model):
+                trained = self._train(stage, vlm)
+        finally:
+            for parameter, flag in required:
+                parameter.requires_grad_(flag)
+        if wrapper is not None:
+            wrapper.merge_and_unload()
+        values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
+        kept = binarise(gates, costs, target)
+        expected = trained.history[-1]["cost"] if trained.history else 1.0
+        return LearnedHeads(kept, trained, values, (expected, target))
+
+    def recover(self, student: VLM, teacher: VLM) -> dict[str, Any]:
+        """Train ``student`` in place and leave its best validated weights; returns figures for the report."""
+        options = self.options
+        wrapper = None
+        if options.recovery == "lora":
+            assert teacher.architecture is not None
+            student.model.requires_grad_(False)
+            wrapper, parameters = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
+        else:
+            parameters = all_weights(student.model)
+        teacher.model.requires_grad_(False)
+        stage = RecoveryStage(student, teacher, parameters, self.validation, options, autocast=self._autocast(student))
+        trained = self._train(stage, student)
+        stage.keep_best_()
+        if wrapper is not None:
+            wrapper.merge_and_unload()
+        student.model.requires_grad_(False)
+        for parameter in student.model.parameters():
+            parameter.grad = None
+        return trained.as_dict() | {"method": options.recovery, "best": stage.best.__dict__, "history": trained.history}
+
+    def saved_cut(self) -> tuple[VLM, dict[str, Any]] | None:
+        """The cut model of an interrupted run and its report."""
+        if self.work is None or not (self.work.path / CUT).is_dir():
+            return None
+        folder = self.work.path / CUT
+        return load(folder), json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+    def save_cut(self, vlm: VLM, report: dict[str, Any]) -> None:
+        """Keep the cut model, so that a resumed run need not cut again."""
+        if self.work is not None and self.processes.index == 0:
+            save(vlm, self.work.path / CUT, extra=report)
+        self.processes.wait()
+
+    def _autocast(self, vlm: VLM) -> bool:
+        return wants_bfloat16(self.options.precision, vlm.device)
+
+    def _train(self, stage: Any, vlm: VLM) -> Trained:
+        rows = rows_of(self.examples, self.options.questions_per_image, share_prefix=can_share_prefix(vlm))
+        return train(
+            stage, Stream(rows, self.options.images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),
+            processes=self.processes, progress=self.progress, work=self.work, checkpoint_every=self.options.checkpoint_every,
+        )  # fmt: skip
+
+
+def split(pool: Sequence[Example], options: TrainingOptions, seed: int, progress: Progress) -> tuple[list[Example], list[Example]]:
+    """Training and validation questions; no image is in both.
+
+    Raises:
+        DataError: The validation data can't be read, or there is a single image only.
+    """
+    if options.validation is None:
+        train_part, validation = hold_out(pool, seed)
+    else:
+        validation = load_examples(options.validation, default_split="validation", notify=progress.note)
+        seen = {example.image for example in validation}
+        train_part = [example for example in pool if example.image not in seen]
+    images = list(dict.fromkeys(e.image for e in subset(validation, options.validation_questions, seed=seed)))
+    chosen: list[Example] = []
+    for image in images:  # whole images, whose questions share their tokens
+        if len(chosen) >= options.validation_questions:
+            break
+        chosen += [e for e in validation if e.image == image]
+    return train_part, chosen

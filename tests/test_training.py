@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import infoprune
+from infoprune.criteria.heads import block_of, compensate
+from infoprune.errors import CheckpointError, DataError, InfoPruneError
+from infoprune.evaluation.cost import attention_flops
+from infoprune.packing import answer_logits, batches
+from infoprune.training import objective
+from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
+from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability
+from infoprune.training.heads import binarise, check_agreement, costs_of, masked_logits
+from infoprune.training.loop import one_cycle
+from infoprune.training.options import TrainingOptions
+from infoprune.training.structure import leave_one_out, structure_of
+from test_families import inputs_of, statistics_of
+from tiny_models import examples
+
+QUICK = {"gate_steps": 8, "recovery_steps": 6, "images_per_step": 2, "evaluate_every": 3, "refresh": 3, "precision": "fp32"}
+QUICK |= {"checkpoint_every": 2, "examples": 6, "rank_multiple": 2, "heads": "trained", "flops": 0.7}
+
+
+def blocks_of(vlm, questions):
+    statistics = statistics_of(vlm, questions)
+    return {
+        s.path: block_of(s, statistics.sites[s.path], vlm.model.get_submodule(f"{s.path}.{s.names.out}").weight.detach())
+        for s in vlm.architecture.attention
+    }
+
+
+# --- gates -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_open_probability_against_monte_carlo():
+    log_alpha = torch.tensor([-3.0, -1.6, 0.0, 2.5])
+    torch.manual_seed(0)
+    z = hard_concrete(log_alpha.expand(200_000, 4), torch.rand(200_000, 4).clamp(1e-6, 1 - 1e-6))
+    assert z.min() == 0 and z.max() == 1
+    torch.testing.assert_close((z > 0).float().mean(0), open_probability(log_alpha), atol=4e-3, rtol=0)
+    assert open_probability(torch.tensor(0.0)) == pytest.approx(torch.sigmoid(torch.tensor(1.5986)).item(), abs=1e-4)
+
+
+def test_test_time_gates_reach_both_ends():
+    assert deterministic_gate(torch.tensor([-9.0, 0.0, 9.0])).tolist() == pytest.approx([0.0, 0.5, 1.0])
+
+
+def test_draws_depend_on_the_seed_alone(vlm):
+    gates = HeadGates(list(vlm.architecture.attention), initial=0.0)
+    first = gates.sample_("a")
+    torch.rand(3)
+    again = {path: z.clone() for path, z in gates.sample_("a").items()}
+    assert all(torch.equal(first[path], again[path]) for path in first)
+    other = gates.sample_("b")
+    assert any(not torch.equal(first[path], other[path]) for path in first)
+
+
+@torch.no_grad()
+def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions):
+    inputs = inputs_of(vlm, questions)
+    dense = vlm.model(**inputs).logits
+    blocks = blocks_of(vlm, questions)
+    gates = HeadGates(list(vlm.architecture.attention))
+    for site in gates.sites:
+        found = structure_of(blocks[site.path], torch.zeros(site.num_units), compensated=True)
+        gates.compensate_(site.path, found.coefficient, found.mean)
+    with gates.attached(vlm.model):
+        assert torch.equal(vlm.model(**inputs).logits, dense)
+        gates.values = {site.path: torch.ones(site.num_units) for site in gates.sites}
+        torch.testing.assert_close(vlm.model(**inputs).logits, dense)
+        gates.values = {site.path: torch.zeros(site.num_units) for site in gates.sites}
+        closed = vlm.model(**inputs).logits
+        assert not torch.allclose(closed, dense, atol=1e-3)
+        with gates.opened():
+            assert torch.equal(vlm.model(**inputs).logits, dense)
+    assert torch.equal(vlm.model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+def test_masked_equals_compacted(vlm, questions, compensated):
+    from infoprune.compress import apply_decisions
+    from infoprune.decide import Decisions
+    from infoprune.options import CompressionOptions
+    from infoprune.plan import HeadDecision
+
+    statistics = statistics_of(vlm, questions)
+    batch = next(iter(batches(vlm.encoder, questions)))[0]
+    blocks = blocks_of(vlm, questions)
+    sites = list(vlm.architecture.attention)
+    kept = {site.path: list(range(0, site.num_units, 2)) for site in sites}
+    heads = {s.path: HeadDecision(keep_units=tuple(kept[s.path]), num_units=s.num_units, compensate=compensated) for s in sites}
+    options = CompressionOptions(flops=0.5, repair=False, compensate=compensated)
+    small = apply_decisions(vlm, Decisions(heads, {}, 0.0), options, statistics, [batch])
+    masked = masked_logits(vlm.model, HeadGates(sites), blocks, kept, batch, compensated=compensated)
+    with torch.no_grad():
+        assert check_agreement(masked, answer_logits(small.model, batch)) < 1e-4
+        with pytest.raises(InfoPruneError, match="differs"):
+            check_agreement(masked, answer_logits(vlm.model, batch))
+
+
+# --- structure ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_leave_one_out_is_regression_on_the_others(gqa_vlm, questions):
+    for block in blocks_of(gqa_vlm, questions).values():
+        units = list(range(block.site.num_units))
+        kept = units[1:]
+        coefficient = leave_one_out(block, kept)
+        k, removed = block.index(kept), block.columns(0)
+        weight = block.out[:, k] + block.out[:, removed] @ coefficient[removed][:, k]
+        torch.testing.assert_close(weight, compensate(block, kept)[0], atol=1e-8, rtol=1e-6)
+        everything = leave_one_out(block, units)
+        for unit in units:
+            others = block.index([u for u in units if u != unit])
+            own = block.columns(unit)
+            direct = block.covariance[own][:, others] @ torch.linalg.inv(block.covariance[others][:, others])
+            torch.testing.assert_close(everything[own][:, others], direct, atol=1e-6, rtol=1e-5)
+            assert not everything[own][:, own].any()
+        assert not leave_one_out(block, [units[0]])[block.columns(0)].any()
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+def test_structure_at_the_ends(vlm, questions, compensated):
+    for block in blocks_of(vlm, questions).values():
+        n = block.site.num_units
+        found = structure_of(block, torch.ones(n), compensated=compensated)
+        assert found.ks(torch.ones(n)) == pytest.approx(0, abs=1e-4)
+        assert float(found.rate(torch.zeros(n))) == 0
+        rates = [float(found.rate(torch.full((n,), z))) for z in (0.0, 0.3, 0.7, 1.0)]
+        assert rates == sorted(rates)
+        assert 0 <= float(found.ks(torch.full((n,), 0.2))) <= 1
+
+
+def test_ks_gradient_is_that_of_the_true_spectrum(gqa_vlm, questions):
+    block = next(iter(blocks_of(gqa_vlm, questions).values()))
+    z = torch.tensor([0.9, 0.3, 0.6, 0.8][: block.site.num_units], dtype=torch.float32)
+
+    def exact(gates):  # spectrum of the gated output, from scratch
+        scale = gates.double().repeat_interleave(block.site.unit_width)
+        weight = block.out * scale
+        energies = torch.linalg.eigvalsh(weight @ block.covariance @ weight.T).flip(0).clamp_min(0)
+        dense = torch.linalg.eigvalsh(block.out @ block.covariance @ block.out.T).flip(0).clamp_min(0)
+        return float(((energies / energies.sum()).cumsum(0) - (dense / dense.sum()).cumsum(0)).abs().max())
+
+    found = structure_of(block, z, compensated=False)
+    assert float(found.ks(z)) == pytest.approx(exact(z), abs=1e-4)
+    leaf = z.clone().requires_grad_(True)
+    found.ks(leaf).backward()
+    for unit in range(len(z)):
+        step = torch.zeros_like(z).index_fill_(0, torch.tensor([unit]), 1e-3)
+        numeric = (exact(z + step) - exact(z - step)) / 2e-3
+        assert float(leaf.grad[unit]) == pytest.approx(numeric, abs=2e-3)
+
+
+# --- objective ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_terms_vanish_where_nothing_was_lost():
+    torch.manual_seed(0)
+    logits, hidden = torch.randn(5, 7), [torch.randn(2, 3, 4)]
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    assert float(objective.distillation(logits, logits, 2.0)) == pytest.approx(0, abs=1e-5)
+    assert float(objective.distillation(logits, logits.flip(1), 2.0)) > 0
+    assert float(objective.hidden_distance(hidden, hidden, valid)) == 0
+    half = valid.clone()
+    half[0] = False
+    assert float(objective.hidden_distance([0 * hidden[0]], hidden, half)) == pytest.approx(3)
+
+
+def test_budget_multipliers_push_towards_the_target():
+    budget = objective.Budget(0.5)
+    cost = torch.tensor(0.8, requires_grad=True)
+    budget.ascend(0.8, 1.0, 1.0)
+    budget.penalty(cost, 1.0).backward()
+    assert cost.grad > 0 and budget.at(0.0) == 1 and budget.at(1.0) == 0.5
+    for _ in range(5):
+        budget.ascend(0.2, 1.0, 1.0)
+    assert budget.linear < 0
+
+
+def test_one_cycle():
+    rates = [one_cycle(step, 100) for step in range(100)]
+    assert max(rates) == 1 and rates.index(1) == 9 and 0 <= rates[-1] < 0.01 and rates[0] == pytest.approx(0.1)
+
+
+# --- data --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_stream_is_a_function_of_the_step(questions):
+    rows = rows_of(questions, 2, share_prefix=True)
+    assert [len(row) for row in rows] == [2, 1] * 6
+    stream = Stream(rows, 4, seed=3)
+    assert stream.step(2) == Stream(rows, 4, seed=3).step(2)
+    first_epoch = [row for step in range(3) for row in stream.step(step)]
+    assert sorted(map(str, first_epoch)) == sorted(map(str, rows))
+    assert stream.step(0) != stream.step(3)
+
+
+def test_held_out_images_are_disjoint(questions):
+    train, held = hold_out(questions, 0)
+    assert held and not {e.image for e in train} & {e.image for e in held} and len(train) + len(held) == len(questions)
+    with pytest.raises(DataError, match="two images"):
+        hold_out(questions[:3], 0)
+
+
+@torch.no_grad()
+def test_cached_vision_features_change_nothing(vlm, questions):
+    batch = next(iter(batches(vlm.encoder, questions)))[0]
+    images = list(dict.fromkeys(e.image for e in questions))
+    expected = answer_logits(vlm.model, batch)
+    cache = VisionCache(vlm.model)
+    for _ in range(2):  # filled, then used
+        torch.testing.assert_close(answer_logits(vlm.model, cache.replace(batch, images)), expected, atol=1e-5, rtol=1e-5)
+    calls = []
+    handle = vlm.model.get_submodule(vlm.architecture.family.vision).register_forward_hook(lambda *a: calls.append(1))
+    cache.replace(batch, images)
+    handle.remove()
+    assert not calls
+
+
+# --- the whole -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recovery", ["full", "lora"])
+def test_trained_heads_and_recovery(vlm, questions, tmp_path, recovery):
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    result = infoprune.compress(vlm, questions, **QUICK, recovery=recovery, recovery_rate=1e-2)
+    assert all(torch.equal(before[name], p) for name, p in vlm.model.named_parameters())
+    assert not any("lora" in name for name, _ in (*vlm.model.named_parameters(), *result.vlm.model.named_parameters()))
+    assert result.flops_ratio <= 0.7 and result.vlm.plan.method["heads"] == "trained"
+    heads, recovered = result.training["heads"], result.training["recovery"]
+    assert {"cross_entropy", "distillation", "rate", "ks", "budget", "cost", "target"} <= heads["history"][-1].keys()
+    assert heads["agreement"] < 1e-4
+    assert {"cross_entropy", "distillation", "hidden"} <= recovered["history"][0].keys()
+    assert recovered["history"][-1]["cross_entropy"] < recovered["history"][0]["cross_entropy"]
+    infoprune.save(result.vlm, tmp_path / "small", probe=result.probe, extra=result.as_dict())
+    reloaded = infoprune.load(tmp_path / "small")
+    assert torch.equal(reloaded.model(**result.probe).logits, result.vlm.model(**result.probe).logits)
+
+
+def test_lora_may_train_along_with_the_gates(gqa_vlm, questions):
+    before = {name: p.clone() for name, p in gqa_vlm.model.named_parameters()}
+    result = infoprune.compress(gqa_vlm, questions, **QUICK, gate_lora=2)
+    assert result.training["heads"]["agreement"] < 1e-4
+    assert all(torch.equal(before[name], p) for name, p in gqa_vlm.model.named_parameters())
+    assert not any("lora" in name or "base_layer" in name for name, _ in result.vlm.model.named_parameters())
+
+
+def test_expected_cost_converges_and_binarisation_meets_the_budget(gqa_vlm, tmp_path):
+    options = QUICK | {"gate_steps": 120, "flops": 0.55, "ffn": "none", "towers": ("text",), "refresh": 20, "warmup": 0.3}
+    with pytest.raises(InfoPruneError, match="out of reach"):
+        infoprune.compress(gqa_vlm, examples(tmp_path), **options)
+    result = infoprune.compress(gqa_vlm, examples(tmp_path), **options | {"flops": 0.9})
+    heads = result.training["heads"]
+    assert heads["cost_share"] == pytest.approx(heads["target_share"], abs=0.05)
+    assert result.flops_ratio <= 0.9
+
+
+def test_binarise_keeps_the_most_open_units_within_the_target(vlm):
+    sites = list(vlm.architecture.attention)
+    gates = HeadGates(sites)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        gates.log_alpha.normal_()
+    workload = infoprune.compress.__globals__["Workload"](1, 5, 20, 2)
+    costs = costs_of(sites, workload)
+    kept = binarise(gates, costs, 0.8)
+    spent = sum(attention_flops(s, len(kept[s.path]), workload) for s in sites)
+    assert spent <= 0.8 * costs.dense and all(kept.values())
+    open_, shut = [], []
+    for site, values in zip(sites, gates.by_site(gates.log_alpha.detach()).values(), strict=True):
+        for unit in range(site.num_units):
+            (open_ if unit in kept[site.path] else shut).append((float(values[unit]), len(kept[site.path])))
+    assert max(v for v, _ in shut) <= min(v for v, n in open_ if n > 1)
+    with pytest.raises(InfoPruneError, match="One unit per block"):
+        binarise(gates, costs, 0.01)
+
+
+def weights(result):
+    return {name: p.detach().clone() for name, p in result.vlm.model.named_parameters()}
+
+
+@pytest.mark.parametrize("moment", [("gates", 3), ("gates", 4), ("recovery", 3), ("recovery", 5)])
+def test_interrupted_training_ends_with_the_same_weights(gqa_vlm, questions, tmp_path, monkeypatch, moment):
+    from infoprune.training import loop
+
+    options = QUICK | {"recovery": "full"}
+    whole = infoprune.compress(gqa_vlm, questions, **options)
+    real, name, at = loop._update, *moment
+
+    def stopping(stage, stream, encoder, device, step, *rest):
+        if stage.name == name and step == at:
+            raise KeyboardInterrupt
+        return real(stage, stream, encoder, device, step, *rest)
+
+    monkeypatch.setattr(loop, "_update", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options)
+    monkeypatch.setattr(loop, "_update", real)
+    resumed = infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options)
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+    assert len(resumed.training["recovery"]["history"]) == options["recovery_steps"]
+
+
+def test_work_with_other_settings_is_not_mixed_up(gqa_vlm, questions, tmp_path):
+    infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)
+    with pytest.raises(CheckpointError, match="gate_steps"):
+        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK | {"gate_steps": 9})
+    (tmp_path / "work" / "gates.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="damaged"):
+        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)
+
+
+def test_early_stopping_keeps_the_best_weights(gqa_vlm, questions):
+    quick = QUICK | {"recovery_steps": 40, "evaluate_every": 1, "heads": "information-loss"}
+    result = infoprune.compress(gqa_vlm, questions, recovery="full", recovery_rate=1.0, patience=2, **quick)  # a rate that ruins it
+    report = result.training["recovery"]
+    assert len(report["history"]) < 40
+    assert report["best"]["step"] <= len(report["history"]) - 2
+
+
+def test_bad_training_options_are_refused():
+    for bad in ({"recovery": "some"}, {"gate_steps": 0}, {"trackers": ("nope",)}, {"warmup": 1.0}, {"ks_weight": -1.0}):
+        with pytest.raises(InfoPruneError):
+            TrainingOptions(**bad)
+    with pytest.raises(InfoPruneError, match="tells training"):
+        TrainingOptions(cross_entropy_weight=0.0, distillation_weight=0.0)
+    with pytest.raises(InfoPruneError, match="budget"):
+        infoprune.CompressionOptions(ks=0.1, heads="trained")
+
+
+# --- the command line, killed and in parallel ----------------------------------------------------------------------------------------
+
+
+def command(checkpoint, jsonl, out, **extra):
+    options = {"flops": 0.7, "heads": "trained", "gate-steps": 6, "recovery": "full", "recovery-steps": 30, "images-per-step": 2}
+    options |= {"rank-multiple": 2, "precision": "fp32", "examples": 6} | extra
+    pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return ["-m", "infoprune", "compress", str(checkpoint), "--data", str(jsonl), "-o", str(out), *pairs]
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_killed_and_run_again(checkpoint, jsonl, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run([sys.executable, *command(checkpoint, jsonl, whole)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "whole.work").exists()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("checkpoint_every: 1\n")
+    with subprocess.Popen([sys.executable, *command(checkpoint, jsonl, killed), "--recipe", recipe], stderr=subprocess.DEVNULL) as process:
+        state = tmp_path / "killed.work" / "recovery.safetensors"
+        limit = time.time() + 120
+        while not state.exists() and time.time() < limit:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert state.exists() and not killed.exists()
+    again = subprocess.run([sys.executable, *command(checkpoint, jsonl, killed), "--recipe", recipe], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "interrupted run" in again.stderr
+    expected, found = tensors(whole), tensors(killed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert json.loads((killed / "report.json").read_text())["training"]["recovery"]["steps"] == 30
+
+
+def test_two_processes_get_the_result_of_one(checkpoint, jsonl, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no"]
+    for arguments in (command(checkpoint, jsonl, one), [*launch, *command(checkpoint, jsonl, two)]):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = tensors(one), tensors(two)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
