@@ -51,7 +51,7 @@ def test_missing_data_split_and_images(tmp_path, gqa_vlm):
 
 def test_subset_is_reproducible_and_spreads(questions):
     assert subset(questions, 6, seed=1) == subset(questions, 6, seed=1)
-    assert len({e.image for e in subset(questions, 6, seed=1, spread=True)}) == 6
+    assert len({e.image for e in subset(questions, 6, seed=1, per_image=1)}) == 6
     assert subset(questions, None, seed=0) == subset(questions, 999, seed=0) == questions
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
+from infoprune.memory import release_memory
 from infoprune.packing import PackedBatch, answer_logits
 
 Weighting = Literal["uniform", "relevance"]
@@ -27,6 +28,7 @@ Site = AttentionSite | FFNSite
 # Every token keeps this share of the mean weight. In the last layers only the few positions that predict answers carry a gradient;
 # without a floor, their moments would be of lower rank than the space.
 RELEVANCE_FLOOR = 0.1
+RELEASE_EVERY = 4  # batches; activations of many sizes fragment the heap by gigabytes otherwise
 
 
 @dataclass
@@ -198,7 +200,9 @@ def calibrate(
                 collector.attach(model, site, stack)
             if gradients:
                 _differentiate_from_first_layers(model, architecture, stack)
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                if number % RELEASE_EVERY == 0:
+                    release_memory()
                 collector.begin(batch)
                 logits = answer_logits(model, batch)
                 collector.check_values()  # before a backward pass would spread a NaN to every site

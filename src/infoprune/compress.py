@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,6 +18,8 @@ from infoprune.data import Example, load_examples, subset
 from infoprune.decide import Decisions, SolvedSite, attention_share, decide, solve_sites, with_units
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters, predicted_flops, prompt_inputs, typical_example
+from infoprune.evaluation.quality import can_share_prefix
+from infoprune.memory import release_memory
 from infoprune.model import VLM
 from infoprune.options import TRAINED, CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits, batches
@@ -35,6 +34,7 @@ from infoprune.training.options import TrainingOptions
 from infoprune.training.run import LearnedHeads, TrainingRun, split
 from infoprune.training.state import WorkFolder
 
+QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
 ROWS_PER_BATCH = 4  # bounds the memory of activations kept for the backward pass
 
 
@@ -119,7 +119,7 @@ def compress(
     if options.heads == TRAINED or training.recovery != "none":
         run = _training_run(vlm, pool, data, options, training, work, progress)
         pool = run.examples
-    examples = subset(pool, options.examples, seed=options.seed, spread=True)
+    examples = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
     cut = run.saved_cut() if run else None
     if cut is None:
         cut = _cut_free(vlm, data, examples, options, run, in_place and training.recovery == "none", clock, progress)
@@ -306,8 +306,8 @@ def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | 
 
 
 def calibration_examples(data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT) -> list[Example]:
-    """The calibration sample: as many different images as possible."""
-    return subset(_pool(data, progress), count, seed=seed, spread=True)
+    """The calibration sample: a few questions on each of as many images as that takes."""
+    return subset(_pool(data, progress), count, seed=seed, per_image=QUESTIONS_PER_IMAGE)
 
 
 def _pool(data: str | Sequence[Example], progress: Progress) -> list[Example]:
@@ -342,7 +342,9 @@ def _dense_architecture(vlm: VLM) -> Architecture:
 
 
 def _batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
-    return [batch.to(vlm.device) for batch, _ in batches(vlm.encoder, examples, images_per_batch=ROWS_PER_BATCH)]
+    share = can_share_prefix(vlm)
+    found = batches(vlm.encoder, examples, images_per_batch=ROWS_PER_BATCH, share_prefix=share)
+    return [batch.to(vlm.device) for batch, _ in found]
 
 
 def _statistics(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOptions, progress: Progress) -> Statistics:
@@ -368,15 +370,6 @@ def _cut(vlm: VLM, plan: CompressionPlan, statistics: Statistics, inputs: Sequen
         return
     with progress.task("cutting and repairing", len(architecture.attention)) as advance:
         cut_and_repair_(vlm.model, architecture, plan, statistics, inputs, ffn_options(plan), progress=lambda: advance(1))
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: the C library keeps it otherwise, and saving would come on top of calibration's peak."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
 
 
 class _Clock:

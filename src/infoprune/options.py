@@ -31,7 +31,7 @@ class CompressionOptions:
         allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline).
         weighting: See :func:`infoprune.calibrate.calibrate`.
         temperature: Of the Fisher information, see :func:`infoprune.calibrate.fisher_sample`.
-        examples: Calibration questions, one per image as far as images go.
+        examples: Calibration questions, three per image as far as images go.
         repair: Cut layer by layer and refit each block's last linear to the dense residual stream
             (:mod:`infoprune.repair`).
         rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
@@ -52,7 +52,7 @@ class CompressionOptions:
     allocation: Literal["global", "uniform"] = "global"
     weighting: Weighting = "relevance"
     temperature: float = 1.0
-    examples: int = 128
+    examples: int = 384
     repair: bool = True
     rank_multiple: int = 8
     floor: float = 0.5

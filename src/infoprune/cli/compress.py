@@ -35,7 +35,7 @@ def compress(
     ffn_metric: Annotated[Optional[str], typer.Option(help="'task' (default: output gradients) or 'identity'.")] = None,
     structure: Annotated[Optional[str], typer.Option(help="Gate and up: 'joint' (default), 'separate' or 'best'.")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
-    examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 128).")] = None,
+    examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 384).")] = None,
     repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: yes).")] = None,
     recovery: Annotated[Optional[str], typer.Option(help="Train after the cut: 'none' (default), 'lora' or 'full'.")] = None,
     gate_steps: Annotated[Optional[int], typer.Option(help="Updates of the gates, with --heads trained (default 100).")] = None,

@@ -39,25 +39,27 @@ class Example:
             raise DataError(f"Cannot read the image {self.image}: {error}. Check that the path is right and the file is whole.") from error
 
 
-def subset(examples: Sequence[Example], count: int | None, *, seed: int, spread: bool = False) -> list[Example]:
+def subset(examples: Sequence[Example], count: int | None, *, seed: int, per_image: int | None = None) -> list[Example]:
     """A reproducible random sample, in the original order.
 
     Args:
         examples: The pool.
         count: How many to take; ``None`` or more than there are: all.
         seed: Seed of the draw.
-        spread: Take as many different images as possible (one question each) before repeating one. Moments want independent
-            images; evaluation wants whole images, whose questions share a prefix.
+        per_image: Draw images, so many questions of each, before coming back to one. Moments want many images, and questions that share
+            one cost a fraction of those that don't.
     """
     if count is None or count >= len(examples):
         return list(examples)
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
-    if spread:
+    if per_image is not None:
+        place: dict[Path, int] = {}
         turn: dict[Path, int] = {}
-        rank = {}
+        keys = {}
         for index in order:
             image = examples[index].image
-            rank[index] = turn[image] = turn.get(image, -1) + 1
-        order.sort(key=lambda index: rank[index])  # stable: the shuffle decides within a turn
+            turn[image] = turn.get(image, -1) + 1
+            keys[index] = (turn[image] // per_image, place.setdefault(image, len(place)))
+        order.sort(key=lambda index: keys[index])
     return [examples[index] for index in sorted(order[:count])]

@@ -1,0 +1,145 @@
+"""Trained heads and recovery on the demo model: how many fewer FLOPs, how much faster, at what loss on the whole test split.
+
+    python benchmarks/headline.py [--parts curve arms ablation] [--questions N]
+
+``curve``: trained heads, low-rank FFNs and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs. ``arms``: trained, training-free and random
+heads under the same FFN treatment and the same short recovery, three seeds. ``ablation``: each term of the gates' objective off, at 3.2x,
+with and without that short recovery. Training stops early on the validation split; the test split is used for the rows alone. Every model
+is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import infoprune
+from common import RESULTS, log, whole_images, write
+from infoprune.cli.console import BarProgress
+from infoprune.evaluation import latency, quality
+from infoprune.evaluation.cost import prompt_inputs
+from infoprune.evaluation.runner import bytes_on_disk
+
+WORK = Path(__file__).parent / "work"
+SHARES = (1 / 3.2, 0.5, 0.2, 0.125)
+SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
+TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compressed model."""
+
+    part: str
+    name: str
+    share: float
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return WORK / f"{self.part}-{self.name}-{self.share:.3f}-{self.seed}".replace(" ", "_")
+
+
+def runs(parts: list[str]) -> list[Run]:
+    found = []
+    if "curve" in parts:
+        found += [Run("curve", "trained", share, options={"heads": "trained", "recovery": "full"}) for share in SHARES]
+    if "arms" in parts:
+        arms = {"trained": "trained", "training-free": "information-loss", "random": "random"}
+        found += [
+            Run("arms", name, 1 / 3.2, seed, SHORT | {"heads": heads, "recovery": "full"})
+            for seed in range(3)
+            for name, heads in arms.items()
+        ]
+    if "ablation" in parts:
+        cases = {"all terms": {}} | {f"without {term.removesuffix('_weight')}": {term: 0.0} for term in TERMS}
+        cases |= {"without compensation": {"compensate": False}}
+        found += [
+            Run("ablation", name, 1 / 3.2, 0, SHORT | {"heads": "trained", "recovery": recovery} | case)
+            for recovery in ("none",)
+            for name, case in cases.items()
+        ]
+    return found
+
+
+def make(run: Run, dense: infoprune.VLM) -> None:
+    """Compress and save, unless it is there already."""
+    if run.folder.is_dir():
+        return
+    log(f"{run.folder.name}: compressing")
+    state = run.folder.with_suffix(".state")
+    result = infoprune.compress(
+        dense, "easy-vqa:train", flops=run.share, seed=run.seed, validation="easy-vqa:validation", work=state, progress=BarProgress(),
+        **run.options,
+    )  # fmt: skip
+    infoprune.save(result.vlm, run.folder, probe=result.probe, extra=result.as_dict())
+
+
+def dense_quality(dense: infoprune.VLM, examples: list) -> quality.Quality:
+    """Scored together with each model for the KL; accuracy alone is cached for the paired interval."""
+    return quality.score([dense], examples)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["curve", "arms", "ablation"], choices=["curve", "arms", "ablation"])
+    parser.add_argument("--questions", type=int, default=None, help="test questions (default: all 9,673)")
+    args = parser.parse_args()
+    WORK.mkdir(exist_ok=True)
+    path = RESULTS / "headline.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    dense = infoprune.load("demo", notify=log)
+    examples = whole_images("test", args.questions)
+    for run in runs(args.parts):
+        if any(row.get("folder") == run.folder.name and row["num_questions"] == len(examples) for row in rows):
+            continue
+        try:
+            make(run, dense)
+        except infoprune.InfoPruneError as error:  # a row that failed is a row with the error in it
+            rows.append({"method": f"infoprune:{run.name}", "budget": run.share, "folder": run.folder.name, "error": str(error),
+                         "num_questions": len(examples)})  # fmt: skip
+            log(f"{run.folder.name}: {error}")
+            continue
+        report = json.loads((run.folder / "report.json").read_text())
+        reference, score = quality.score([dense, infoprune.load(run.folder)], examples)
+        training = report["training"]
+        rows = [row for row in rows if row.get("folder") != run.folder.name]
+        rows.append({
+            "method": "infoprune" if run.part == "curve" else f"infoprune:{run.name}", "part": run.part, "name": run.name, "scope": "model",
+            "recovered": run.options["recovery"] != "none", "seed": run.seed, "budget": run.share, "flops_ratio": report["flops_ratio"],
+            **quality.comparison(reference, score, examples), "accuracy_dense": reference.accuracy, "params": report["parameters"],
+            "bytes_on_disk": bytes_on_disk(infoprune.load(run.folder)), "seconds": report["seconds"], "flops": report["flops"],
+            "dense_flops": report["dense_flops"],
+            "training": {s: {k: v for k, v in t.items() if k not in ("history", "gates")} for s, t in training.items()},
+            "folder": run.folder.name,
+        })  # fmt: skip
+        log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")
+        write("headline", rows, seeds=[0, 1, 2], data="easy-vqa:test", num_questions=len(examples))
+    time_curve(rows, dense, examples)
+    write("headline", rows, seeds=[0, 1, 2], data="easy-vqa:test", num_questions=len(examples))
+
+
+def time_curve(rows: list[dict[str, Any]], dense: infoprune.VLM, examples: list) -> None:
+    """Latency of the curve's models, interleaved with the dense one in one run."""
+    chosen = [row for row in rows if row.get("part") == "curve" and (WORK / row["folder"]).is_dir()]
+    if not chosen:
+        return
+    log("timing, all models interleaved")
+    models = [dense, *(infoprune.load(WORK / row["folder"]) for row in chosen)]
+    assert dense.architecture is not None
+    times = latency.measure(models, dense.architecture.family, prompt_inputs(dense.encoder, examples[0]), answer_tokens=2, repeats=40)
+    for row, timed in zip(chosen, times[1:], strict=True):
+        row |= latency.speedups(times[0], timed) | {"milliseconds": timed, "milliseconds_dense": times[0]}
+        log(f"{row['folder']}: prefill {row['speedup_prefill']:.2f}x, end to end {row['speedup_end_to_end']:.2f}x")
+    assert np.isfinite([row["speedup_prefill"] for row in chosen]).all()
+
+
+if __name__ == "__main__":
+    main()
