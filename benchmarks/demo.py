@@ -23,10 +23,10 @@ from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
 
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
-# (method, share, options): the curve of the defaults, and mild and strong compression where the other is the default.
+# (method, share, options): the curve of the defaults, and what repair and more calibration questions contribute at both ends.
+VARIANTS = (("without repair", '{"repair": false}'), ("128 calibration questions", '{"examples": 128}'))
 RUNS = [("infoprune", share, "{}") for share in SHARES] + [
-    ("infoprune:strong", 0.5, '{"repair": true, "temperature": 2.0}'),
-    ("infoprune:mild", 0.31, '{"repair": false, "temperature": 1.0}'),
+    (f"infoprune:{name}", share, options) for share in (0.5, 0.31) for name, options in VARIANTS
 ]
 
 # Runs in a process of its own, so that its peak memory is its own.

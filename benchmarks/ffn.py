@@ -2,7 +2,7 @@
 
     python benchmarks/ffn.py
 
-The language model's FFNs only; statistics of the same 128 calibration questions for all methods.
+The language model's FFNs only; statistics of the same calibration questions for all methods.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ METHODS = {
     "infoprune:joint": SVD_LLM | {"centred": True, "structure": "joint"},
     "infoprune:task-metric": SVD_LLM | {"centred": True, "structure": "joint", "ffn_metric": "task"},
     "infoprune:relevance": {"allocation": "uniform", "repair": False},
+    "infoprune:allocation": {"repair": False},
     "infoprune": {},
-    "infoprune:strong": {"temperature": 2.0, "repair": True},
 }
 QUESTIONS = 300
 
@@ -41,10 +41,11 @@ def main() -> None:
     assert vlm.architecture is not None
     examples = whole_images("test", QUESTIONS)
     statistics = {}
-    for weighting, temperature in (("uniform", 1.0), ("relevance", 1.0), ("relevance", 2.0)):
-        options = CompressionOptions(flops=1.0, weighting=weighting, temperature=temperature, structure="best")
-        statistics[weighting, temperature] = calibration_statistics(vlm, "easy-vqa:train", options)
-        log(f"calibrated, {weighting} weights, temperature {temperature}")
+    for weighting in ("uniform", "relevance"):
+        statistics[weighting] = calibration_statistics(
+            vlm, "easy-vqa:train", CompressionOptions(flops=1.0, weighting=weighting, structure="best")
+        )
+        log(f"calibrated, {weighting} weights")
     _, dense_flops, workload = measure(vlm, examples)
     ffn = sum(ffn_flops(site, None, workload) for site in vlm.architecture.ffn if site.tower == "text")
     rows = []
@@ -53,7 +54,7 @@ def main() -> None:
         models, notes = [vlm], []
         for method, fields in METHODS.items():
             options = CompressionOptions(flops=budget, heads="none", towers=("text",), **fields)
-            found, inputs = statistics[options.weighting, options.temperature]
+            found, inputs = statistics[options.weighting]
             decisions = decide(
                 solve_sites(vlm.model, vlm.architecture, found, options), vlm.architecture, workload, dense_flops.total, options
             )

@@ -69,10 +69,10 @@ def demo() -> str:
 def ablation() -> str:
     rows = [row for row in load("demo")["rows"] if row.get("budget") in (0.5, 0.31)]
     rows.sort(key=lambda row: (-row["budget"], row["method"]))
-    names = {("infoprune", 0.5): "mild (default)", ("infoprune", 0.31): "strong (default)"}
-    cells = [[f"`--flops {r['budget']:g}`", names.get((r["method"], r["budget"]), r["method"].partition(":")[2]), f"{r['accuracy']:.2f}%",
-              f"{r['kl_nats']:.4f}", f"{r['predicted_loss_nats']:.2g}"] for r in rows]  # fmt: skip
-    return table(["", "method", "accuracy", "KL, nats per answer token", "predicted loss, nats per example"], cells)
+    cells = [[f"`--flops {r['budget']:g}`", r["method"].partition(":")[2] or "default", f"{r['accuracy']:.2f}%", f"{r['kl_nats']:.4f}",
+              f"{r['predicted_loss_nats']:.2g}", f"{r['seconds_to_compress']:.0f} s", f"{r['peak_rss_gb']:.2f} GB"] for r in rows]  # fmt: skip
+    header = ["", "method", "accuracy", "KL, nats per answer token", "predicted loss, nats per example", "time to compress", "peak memory"]
+    return table(header, cells)
 
 
 def cost() -> str:
@@ -134,9 +134,9 @@ def draw() -> None:
     left, right = figure.subplots(1, 2)
     shares = [row["flops_ratio"] for row in curve]
     left.plot(shares, [row["accuracy"] for row in curve], "o-", label="infoprune")
-    for method, marker in (("infoprune:mild", "s"), ("infoprune:strong", "^")):
+    for method in dict.fromkeys(row["method"] for row in rows if ":" in row["method"]):
         other = [row for row in rows if row["method"] == method]
-        left.plot([r["flops_ratio"] for r in other], [r["accuracy"] for r in other], marker, mfc="none", label=method.partition(":")[2])
+        left.plot([r["flops_ratio"] for r in other], [r["accuracy"] for r in other], "s", mfc="none", label=method.partition(":")[2])
     left.set(xlabel="share of the dense FLOPs", ylabel="accuracy, % (easy-VQA test)")
     left.legend()
     for part in ("vision", "prefill", "end_to_end"):

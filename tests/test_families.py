@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -85,6 +86,43 @@ def test_masked_equals_compacted(vlm, questions):
     inputs = inputs_of(vlm, questions)
     torch.testing.assert_close(vlm.model(**inputs).logits, masked(**inputs).logits, atol=1e-4, rtol=1e-4)
     assert sum(p.numel() for p in vlm.model.parameters()) < sum(p.numel() for p in masked.parameters())
+
+
+def dropping(vlm, *, compensate):
+    """Drop whole attention blocks: those of the last layers."""
+    last = {tower: max(s.layer for s in vlm.architecture.attention if s.tower == tower) for tower in ("vision", "text")}
+    blocks = [s for s in vlm.architecture.attention if s.layer == last[s.tower]]
+    heads = {s.path: HeadDecision(keep_units=(), num_units=s.num_units, compensate=compensate) for s in blocks}
+    return plan_of(vlm, ffn=False).model_copy(update={"heads": heads})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compensate", [True, False])
+def test_dropped_blocks_leave_their_mean(vlm, questions, tmp_path, compensate):
+    statistics = statistics_of(vlm, questions, weighting="uniform")
+    plan, masked, inputs = dropping(vlm, compensate=compensate), copy.deepcopy(vlm.model), inputs_of(vlm, questions)
+    for path in plan.heads:
+        site = vlm.architecture.site(path)
+        out = masked.get_submodule(f"{path}.{site.names.out}")
+        mean = statistics.sites[path].pooled("input").mean.float() if compensate else torch.zeros(out.in_features)
+        constant = out.weight @ mean + (0 if out.bias is None else out.bias)
+        out.register_forward_hook(lambda m, a, output, constant=constant: constant.expand_as(output))
+    dense, workload = count_flops(vlm.model, vlm.architecture.family, inputs, 2)
+    apply_(vlm.model, vlm.architecture, plan, statistics)
+    torch.testing.assert_close(vlm.model(**inputs).logits, masked(**inputs).logits, atol=1e-4, rtol=1e-4)
+    now, _ = count_flops(vlm.model, vlm.architecture.family, inputs, 2)
+    assert now.total == predicted_flops(vlm.architecture, plan, workload, dense.total) < dense.total
+    reloaded = infoprune.load(infoprune.save(dataclasses.replace(vlm, plan=plan), tmp_path / "out", probe=inputs))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [vlm.encoder.image_token_id]}
+    cached = reloaded.model.generate(**inputs, **options, use_cache=True)
+    assert torch.equal(cached, reloaded.model.generate(**inputs, **options, use_cache=False))
+    assert torch.equal(cached, reloaded.model.generate(**inputs, **options, cache_implementation="static"))
+    beams = reloaded.model.generate(**inputs, **options, num_beams=2)
+    assert beams.shape == cached.shape
+    first = next(s for s in vlm.architecture.attention if s.tower == "text" and s.layer == 0)
+    bad = plan.model_copy(update={"heads": {first.path: HeadDecision(keep_units=(), num_units=first.num_units)}})
+    with pytest.raises(infoprune.InfoPruneError, match="first language layer"):
+        bad.check(vlm.architecture)
 
 
 @torch.no_grad()

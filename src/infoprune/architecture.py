@@ -96,6 +96,11 @@ class AttentionSite:
         return self.num_heads if self.multi_query else self.num_key_value_heads
 
     @property
+    def min_units(self) -> int:
+        """Units that must stay: none, as a block can be dropped whole, but one in the first language layer, whose cache counts tokens."""
+        return 1 if self.tower == "text" and self.layer == 0 else 0
+
+    @property
     def unit_width(self) -> int:
         """Columns of the output projection that belong to one unit."""
         return self.num_heads * self.head_dim // self.num_units

@@ -15,7 +15,7 @@ from infoprune._version import __version__
 from infoprune.architecture import Architecture, AttentionSite
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.data import Example, load_examples, subset
-from infoprune.decide import Decisions, SolvedSite, attention_share, decide, solve_sites, with_units
+from infoprune.decide import Decisions, SolvedSite, attention_share, decide, solve_sites, unit_percentiles, with_units
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters, predicted_flops, prompt_inputs, typical_example
 from infoprune.evaluation.quality import can_share_prefix
@@ -224,11 +224,11 @@ def _cut_free(
 def _learn_heads(
     vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, options: CompressionOptions, run: TrainingRun
 ) -> LearnedHeads:
-    """Gates get the share of the attention's FLOPs that the training-free allocation gives attention."""
+    """Gates start from the training-free losses, and by default get the share of the attention's FLOPs that the allocation gives it."""
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
-    target = attention_share(solved, decisions, workload)
-    return run.learn_heads(vlm, sites, blocks, workload, target, compensated=options.compensate)
+    target = run.options.attention_share or attention_share(solved, decisions, workload)
+    return run.learn_heads(vlm, sites, blocks, workload, target, unit_percentiles(solved, workload), compensated=options.compensate)
 
 
 def _check_gates(

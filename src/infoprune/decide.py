@@ -95,7 +95,7 @@ def solve_sites(
 
 
 def _ranked_removal(block: Block, scores: list[float], options: CompressionOptions) -> Removal:
-    order = sorted(range(len(scores)), key=lambda unit: scores[unit])[:-1]
+    order = sorted(range(len(scores)), key=lambda unit: scores[unit])[: len(scores) - block.site.min_units]
     losses = [removal_loss(block, order[:k], compensated=options.compensate) for k in range(len(order) + 1)]
     return Removal(order, losses, scores)
 
@@ -153,8 +153,29 @@ def attention_share(solved: list[SolvedSite], decisions: Decisions, workload: Wo
     return kept / sum(attention_flops(site, site.num_units, workload) for site in blocks)
 
 
+def unit_percentiles(solved: list[SolvedSite], workload: Workload) -> list[float]:
+    """Place of every unit, block by block, among all units by marginal loss per FLOP: 0 for the first to go, near 1 for the last.
+
+    Units that must stay come last.
+    """
+    worth = []
+    for item in solved:
+        if isinstance(item.site, AttentionSite):
+            assert item.removal is not None
+            losses, cost = item.removal.losses, _dense_cost(item.site, workload) / item.site.num_units
+            own = [math.inf] * item.site.num_units
+            for place, unit in enumerate(item.removal.order):
+                own[unit] = (losses[place + 1] - losses[place]) * item.tokens / cost
+            worth += own
+    order = sorted(range(len(worth)), key=lambda index: worth[index])
+    percentiles = [0.0] * len(worth)
+    for place, index in enumerate(order):
+        percentiles[index] = place / len(worth)
+    return percentiles
+
+
 def remove_units(solved: list[SolvedSite], count: int, options: CompressionOptions) -> Decisions:
-    """Remove ``count`` units over all blocks, at least one staying per block, whatever they cost.
+    """Remove ``count`` units over all blocks, whatever they cost.
 
     Under ``information-loss`` the least marginal loss goes first, under a ranking the lowest score; losses add up either way.
 
@@ -170,7 +191,7 @@ def remove_units(solved: list[SolvedSite], count: int, options: CompressionOptio
             marginal = item.tokens * (removal.losses[place + 1] - removal.losses[place])
             candidates.append((marginal if removal.scores is None else removal.scores[unit], item.site.path, place))
     if count > len(candidates):
-        raise BudgetError(f"{count} units can't be removed; {len(candidates)} can, as one stays per block.")
+        raise BudgetError(f"{count} units can't be removed; {len(candidates)} can.")
     taken = dict.fromkeys(removals, 0)
     for _ in range(count):  # within a block the order is fixed, so only its next unit competes
         _, path, _ = min(c for c in candidates if c[2] == taken[c[1]])
@@ -219,7 +240,7 @@ def _removable(block: Block, removal: Removal, options: CompressionOptions) -> i
     for k in range(1, len(removal.order) + 1):
         kept = block.index([u for u in range(block.site.num_units) if u not in removal.order[:k]])
         weight = block.out[:, kept]
-        if options.compensate:
+        if options.compensate and len(kept):
             weight = torch.linalg.solve(block.covariance[kept][:, kept], block.covariance[kept, :] @ block.out.T).T
         if ks_distance(full, descending_eigh(weight @ block.covariance[kept][:, kept] @ weight.T)[0]) > options.ks:
             break
@@ -331,8 +352,8 @@ def _ffn_groups(
 def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions) -> dict[str, int]:
     """Units to remove from each block where that is decided already, or by a ranking, which has no unit to trade against FFN ranks.
 
-    Rankings get the share of the attention's FLOPs that was asked of the model, filled by one global ranking, at least one unit
-    staying per block; the FFNs get the rest of the budget.
+    Rankings get the share of the attention's FLOPs that was asked of the model, filled by one global ranking; the FFNs get the rest of
+    the budget.
     """
     decided = {item.site.path: item.fixed for item in solved if item.fixed is not None}
     if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE) or options.allocation == "uniform":

@@ -67,6 +67,18 @@ class LowRankGatedFFN(nn.Module):
         return self.down_proj(self.act_fn(gate) * up)
 
 
+class ConstantAttention(nn.Module):
+    """What is left of an attention block that was dropped whole: its mean output, the same at every position."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """(..., hidden_size) -> (..., hidden_size), and no attention weights."""
+        return self.bias.expand_as(hidden_states).clone(), None
+
+
 # Names of the projections, tried in turn: LLaVA, Idefics3 and SmolVLM towers use these.
 _OUT_PROJECTIONS = ("o_proj", "out_proj")
 _UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1"), ("down_proj", "fc2")
@@ -80,12 +92,17 @@ def _like(linear: nn.Linear, in_features: int, out_features: int, bias: bool) ->
     return nn.Linear(in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
-def shape_attention_(attention: Any, keep: int, of: int, *, compensated: bool) -> None:
-    """Give an attention block the shapes of ``keep`` out of ``of`` units, with uninitialised weights.
+def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compensated: bool) -> None:
+    """Give the attention block ``parent.name`` the shapes of ``keep`` out of ``of`` units, with uninitialised weights.
 
     A unit is a key/value head with its query heads or, with a single key/value head, a query head. Compensation puts means into the
-    output projection's bias, so a compensated block has one.
+    output projection's bias, so a compensated block has one. Without any unit only a constant is left.
     """
+    attention: Any = getattr(parent, name)
+    if keep == 0:
+        out = getattr(attention, _name(attention, _OUT_PROJECTIONS))
+        setattr(parent, name, ConstantAttention(out.out_features).to(device=out.weight.device, dtype=out.weight.dtype))
+        return
     query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
     out_name = _name(attention, _OUT_PROJECTIONS)
     out = getattr(attention, out_name)
@@ -126,8 +143,8 @@ def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, int]) -> None:
 def shape_(model: nn.Module, shapes: dict[str, Any], prefix: str = "") -> None:
     """Give ``model`` the shapes of a plan; paths are relative to the conditional-generation model, ``prefix`` is stripped from them."""
     for path, head in shapes.get("heads", {}).items():
-        attention = model.get_submodule(path.removeprefix(prefix))
-        shape_attention_(attention, head["keep"], head["of"], compensated=head["compensated"])
+        parent, _, name = path.removeprefix(prefix).rpartition(".")
+        shape_attention_(model.get_submodule(parent), name, head["keep"], head["of"], compensated=head["compensated"])
     for path, ranks in shapes.get("ffn", {}).items():
         parent, _, name = path.removeprefix(prefix).rpartition(".")
         shape_ffn_(model.get_submodule(parent), name, ranks)

@@ -20,15 +20,18 @@ class _Strict(BaseModel):
 
 
 class HeadDecision(_Strict):
-    """Units that stay in one attention block, and whether the output projection is repaired for the others."""
+    """Units that stay in one attention block, and whether the output projection is repaired for the others.
 
-    keep_units: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    With no unit kept the block is dropped whole; compensation then leaves its mean output, a constant.
+    """
+
+    keep_units: tuple[Annotated[int, Field(ge=0)], ...]
     num_units: int = Field(ge=1)
     compensate: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> HeadDecision:
-        if list(self.keep_units) != sorted(set(self.keep_units)) or self.keep_units[-1] >= self.num_units:
+        if list(self.keep_units) != sorted(set(self.keep_units)) or self.keep_units[-1:] >= (self.num_units,):
             raise ValueError(f"keep_units must be increasing and below num_units={self.num_units}")
         return self
 
@@ -140,6 +143,8 @@ class CompressionPlan(_Strict):
                 raise PlanError(f"The plan names the attention block '{path}', which this model does not have.")
             if head.num_units != attention[path].num_units:
                 raise PlanError(f"The plan counts {head.num_units} units in '{path}'; this model has {attention[path].num_units}.")
+            if len(head.keep_units) < attention[path].min_units:
+                raise PlanError(f"The plan drops '{path}' whole; the first language layer must keep a unit, as its cache counts tokens.")
         for path, decision in self.ffn.items():
             if path not in ffn:
                 raise PlanError(f"The plan names the FFN '{path}', which this model does not have.")
@@ -170,7 +175,9 @@ def max_rank(site: FFNSite, name: str) -> int:
 
 
 def head_parameters(site: AttentionSite, kept: int) -> int:
-    """Weights of an attention block with ``kept`` units."""
+    """Weights of an attention block with ``kept`` units; none if it is dropped whole."""
+    if kept == 0:
+        return 0
     shared = 2 * site.head_dim * site.hidden_size if site.multi_query else 0
     return kept * site.parameters_per_unit + shared
 

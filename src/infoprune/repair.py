@@ -25,6 +25,7 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import Statistics
 from infoprune.criteria.ffn import FFNOptions
+from infoprune.modeling_infoprune import ConstantAttention
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
 from infoprune.surgery import factorize_ffn_, prune_heads_
@@ -152,7 +153,8 @@ class _LayerRepair:
         drift = [torch.zeros_like(h) if scaled else h - c for h, c in zip(dense, compressed, strict=True)]
         if self.attention.path in plan.heads:
             prune_heads_(self.model, self.attention, plan.heads[self.attention.path], self.statistics.sites[self.attention.path])
-            self._refit(self.attention, compressed, targets[self.attention.path], drift)
+            if plan.heads[self.attention.path].keep_units:  # a constant has nothing to refit; the FFN makes up for it
+                self._refit(self.attention, compressed, targets[self.attention.path], drift)
         if self.ffn.path in plan.ffn:
             factorize_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
             attention_now = self._outputs(self.attention, compressed)
@@ -166,7 +168,11 @@ class _LayerRepair:
 
     def _outputs(self, site: AttentionSite | FFNSite, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         held: list[torch.Tensor] = []
-        handle = _writer(self.model, site).register_forward_hook(lambda *call: held.append(call[2]))
+
+        def hold(module: nn.Module, args: Any, output: Any) -> None:
+            held.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = _writer(self.model, site).register_forward_hook(hold)
         try:
             for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
                 self._call(h, kwargs)
@@ -198,8 +204,11 @@ def _flat(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
 
 
 def _writer(model: nn.Module, site: AttentionSite | FFNSite) -> nn.Module:
-    """The linear (dense or low-rank) that writes to the residual stream."""
-    return model.get_submodule(site.path).get_submodule(site.names.out if isinstance(site, AttentionSite) else site.names.down)
+    """The linear (dense or low-rank), or the constant, that writes to the residual stream."""
+    block = model.get_submodule(site.path)
+    if isinstance(block, ConstantAttention):
+        return block
+    return block.get_submodule(site.names.out if isinstance(site, AttentionSite) else site.names.down)
 
 
 def _last_linear(module: nn.Module) -> Any:

@@ -77,16 +77,21 @@ def _ffn(architecture: Architecture, path: str) -> FFNSite:
 @torch.no_grad()
 def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, statistics: SiteStatistics) -> None:
     """Remove the units that ``decision`` does not keep; rows of q, k, v and columns of the output projection go with them."""
-    attention: Any = model.get_submodule(site.path)
+    parent_path, _, name = site.path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    attention: Any = getattr(parent, name)
     names = site.names
     old = {name: getattr(attention, name) for name in (names.query, names.key, names.value, names.out)}
     kept = list(decision.keep_units)
-    columns = torch.cat([torch.arange(u * site.unit_width, (u + 1) * site.unit_width) for u in kept])
+    columns = torch.tensor([c for u in kept for c in range(u * site.unit_width, (u + 1) * site.unit_width)], dtype=torch.long)
     if decision.compensate:
         weight, correction = compensate(block_of(site, statistics, old[names.out].weight.cpu()), kept)
     else:
         weight, correction = old[names.out].weight[:, columns], None
-    shape_attention_(attention, len(kept), site.num_units, compensated=decision.compensate)
+    shape_attention_(parent, name, len(kept), site.num_units, compensated=decision.compensate)
+    if not kept:
+        _set_bias(getattr(parent, name), old[names.out].bias, correction)
+        return
     rows = {names.query: columns}
     if not site.multi_query:
         key_rows = torch.cat([torch.arange(u * site.head_dim, (u + 1) * site.head_dim) for u in kept])
@@ -102,7 +107,7 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
         _set_bias(out, old[names.out].bias, correction)
 
 
-def _set_bias(linear: nn.Linear, original: torch.Tensor | None, correction: torch.Tensor | None) -> None:
+def _set_bias(linear: Any, original: torch.Tensor | None, correction: torch.Tensor | None) -> None:
     linear.bias.zero_()
     for part in (original, correction):
         if part is not None:

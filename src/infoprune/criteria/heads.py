@@ -71,7 +71,7 @@ class Removal:
     """A nested sequence of removals from one block.
 
     Attributes:
-        order: Units, the first to go first; the last ones are never listed: at least one unit stays.
+        order: Units, the first to go first; those that must stay (``AttentionSite.min_units``) are never listed.
         losses: (len(order) + 1,) loss when the first k of ``order`` are gone, k = 0.. ; nats per token.
         scores: Score of each unit under a ranking criterion.
     """
@@ -92,7 +92,7 @@ def information_loss(block: Block) -> Removal:
     """
     precision, out = torch.linalg.inv(block.covariance), block.out.clone()
     kept, order, losses = list(range(block.site.num_units)), [], [0.0]
-    while len(kept) > 1:
+    while len(kept) > block.site.min_units:
         marginal = {}
         for unit in kept:
             c = block.columns(unit)
@@ -114,7 +114,7 @@ def removal_loss(block: Block, removed: list[int], *, compensated: bool = True) 
     kept = [u for u in range(block.site.num_units) if u not in removed]
     r, k = block.index(removed), block.index(kept)
     lost = block.covariance[r][:, r]
-    if compensated:
+    if compensated and kept:
         lost = lost - block.covariance[r][:, k] @ torch.linalg.solve(block.covariance[k][:, k], block.covariance[k][:, r])
     out = block.out[:, r]
     return 0.5 * float(((block.metric @ out) * (out @ lost)).sum())
@@ -127,6 +127,8 @@ def compensate(block: Block, kept: list[int]) -> tuple[torch.Tensor, torch.Tenso
         (hidden, kept columns) weight and the (hidden,) bias correction.
     """
     k = block.index(kept)
+    if not kept:
+        return block.out[:, k], block.out @ block.mean
     weight = torch.linalg.solve(block.covariance[k][:, k], block.covariance[k, :] @ block.out.T).T
     return weight, block.out @ block.mean - weight @ block.mean[k]
 

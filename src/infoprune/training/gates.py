@@ -23,6 +23,7 @@ from torch import nn
 from infoprune.architecture import AttentionSite
 
 STRETCH_LOW, STRETCH_HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
+INITIAL = 1.5  # open with probability 0.96
 # P(z != 0) = sigmoid(a - b ln(-low / high)), so a gate is more likely open than not above this a.
 OPEN_SHIFT = -TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)
 
@@ -62,10 +63,10 @@ class HeadGates(nn.Module):
         values: The gates in force, by path; ``None``: all open, the dense model.
     """
 
-    def __init__(self, sites: list[AttentionSite], initial: float = 2.5) -> None:
+    def __init__(self, sites: list[AttentionSite], initial: float | torch.Tensor = INITIAL) -> None:
         super().__init__()
         self.sites = sites
-        self.log_alpha = nn.Parameter(torch.full((sum(site.num_units for site in sites),), initial))
+        self.log_alpha = nn.Parameter(torch.zeros(sum(site.num_units for site in sites)) + initial)
         self.values: dict[str, torch.Tensor] | None = None
         self._compensation: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -49,8 +49,10 @@ class Costs:
 
 def costs_of(sites: Sequence[AttentionSite], workload: Workload) -> Costs:
     """Costs of ``sites``, in closed form."""
-    fixed = [attention_flops(site, 0, workload) for site in sites]
-    unit = [attention_flops(s, 1, workload) - attention_flops(s, 0, workload) for s in sites for _ in range(s.num_units)]
+    dense = [attention_flops(site, site.num_units, workload) for site in sites]
+    steps = [d - attention_flops(s, s.num_units - 1, workload) if s.num_units > 1 else d for s, d in zip(sites, dense, strict=True)]
+    fixed = [d - s.num_units * step for s, d, step in zip(sites, dense, steps, strict=True)]  # what the units of multi-query blocks share
+    unit = [step for site, step in zip(sites, steps, strict=True) for _ in range(site.num_units)]
     return Costs(torch.tensor(fixed, dtype=torch.float64), torch.tensor(unit, dtype=torch.float64))
 
 
@@ -155,7 +157,7 @@ class GateStage:
 
 
 def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[int]]:
-    """Units to keep by path: the least open gates close, at least one unit staying per block, until the cost is within the target.
+    """Units to keep by path: the least open gates close, no block going below what it must keep, until the cost is within the target.
 
     Args:
         gates: Trained.
@@ -163,7 +165,7 @@ def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[in
         target: Share of the dense cost of the gated blocks.
 
     Raises:
-        BudgetError: Not even one unit per block fits.
+        BudgetError: The units that must stay already take more.
     """
     owner = [(number, unit) for number, site in enumerate(gates.sites) for unit in range(site.num_units)]
     left = [site.num_units for site in gates.sites]
@@ -174,12 +176,12 @@ def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[in
         if spent <= budget:
             break
         block = owner[index][0]
-        if left[block] > 1:
+        if left[block] > gates.sites[block].min_units:
             left[block] -= 1
             closed.add(index)
             spent -= float(costs.unit[index])
     if spent > budget * (1 + 1e-9):
-        raise BudgetError(f"One unit per block already takes {spent / costs.dense:.3f} of the attention's FLOPs, above {target:.3f}.")
+        raise BudgetError(f"What must stay already takes {spent / costs.dense:.3f} of the attention's FLOPs, above {target:.3f}.")
     kept: dict[str, list[int]] = {site.path: [] for site in gates.sites}
     for index, (block, unit) in enumerate(owner):
         if index not in closed:

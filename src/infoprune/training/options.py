@@ -20,6 +20,10 @@ class TrainingOptions:
         recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights) or ``none``.
         gate_steps: Updates of the gates (``heads=trained``).
         gate_rate: Learning rate of the gates' locations.
+        gate_prior: How far apart the gates start: locations are 1.5 plus this times (percentile of the unit's information loss per FLOP
+            less a half). 0: all equal.
+        attention_share: Share of the attention's FLOPs that gates keep; ``None``: what the training-free allocation gives attention.
+            Less makes whole blocks go, which saves more time than FLOPs tell, and leaves more of the budget to the FFNs.
         gate_lora: Rank of a LoRA on all linears that trains along with the gates and is merged before the cut; 0: weights stay frozen.
         cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
@@ -47,6 +51,8 @@ class TrainingOptions:
     recovery: Literal["none", "lora", "full"] = "none"
     gate_steps: int = 100
     gate_rate: float = 0.1
+    gate_prior: float = 2.0
+    attention_share: float | None = None
     gate_lora: int = 0
     cross_entropy_weight: float = 1.0
     distillation_weight: float = 1.0
@@ -56,7 +62,7 @@ class TrainingOptions:
     ks_weight: float = 0.1
     warmup: float = 0.4
     refresh: int = 10
-    multiplier_rate: float = 1.0
+    multiplier_rate: float = 0.3
     recovery_steps: int = 600
     recovery_rate: float = 3e-4
     lora_rank: int = 16
@@ -81,9 +87,20 @@ class TrainingOptions:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise InfoPruneError(f"{name} must be above 0, not {getattr(self, name)}.")
-        for name in ("gate_lora", "cross_entropy_weight", "distillation_weight", "hidden_weight", "rate_weight", "ks_weight", "patience"):
+        for name in (
+            "gate_lora",
+            "gate_prior",
+            "cross_entropy_weight",
+            "distillation_weight",
+            "hidden_weight",
+            "rate_weight",
+            "ks_weight",
+            "patience",
+        ):
             if getattr(self, name) < 0:
                 raise InfoPruneError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        if self.attention_share is not None and not 0 < self.attention_share <= 1:
+            raise InfoPruneError(f"attention_share must be above 0 and at most 1, not {self.attention_share}.")
         if not 0 <= self.warmup < 1:
             raise InfoPruneError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}.")
         if not (self.cross_entropy_weight or self.distillation_weight):

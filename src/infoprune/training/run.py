@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from infoprune.architecture import AttentionSite
 from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
@@ -16,7 +18,7 @@ from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM, load
 from infoprune.progress import Progress
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
-from infoprune.training.gates import HeadGates, deterministic_gate
+from infoprune.training.gates import INITIAL, HeadGates, deterministic_gate
 from infoprune.training.heads import GateStage, binarise, costs_of
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
@@ -72,16 +74,24 @@ class TrainingRun:
     work: WorkFolder | None = None
 
     def learn_heads(
-        self, vlm: VLM, sites: Sequence[AttentionSite], blocks: dict[str, Block], workload: Workload, target: float, *, compensated: bool
+        self,
+        vlm: VLM,
+        sites: Sequence[AttentionSite],
+        blocks: dict[str, Block],
+        workload: Workload,
+        target: float,
+        prior: Sequence[float],
+        *,
+        compensated: bool,
     ) -> LearnedHeads:
-        """Train gates on ``sites`` down to ``target`` of their dense FLOPs.
+        """Train gates on ``sites`` down to ``target`` of their dense FLOPs, starting from ``prior``, a percentile per unit.
 
         With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
         """
         options, model = self.options, vlm.model
         required = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
-        gates = HeadGates(list(sites)).to(vlm.device)
+        gates = HeadGates(list(sites), INITIAL + options.gate_prior * (torch.tensor(prior) - 0.5)).to(vlm.device)
         costs = costs_of(sites, workload)
         extra: dict[str, Any] = {}
         wrapper = None

@@ -60,6 +60,8 @@ def leave_one_out(block: Block, kept: list[int]) -> torch.Tensor:
     """
     n = len(block.covariance)
     coefficient = torch.zeros(n, n, dtype=torch.float64)
+    if not kept:
+        return coefficient
     k = block.index(kept)
     precision = torch.linalg.inv(block.covariance[k][:, k])
     for unit in range(block.site.num_units):
@@ -78,7 +80,7 @@ def leave_one_out(block: Block, kept: list[int]) -> torch.Tensor:
 def structure_of(block: Block, gates: torch.Tensor, *, compensated: bool) -> BlockStructure:
     """Constants of one block at the present gates (units,), which say what stays (z > 1/2) and turn the directions."""
     z = gates.detach().double().cpu()
-    kept = [u for u in range(block.site.num_units) if z[u] > 0.5] or [int(z.argmax())]
+    kept = [u for u in range(block.site.num_units) if z[u] > 0.5]
     n = len(block.covariance)
     coefficient = leave_one_out(block, kept) if compensated else torch.zeros(n, n, dtype=torch.float64)
     root = torch.linalg.cholesky(block.covariance)
