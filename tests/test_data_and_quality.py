@@ -39,7 +39,7 @@ def test_missing_data_split_and_images(tmp_path, gqa_vlm):
     with pytest.raises(DataError, match="No data"):
         infoprune.load_examples(str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(DataError, match="no split"):
-        infoprune.load_examples("easy-vqa:validation")
+        infoprune.load_examples("easy-vqa:holdout")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     for path in (broken, tmp_path / "missing.png"):

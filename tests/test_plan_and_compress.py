@@ -39,7 +39,7 @@ def test_json_round_trip(heads, ranks, revision):
     [
         ({"surprise": 1}, "surprise"),
         ({"version": 99}, "version 99"),
-        ({"heads": {"x": {"keep_units": [], "num_units": 2}}}, "keep_units"),
+        ({"heads": {"x": {"keep_units": "all", "num_units": 2}}}, "keep_units"),
         ({"heads": {"x": {"keep_units": [1, 0], "num_units": 2}}}, "increasing"),
         ({"heads": {"x": {"keep_units": [2], "num_units": 2}}}, "below"),
         ({"ffn": {"x": {"joint_rank": 2, "up_rank": 2}}}, "excludes"),

@@ -172,7 +172,8 @@ def test_terms_vanish_where_nothing_was_lost():
     assert float(objective.hidden_distance(hidden, hidden, valid)) == 0
     half = valid.clone()
     half[0] = False
-    assert float(objective.hidden_distance([0 * hidden[0]], hidden, half)) == pytest.approx(3)
+    assert float(objective.hidden_distance([0 * hidden[0]], hidden, half)) == pytest.approx(1.5)  # three real tokens at distance 1
+    assert float(objective.hidden_distance([1e4 * hidden[0]], hidden, half)) == pytest.approx(3, rel=1e-3)  # bounded, one a token
 
 
 def test_budget_multipliers_push_towards_the_target():
@@ -274,13 +275,13 @@ def test_binarise_keeps_the_most_open_units_within_the_target(vlm):
     costs = costs_of(sites, workload)
     kept = binarise(gates, costs, 0.8)
     spent = sum(attention_flops(s, len(kept[s.path]), workload) for s in sites)
-    assert spent <= 0.8 * costs.dense and all(kept.values())
+    assert spent <= 0.8 * costs.dense and all(len(kept[s.path]) >= s.min_units for s in sites)
     open_, shut = [], []
     for site, values in zip(sites, gates.by_site(gates.log_alpha.detach()).values(), strict=True):
         for unit in range(site.num_units):
-            (open_ if unit in kept[site.path] else shut).append((float(values[unit]), len(kept[site.path])))
-    assert max(v for v, _ in shut) <= min(v for v, n in open_ if n > 1)
-    with pytest.raises(InfoPruneError, match="One unit per block"):
+            (open_ if unit in kept[site.path] else shut).append((float(values[unit]), len(kept[site.path]) > site.min_units))
+    assert max(v for v, _ in shut) <= min(v for v, may_go in open_ if may_go)
+    with pytest.raises(InfoPruneError, match="What must stay"):
         binarise(gates, costs, 0.01)
 
 

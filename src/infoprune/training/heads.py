@@ -82,10 +82,11 @@ class GateStage:
         self.budget = objective.Budget(target)
         self.structures: dict[str, BlockStructure] = {}
         self.refreshed_at: torch.Tensor | None = None
+        self.trajectory: list[list[float]] = []
         self.parameters = {"log_alpha": gates.log_alpha, **(extra or {})}
         groups: list[dict[str, Any]] = [{"params": [gates.log_alpha], "betas": (0.9, 0.99)}]
         if extra:
-            groups.append({"params": list(extra.values()), "scale": options.recovery_rate / options.gate_rate})
+            groups.append({"params": list(extra.values()), "scale": options.rate("lora") / options.gate_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=options.gate_rate, weight_decay=0.0)
         self._draw = ""
 
@@ -102,6 +103,7 @@ class GateStage:
         """Refresh what calibration tells, and name this step's draw of the gates; each backward pass samples it anew."""
         if step % self.options.refresh == 0:
             self.refresh(self.gates.log_alpha.detach().clone())
+            self.trajectory.append(deterministic_gate(self.gates.log_alpha.detach()).tolist())
         self._draw = f"gates {self.seed} {step}"
 
     def refresh(self, log_alpha: torch.Tensor) -> None:
@@ -146,13 +148,14 @@ class GateStage:
         return False
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Multipliers, and the gates of the last refresh."""
+        """Multipliers, the gates of the last refresh, and those of all refreshes for the plot."""
         assert self.refreshed_at is not None
-        return {"refreshed_at": self.refreshed_at}, {"linear": self.budget.linear, "quadratic": self.budget.quadratic}
+        meta = {"linear": self.budget.linear, "quadratic": self.budget.quadratic, "trajectory": self.trajectory}
+        return {"refreshed_at": self.refreshed_at}, meta
 
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """See :meth:`state`."""
-        self.budget.linear, self.budget.quadratic = meta["linear"], meta["quadratic"]
+        self.budget.linear, self.budget.quadratic, self.trajectory = meta["linear"], meta["quadratic"], meta["trajectory"]
         self.refresh(tensors["refreshed_at"].to(self.gates.log_alpha.device))
 
 

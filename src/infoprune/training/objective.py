@@ -34,9 +34,10 @@ def distillation(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
 
 
 def hidden_distance(student: list[torch.Tensor], teacher: list[torch.Tensor], valid: torch.Tensor) -> torch.Tensor:
-    """Sum over real tokens of ||student - teacher||^2 / ||teacher||^2, mean over depths; dimensionless.
+    """Sum over real tokens of d / (1 + d), d = ||student - teacher||^2 / ||teacher||^2, mean over depths; dimensionless, below 1 a token.
 
-    Relative per token, so that the few tokens with massive activations do not drown the others.
+    Relative, so that the few tokens with massive activations do not drown the others; bounded (Geman & McClure 1985), so that a token
+    that gains or loses its massive activation, which few answers depend on, does not rule the step.
 
     Args:
         student, teacher: Per depth (rows, length, hidden).
@@ -45,7 +46,8 @@ def hidden_distance(student: list[torch.Tensor], teacher: list[torch.Tensor], va
     total = student[0].new_zeros((), dtype=torch.float32)
     for s, t in zip(student, teacher, strict=True):
         s, t = s[valid].float(), t[valid].float()
-        total = total + ((s - t).square().sum(-1) / t.square().sum(-1).clamp_min(1e-12)).sum()
+        distance = (s - t).square().sum(-1) / t.square().sum(-1).clamp_min(1e-12)
+        total = total + (distance / (1 + distance)).sum()
     return total / len(student)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from infoprune.errors import InfoPruneError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+RATES = {"full": 3e-5, "lora": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class TrainingOptions:
     A *step* is one update on ``images_per_step`` images with all their questions.
 
     Attributes:
-        recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights) or ``none``.
+        recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights but embeddings and language head) or ``none``.
         gate_steps: Updates of the gates (``heads=trained``).
         gate_rate: Learning rate of the gates' locations.
         gate_prior: How far apart the gates start: locations are 1.5 plus this times (percentile of the unit's information loss per FLOP
@@ -35,7 +36,7 @@ class TrainingOptions:
         refresh: Steps between refreshes of spectra, directions and compensation.
         multiplier_rate: Ascent rate of the budget's Lagrange multipliers.
         recovery_steps: Updates of recovery; fewer if it stops early.
-        recovery_rate: Peak learning rate of recovery.
+        recovery_rate: Peak learning rate of recovery; ``None``: :data:`RATES`. Repaired models are sensitive: ten times more destroys them.
         lora_rank: Rank of recovery's LoRA.
         images_per_step: Images of one update, over all processes.
         questions_per_image: At most so many questions of an image in one update.
@@ -63,8 +64,8 @@ class TrainingOptions:
     warmup: float = 0.4
     refresh: int = 10
     multiplier_rate: float = 0.3
-    recovery_steps: int = 600
-    recovery_rate: float = 3e-4
+    recovery_steps: int = 300
+    recovery_rate: float | None = None
     lora_rank: int = 16
     images_per_step: int = 8
     questions_per_image: int = 16
@@ -76,6 +77,10 @@ class TrainingOptions:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     trackers: tuple[str, ...] = ()
 
+    def rate(self, kind: str) -> float:
+        """Peak learning rate of weights that train as ``kind``, ``full`` or ``lora``."""
+        return RATES[kind] if self.recovery_rate is None else self.recovery_rate
+
     def __post_init__(self) -> None:
         for name, known in (("recovery", ("none", "lora", "full")), ("precision", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in known:
@@ -85,8 +90,8 @@ class TrainingOptions:
         positive = ("gate_steps", "gate_rate", "recovery_steps", "recovery_rate", "lora_rank", "images_per_step", "questions_per_image")
         positive += ("refresh", "validation_questions", "evaluate_every", "checkpoint_every", "distillation_temperature", "multiplier_rate")
         for name in positive:
-            if getattr(self, name) <= 0:
-                raise InfoPruneError(f"{name} must be above 0, not {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise InfoPruneError(f"{name} must be above 0, not {value}.")
         for name in (
             "gate_lora",
             "gate_prior",

@@ -79,7 +79,7 @@ class RecoveryStage:
         self.student, self.teacher, self.parameters, self.validation, self.options = student, teacher, parameters, validation, options
         self.autocast = autocast
         self.steps = options.recovery_steps
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=options.recovery_rate, weight_decay=0.0, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=options.rate(options.recovery), weight_decay=0.0)
         self.cache = VisionCache(teacher.model)
         self.best = Best()
         self.best_parameters: dict[str, torch.Tensor] = {}
@@ -87,7 +87,7 @@ class RecoveryStage:
 
     def learning_rate(self, step: int) -> float:
         """One cycle."""
-        return self.options.recovery_rate * one_cycle(step, self.steps)
+        return self.options.rate(self.options.recovery) * one_cycle(step, self.steps)
 
     def begin(self, step: int) -> None:
         """The first validation is of the model as it was cut."""
@@ -165,15 +165,18 @@ class RecoveryStage:
         self.best_parameters = {name: value.to(self.student.device) for name, value in tensors.items()}
 
 
-def all_weights(model: Any) -> dict[str, nn.Parameter]:
-    """Every parameter but embeddings and language head, made trainable: those are shared with tokens that no training data shows."""
-    frozen = {
-        id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None for p in part.parameters()
-    }
+def layer_weights(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
+    """Parameters of all layers of both towers and of the projector, made trainable; the rest is frozen.
+
+    Embeddings of words, patches and positions and the language head stay as they are: nothing was cut there, words that no training
+    data shows must keep their meaning, and the towers are most sensitive to their first map.
+    """
+    layers = tuple({f"{site.path.rpartition('.')[0]}." for site in architecture.attention})
+    inside = (*layers, f"{architecture.family.projector}.")
     trainable = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) not in frozen)
-        if id(parameter) not in frozen:
+        parameter.requires_grad_(name.startswith(inside))
+        if parameter.requires_grad:
             trainable[name] = parameter
     return trainable
 

@@ -22,7 +22,7 @@ from infoprune.training.gates import INITIAL, HeadGates, deterministic_gate
 from infoprune.training.heads import GateStage, binarise, costs_of
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import RecoveryStage, add_lora, all_weights
+from infoprune.training.recovery import RecoveryStage, add_lora, layer_weights
 from infoprune.training.state import WorkFolder
 
 CUT = "cut"
@@ -36,18 +36,21 @@ class LearnedHeads:
         kept: Units to keep by path.
         trained: How training went.
         gates: Test-time gates by path at the end.
+        trajectory: Test-time gates of all units, in the order of ``gates``, at every refresh.
         cost_share: Expected share of the attention's FLOPs at the end, and what was aimed at.
     """
 
     kept: dict[str, list[int]]
     trained: Trained
     gates: dict[str, list[float]]
+    trajectory: list[list[float]]
     cost_share: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
         return self.trained.as_dict() | {
             "gates": self.gates, "cost_share": self.cost_share[0], "target_share": self.cost_share[1], "history": self.trained.history,
+            "trajectory": self.trajectory,
         }  # fmt: skip
 
 
@@ -113,7 +116,7 @@ class TrainingRun:
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
         kept = binarise(gates, costs, target)
         expected = trained.history[-1]["cost"] if trained.history else 1.0
-        return LearnedHeads(kept, trained, values, (expected, target))
+        return LearnedHeads(kept, trained, values, stage.trajectory, (expected, target))
 
     def recover(self, student: VLM, teacher: VLM) -> dict[str, Any]:
         """Train ``student`` in place and leave its best validated weights; returns figures for the report."""
@@ -124,7 +127,8 @@ class TrainingRun:
             student.model.requires_grad_(False)
             wrapper, parameters = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
         else:
-            parameters = all_weights(student.model)
+            assert teacher.architecture is not None
+            parameters = layer_weights(student.model, teacher.architecture)
         teacher.model.requires_grad_(False)
         stage = RecoveryStage(student, teacher, parameters, self.validation, options, autocast=self._autocast(student))
         trained = self._train(stage, student)
