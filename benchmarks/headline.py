@@ -1,6 +1,6 @@
 """Trained heads and recovery on the demo model: how many fewer FLOPs, how much faster, at what loss on the whole test split.
 
-    python benchmarks/headline.py [--parts curve arms ablation] [--questions N]
+    python benchmarks/headline.py [--parts curve arms ablation] [--shares S ...] [--questions N]
 
 ``curve``: trained heads, low-rank FFNs and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs. ``arms``: trained, training-free and random
 heads under the same FFN treatment and the same short recovery, three seeds. ``ablation``: each term of the gates' objective off, at 3.2x,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from infoprune.evaluation.runner import bytes_on_disk
 
 WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.5, 0.2, 0.125)
+CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time", "attention_share": 0.4}
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
 TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
 
@@ -47,10 +49,10 @@ class Run:
         return WORK / f"{self.part}-{self.name}-{self.share:.3f}-{self.seed}".replace(" ", "_")
 
 
-def runs(parts: list[str]) -> list[Run]:
+def runs(parts: list[str], shares: Sequence[float] = SHARES) -> list[Run]:
     found = []
     if "curve" in parts:
-        found += [Run("curve", "trained", share, options={"heads": "trained", "recovery": "full"}) for share in SHARES]
+        found += [Run("curve", "trained", share, options=CURVE) for share in shares]
     if "arms" in parts:
         arms = {"trained": "trained", "training-free": "information-loss", "random": "random"}
         found += [
@@ -91,13 +93,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["curve", "arms", "ablation"], choices=["curve", "arms", "ablation"])
     parser.add_argument("--questions", type=int, default=None, help="test questions (default: all 9,673)")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the curve")
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     path = RESULTS / "headline.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     dense = infoprune.load("demo", notify=log)
     examples = whole_images("test", args.questions)
-    for run in runs(args.parts):
+    for run in runs(args.parts, args.shares):
         if any(row.get("folder") == run.folder.name and row["num_questions"] == len(examples) for row in rows):
             continue
         try:
@@ -117,7 +120,7 @@ def main() -> None:
             **quality.comparison(reference, score, examples), "accuracy_dense": reference.accuracy, "params": report["parameters"],
             "bytes_on_disk": bytes_on_disk(infoprune.load(run.folder)), "seconds": report["seconds"], "flops": report["flops"],
             "dense_flops": report["dense_flops"],
-            "training": {s: {k: v for k, v in t.items() if k not in ("history", "gates")} for s, t in training.items()},
+            "training": {s: {k: v for k, v in t.items() if k not in ("history", "gates", "trajectory")} for s, t in training.items()},
             "folder": run.folder.name,
         })  # fmt: skip
         log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")

@@ -13,12 +13,13 @@ import torch
 import infoprune
 from infoprune.criteria.heads import block_of, compensate
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
-from infoprune.evaluation.cost import attention_flops
+from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import answer_logits, batches
 from infoprune.training import objective
+from infoprune.training.costs import flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability
-from infoprune.training.heads import binarise, check_agreement, costs_of, masked_logits
+from infoprune.training.heads import binarise, check_agreement, masked_logits
 from infoprune.training.loop import one_cycle
 from infoprune.training.options import TrainingOptions
 from infoprune.training.structure import leave_one_out, structure_of
@@ -271,8 +272,8 @@ def test_binarise_keeps_the_most_open_units_within_the_target(vlm):
     torch.manual_seed(1)
     with torch.no_grad():
         gates.log_alpha.normal_()
-    workload = infoprune.compress.__globals__["Workload"](1, 5, 20, 2)
-    costs = costs_of(sites, workload)
+    workload = Workload(1, 5, 20, 2)
+    costs = flop_costs(sites, workload)
     kept = binarise(gates, costs, 0.8)
     spent = sum(attention_flops(s, len(kept[s.path]), workload) for s in sites)
     assert spent <= 0.8 * costs.dense and all(len(kept[s.path]) >= s.min_units for s in sites)
@@ -283,6 +284,35 @@ def test_binarise_keeps_the_most_open_units_within_the_target(vlm):
     assert max(v for v, _ in shut) <= min(v for v, may_go in open_ if may_go)
     with pytest.raises(InfoPruneError, match="What must stay"):
         binarise(gates, costs, 0.01)
+
+
+def test_expected_cost_of_a_block_is_gone_with_its_last_unit(vlm):
+    sites = list(vlm.architecture.attention)
+    workload = Workload(1, 5, 20, 2)
+    costs = flop_costs(sites, workload)
+    kept = [1 if number % 2 else s.min_units for number, s in enumerate(sites)]
+    open_ = torch.cat([(torch.arange(s.num_units) < k).double() for s, k in zip(sites, kept, strict=True)])
+    exact = sum(attention_flops(s, k, workload) for s, k in zip(sites, kept, strict=True)) / costs.dense
+    assert float(costs.share(open_)) == pytest.approx(exact, rel=1e-9)
+    half = torch.full_like(open_, 0.5, requires_grad=True)
+    costs.share(half).backward()
+    assert (half.grad > 0).all() and float(costs.share(torch.ones_like(open_))) == pytest.approx(1)
+
+
+def test_measured_costs(vlm, questions):
+    sites = list(vlm.architecture.attention)
+    probe = inputs_of(vlm, questions)
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    costs = time_costs(vlm.model, sites, probe)
+    assert costs.fixed.min() >= 0 and costs.unit.min() >= 0 and 0 < costs.dense < 10
+    assert all(torch.equal(p, before[name]) for name, p in vlm.model.named_parameters())
+    assert not any(m._forward_pre_hooks for m in vlm.model.modules())
+
+
+def test_gates_may_pay_in_time(gqa_vlm, questions):
+    result = infoprune.compress(gqa_vlm, questions, **QUICK, gate_cost="time", attention_share=0.5)
+    assert result.flops_ratio == pytest.approx(0.7, abs=0.02)
+    assert min(len(d.keep_units) for d in result.vlm.plan.heads.values()) < 2
 
 
 def weights(result):

@@ -27,6 +27,7 @@ from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.repair import cut_and_repair_
 from infoprune.surgery import apply_, ffn_options
+from infoprune.training.costs import flop_costs, time_costs
 from infoprune.training.gates import HeadGates
 from infoprune.training.heads import check_agreement, masked_logits
 from infoprune.training.loop import Processes
@@ -189,7 +190,7 @@ def _cut_free(
     report: dict[str, Any] = {}
     if options.heads == TRAINED:
         assert run is not None
-        learned = _learn_heads(target, solved, decisions, workload, options, run)
+        learned = _learn_heads(target, solved, decisions, workload, probe, options, run)
         report["heads"] = learned.as_dict()
         clock.lap("train heads")
         if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
@@ -222,13 +223,15 @@ def _cut_free(
 
 
 def _learn_heads(
-    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, options: CompressionOptions, run: TrainingRun
-) -> LearnedHeads:
-    """Gates start from the training-free losses, and by default get the share of the attention's FLOPs that the allocation gives it."""
+    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, probe: dict[str, torch.Tensor],
+    options: CompressionOptions, run: TrainingRun,
+) -> LearnedHeads:  # fmt: skip
+    """Gates start from the training-free losses, and by default get the share of the attention's cost that the allocation gives it."""
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     target = run.options.attention_share or attention_share(solved, decisions, workload)
-    return run.learn_heads(vlm, sites, blocks, workload, target, unit_percentiles(solved, workload), compensated=options.compensate)
+    costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe))
+    return run.learn_heads(vlm, sites, blocks, costs, target, unit_percentiles(solved, workload), compensated=options.compensate)
 
 
 def _check_gates(

@@ -40,9 +40,7 @@ def compress(
     recovery: Annotated[Optional[str], typer.Option(help="Train after the cut: 'none' (default), 'lora' or 'full'.")] = None,
     gate_steps: Annotated[Optional[int], typer.Option(help="Updates of the gates, with --heads trained (default 100).")] = None,
     recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 300).")] = None,
-    recovery_rate: Annotated[
-        Optional[float], typer.Option(help="Peak learning rate of recovery (default 3e-5 full, 1e-4 lora).")
-    ] = None,
+    recovery_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate of recovery (default 3e-5 full, 1e-4 lora).")] = None,
     images_per_step: Annotated[Optional[int], typer.Option(help="Images of one update, with all their questions (default 8).")] = None,
     validation: Annotated[
         Optional[str], typer.Option(help="Data to stop early on (default: one image in twenty of --data, kept out of training).")

@@ -61,7 +61,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 def _one_round(vlm: VLM, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], answer_tokens: int) -> dict[str, float]:
     model, times = vlm.model, {}
-    sync = _synchronizer(vlm.device)
+    sync = synchronizer(vlm.device)
     handles = []
     for part, path in (("vision", family.vision), ("projector", family.projector), ("prefill", family.text), ("lm_head", "lm_head")):
         handles += _stopwatch(model.get_submodule(path), part, times, sync)
@@ -98,7 +98,8 @@ def _now(sync: Callable[[], None]) -> float:
     return 1000 * time.perf_counter()
 
 
-def _synchronizer(device: torch.device) -> Callable[[], None]:
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits until ``device`` has done all that it was given."""
     if device.type == "cuda":
         return torch.cuda.synchronize
     if device.type == "mps":

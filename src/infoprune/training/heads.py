@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from infoprune.architecture import AttentionSite
 from infoprune.criteria.heads import Block
 from infoprune.data import Example
 from infoprune.errors import BudgetError, PlanError
-from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.training import objective
+from infoprune.training.costs import Costs
 from infoprune.training.data import VisionCache
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
 from infoprune.training.loop import Terms, Totals
@@ -23,37 +22,6 @@ from infoprune.training.options import TrainingOptions
 from infoprune.training.structure import BlockStructure, structure_of
 
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs of the gated blocks for one example.
-
-    Attributes:
-        fixed: (blocks,) what a block costs without any unit.
-        unit: (units of all blocks,) what each unit adds.
-    """
-
-    fixed: torch.Tensor
-    unit: torch.Tensor
-
-    @property
-    def dense(self) -> float:
-        """With all units."""
-        return float(self.fixed.sum() + self.unit.sum())
-
-    def share(self, open_: torch.Tensor) -> torch.Tensor:
-        """Expected share of the dense cost when units are open with probability ``open_`` (units,)."""
-        return (self.fixed.sum() + (self.unit * open_).sum()) / self.dense
-
-
-def costs_of(sites: Sequence[AttentionSite], workload: Workload) -> Costs:
-    """Costs of ``sites``, in closed form."""
-    dense = [attention_flops(site, site.num_units, workload) for site in sites]
-    steps = [d - attention_flops(s, s.num_units - 1, workload) if s.num_units > 1 else d for s, d in zip(sites, dense, strict=True)]
-    fixed = [d - s.num_units * step for s, d, step in zip(sites, dense, steps, strict=True)]  # what the units of multi-query blocks share
-    unit = [step for site, step in zip(sites, steps, strict=True) for _ in range(site.num_units)]
-    return Costs(torch.tensor(fixed, dtype=torch.float64), torch.tensor(unit, dtype=torch.float64))
 
 
 class GateStage:
@@ -133,7 +101,7 @@ class GateStage:
     def shared_terms(self, step: int) -> Terms:
         """Rate, KS and budget, functions of the gates alone."""
         o, progress, sampled = self.options, self.warmed(step), self.gates.sample_(self._draw)
-        cost = self.costs.share(open_probability(self.gates.log_alpha).double())
+        cost = self.costs.to(self.gates.log_alpha.device).share(open_probability(self.gates.log_alpha).double())
         return {
             "rate": (o.rate_weight * progress, objective.relative_rate(self.structures, sampled)),
             "ks": (o.ks_weight, objective.mean_ks(self.structures, sampled)),
@@ -148,14 +116,15 @@ class GateStage:
         return False
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Multipliers, the gates of the last refresh, and those of all refreshes for the plot."""
+        """Multipliers, costs (measured ones differ from run to run), gates of the last refresh, and those of all refreshes for the plot."""
         assert self.refreshed_at is not None
         meta = {"linear": self.budget.linear, "quadratic": self.budget.quadratic, "trajectory": self.trajectory}
-        return {"refreshed_at": self.refreshed_at}, meta
+        return {"refreshed_at": self.refreshed_at, "fixed": self.costs.fixed, "unit": self.costs.unit}, meta
 
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """See :meth:`state`."""
         self.budget.linear, self.budget.quadratic, self.trajectory = meta["linear"], meta["quadratic"], meta["trajectory"]
+        self.costs = replace(self.costs, fixed=tensors["fixed"], unit=tensors["unit"])
         self.refresh(tensors["refreshed_at"].to(self.gates.log_alpha.device))
 
 
@@ -170,7 +139,7 @@ def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[in
     Raises:
         BudgetError: The units that must stay already take more.
     """
-    owner = [(number, unit) for number, site in enumerate(gates.sites) for unit in range(site.num_units)]
+    owner = costs.owner.tolist()
     left = [site.num_units for site in gates.sites]
     closed: set[int] = set()
     budget = target * costs.dense
@@ -178,18 +147,15 @@ def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[in
     for index in torch.argsort(gates.log_alpha.detach().cpu(), stable=True).tolist():
         if spent <= budget:
             break
-        block = owner[index][0]
+        block = owner[index]
         if left[block] > gates.sites[block].min_units:
             left[block] -= 1
             closed.add(index)
-            spent -= float(costs.unit[index])
+            spent -= float(costs.unit[index]) + (float(costs.fixed[block]) if left[block] == 0 else 0.0)
     if spent > budget * (1 + 1e-9):
-        raise BudgetError(f"What must stay already takes {spent / costs.dense:.3f} of the attention's FLOPs, above {target:.3f}.")
-    kept: dict[str, list[int]] = {site.path: [] for site in gates.sites}
-    for index, (block, unit) in enumerate(owner):
-        if index not in closed:
-            kept[gates.sites[block].path].append(unit)
-    return kept
+        raise BudgetError(f"What must stay already takes {spent / costs.dense:.3f} of the attention's cost, above {target:.3f}.")
+    flat = torch.tensor([float(index not in closed) for index in range(len(owner))])
+    return {path: part.nonzero().flatten().tolist() for path, part in gates.by_site(flat).items()}
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ class TrainingOptions:
         gate_rate: Learning rate of the gates' locations.
         gate_prior: How far apart the gates start: locations are 1.5 plus this times (percentile of the unit's information loss per FLOP
             less a half). 0: all equal.
-        attention_share: Share of the attention's FLOPs that gates keep; ``None``: what the training-free allocation gives attention.
-            Less makes whole blocks go, which saves more time than FLOPs tell, and leaves more of the budget to the FFNs.
+        gate_cost: What gates pay for: ``flops``, or ``time``, the seconds that blocks take on this machine in one forward pass. Time
+            makes whole blocks go on short inputs; the model's FLOPs budget is met by the FFNs either way.
+        attention_share: Share of the attention's cost that gates keep; ``None``: what the training-free allocation gives attention.
         gate_lora: Rank of a LoRA on all linears that trains along with the gates and is merged before the cut; 0: weights stay frozen.
         cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
@@ -53,6 +54,7 @@ class TrainingOptions:
     gate_steps: int = 100
     gate_rate: float = 0.1
     gate_prior: float = 2.0
+    gate_cost: Literal["flops", "time"] = "flops"
     attention_share: float | None = None
     gate_lora: int = 0
     cross_entropy_weight: float = 1.0
@@ -82,7 +84,11 @@ class TrainingOptions:
         return RATES[kind] if self.recovery_rate is None else self.recovery_rate
 
     def __post_init__(self) -> None:
-        for name, known in (("recovery", ("none", "lora", "full")), ("precision", ("auto", "fp32", "bf16"))):
+        for name, known in (
+            ("recovery", ("none", "lora", "full")),
+            ("precision", ("auto", "fp32", "bf16")),
+            ("gate_cost", ("flops", "time")),
+        ):
             if getattr(self, name) not in known:
                 raise InfoPruneError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
         if unknown := sorted(set(self.trackers) - set(TRACKERS)):

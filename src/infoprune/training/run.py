@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from infoprune.architecture import AttentionSite
 from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
 from infoprune.data import Example, load_examples, subset
-from infoprune.evaluation.cost import Workload
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM, load
 from infoprune.progress import Progress
+from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
 from infoprune.training.gates import INITIAL, HeadGates, deterministic_gate
-from infoprune.training.heads import GateStage, binarise, costs_of
+from infoprune.training.heads import GateStage, binarise
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, layer_weights
@@ -37,7 +37,7 @@ class LearnedHeads:
         trained: How training went.
         gates: Test-time gates by path at the end.
         trajectory: Test-time gates of all units, in the order of ``gates``, at every refresh.
-        cost_share: Expected share of the attention's FLOPs at the end, and what was aimed at.
+        cost_share: Expected share of the attention's cost at the end, and what was aimed at.
     """
 
     kept: dict[str, list[int]]
@@ -81,13 +81,13 @@ class TrainingRun:
         vlm: VLM,
         sites: Sequence[AttentionSite],
         blocks: dict[str, Block],
-        workload: Workload,
+        costs: Costs,
         target: float,
         prior: Sequence[float],
         *,
         compensated: bool,
     ) -> LearnedHeads:
-        """Train gates on ``sites`` down to ``target`` of their dense FLOPs, starting from ``prior``, a percentile per unit.
+        """Train gates on ``sites`` down to ``target`` of their dense cost, starting from ``prior``, a percentile per unit.
 
         With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
         """
@@ -95,7 +95,6 @@ class TrainingRun:
         required = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
         gates = HeadGates(list(sites), INITIAL + options.gate_prior * (torch.tensor(prior) - 0.5)).to(vlm.device)
-        costs = costs_of(sites, workload)
         extra: dict[str, Any] = {}
         wrapper = None
         if options.gate_lora:
@@ -114,9 +113,13 @@ class TrainingRun:
         if wrapper is not None:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
-        kept = binarise(gates, costs, target)
+        kept = binarise(gates, stage.costs, target)
         expected = trained.history[-1]["cost"] if trained.history else 1.0
         return LearnedHeads(kept, trained, values, stage.trajectory, (expected, target))
+
+    def agreed(self, costs: Costs) -> Costs:
+        """The mean of what all processes measured, so that all train on the same."""
+        return replace(costs, **{name: self.processes.sum(getattr(costs, name)) / self.processes.count for name in ("fixed", "unit")})
 
     def recover(self, student: VLM, teacher: VLM) -> dict[str, Any]:
         """Train ``student`` in place and leave its best validated weights; returns figures for the report."""

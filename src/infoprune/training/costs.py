@@ -1,0 +1,121 @@
+"""What gated blocks cost, in FLOPs or in measured time, as a function of which gates are open."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from infoprune.architecture import AttentionSite
+from infoprune.evaluation.cost import Workload, attention_flops
+from infoprune.evaluation.latency import synchronizer
+from infoprune.modeling_infoprune import shape_attention_
+
+REPEATS, WARMUP = 30, 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of the gated blocks for one example, in any unit.
+
+    Attributes:
+        fixed: (blocks,) what a block costs as soon as it has any unit.
+        unit: (units of all blocks,) what each unit adds.
+        owner: (units of all blocks,) the block each unit belongs to.
+        always: (blocks,) whether a block must keep a unit, so that its fixed cost can't go.
+    """
+
+    fixed: torch.Tensor
+    unit: torch.Tensor
+    owner: torch.Tensor
+    always: torch.Tensor
+
+    @property
+    def dense(self) -> float:
+        """With all units."""
+        return float(self.fixed.sum() + self.unit.sum())
+
+    def share(self, open_: torch.Tensor) -> torch.Tensor:
+        """Expected share of the dense cost when units are open with independent probabilities ``open_`` (units,), float64.
+
+        A block has any unit with probability 1 - prod_u (1 - p_u).
+        """
+        shut = torch.zeros_like(self.fixed).index_add(0, self.owner, torch.log1p(-open_.clamp(max=1 - 1e-12))).exp()
+        any_ = torch.where(self.always, torch.ones_like(shut), 1 - shut)
+        return ((self.fixed * any_).sum() + (self.unit * open_).sum()) / self.dense
+
+    def to(self, device: torch.device) -> Costs:
+        """On ``device``."""
+        return Costs(*(tensor.to(device) for tensor in (self.fixed, self.unit, self.owner, self.always)))
+
+
+def _costs(sites: Sequence[AttentionSite], fixed: Sequence[float], step: Sequence[float]) -> Costs:
+    owner = [number for number, site in enumerate(sites) for _ in range(site.num_units)]
+    return Costs(
+        torch.tensor(fixed, dtype=torch.float64),
+        torch.tensor([step[number] for number in owner], dtype=torch.float64),
+        torch.tensor(owner),
+        torch.tensor([site.min_units > 0 for site in sites]),
+    )
+
+
+def flop_costs(sites: Sequence[AttentionSite], workload: Workload) -> Costs:
+    """FLOPs of ``sites``, in closed form; the fixed part is what the query heads of a multi-query block share."""
+    dense = [attention_flops(site, site.num_units, workload) for site in sites]
+    step = [d - attention_flops(s, s.num_units - 1, workload) if s.num_units > 1 else d for s, d in zip(sites, dense, strict=True)]
+    return _costs(sites, [d - s.num_units * u for s, d, u in zip(sites, dense, step, strict=True)], step)
+
+
+@torch.no_grad()
+def time_costs(model: nn.Module, sites: Sequence[AttentionSite], inputs: dict[str, torch.Tensor]) -> Costs:
+    """Measured seconds of ``sites`` in one forward pass over ``inputs``: a line through blocks with all units and with one.
+
+    Blocks of the same shape are timed once, on what really reaches them. On short inputs most of a block's time is fixed, so this
+    cost makes whole blocks go where FLOPs would thin all of them.
+    """
+    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
+    lines = []
+    for site in sites:
+        shape = (site.tower, site.num_units, site.unit_width, site.head_dim, site.hidden_size)
+        if shape not in measured:
+            measured[shape] = _line(model, site, inputs)
+        lines.append(measured[shape])
+    return _costs(sites, [fixed for fixed, _ in lines], [step for _, step in lines])
+
+
+def _line(model: nn.Module, site: AttentionSite, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Seconds: (fixed, per unit) of one block."""
+    taken: list[tuple[Any, Any]] = []
+    handle = model.get_submodule(site.path).register_forward_pre_hook(lambda _, a, k: taken.append((a, k)), with_kwargs=True)
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    (args, kwargs), sync = taken[0], synchronizer(next(model.parameters()).device)
+    whole = copy.deepcopy(model.get_submodule(site.path))
+    if site.num_units == 1:
+        return 0.0, _median_seconds([whole], args, kwargs, sync)[0]
+    holder = nn.ModuleDict({"block": copy.deepcopy(whole)})
+    shape_attention_(holder, "block", 1, site.num_units, compensated=True)
+    full, one = _median_seconds([whole, holder["block"]], args, kwargs, sync)
+    step = max(full - one, 0.0) / (site.num_units - 1)
+    return max(one - step, 0.0), step
+
+
+def _median_seconds(modules: Sequence[nn.Module], args: Any, kwargs: Any, sync: Callable[[], None]) -> list[float]:
+    samples: list[list[float]] = [[] for _ in modules]
+    for repeat in range(REPEATS + WARMUP):
+        for module, found in zip(modules, samples, strict=True):
+            sync()
+            start = time.perf_counter()
+            module(*args, **kwargs)
+            sync()
+            if repeat >= WARMUP:
+                found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in samples]
