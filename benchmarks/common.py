@@ -29,7 +29,7 @@ def log(message: str) -> None:
 def write(name: str, rows: list[dict[str, Any]], **meta: Any) -> None:
     """Write ``results/NAME.json``, aside first and then in place."""
     circumstances = {
-        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "src") else ""),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "hardware": _processor(),
         "threads": torch.get_num_threads(),
@@ -68,6 +68,11 @@ def whole_images(split: str, num_questions: int | None, skip: int = 0) -> list[E
             break
         chosen += by_image[image]
     return chosen
+
+
+def commit() -> str:
+    """The commit of the code that runs, ``-dirty`` if the library was changed since."""
+    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "src") else "")
 
 
 def _git(*arguments: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import infoprune
-from common import RESULTS, log, whole_images, write
+from common import RESULTS, commit, log, whole_images, write
 from infoprune.cli.console import BarProgress
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import prompt_inputs
@@ -76,17 +76,27 @@ def make(run: Run, dense: infoprune.VLM) -> None:
     if run.folder.is_dir():
         return
     log(f"{run.folder.name}: compressing")
-    state = run.folder.with_suffix(".state")
+    state = run.folder.with_name(f"{run.folder.name}.state")
     result = infoprune.compress(
         dense, "easy-vqa:train", flops=run.share, seed=run.seed, validation="easy-vqa:validation", work=state, progress=BarProgress(),
         **run.options,
     )  # fmt: skip
     infoprune.save(result.vlm, run.folder, probe=result.probe, extra=result.as_dict())
+    (run.folder / "commit").write_text(commit())
 
 
-def dense_quality(dense: infoprune.VLM, examples: list) -> quality.Quality:
-    """Scored together with each model for the KL; accuracy alone is cached for the paired interval."""
-    return quality.score([dense], examples)[0]
+def gates_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """What the picture of the gates needs: layers' names, gates at every refresh and at the end, and the units that stayed."""
+    trained = report["training"]["heads"]
+    kept = {path: decision["keep_units"] for path, decision in json.loads((folder / "plan.json").read_text())["heads"].items()}
+    final = trained["gates"]
+    return {
+        "units": {path: len(values) for path, values in final.items()},
+        "steps": len(trained["history"]),
+        "trajectory": [[round(value, 2) for value in values] for values in trained["trajectory"]],
+        "final": [round(value, 2) for values in final.values() for value in values],
+        "kept": {path: kept.get(path, list(range(len(values)))) for path, values in final.items()},
+    }
 
 
 def main() -> None:
@@ -121,7 +131,8 @@ def main() -> None:
             "bytes_on_disk": bytes_on_disk(infoprune.load(run.folder)), "seconds": report["seconds"], "flops": report["flops"],
             "dense_flops": report["dense_flops"],
             "training": {s: {k: v for k, v in t.items() if k not in ("history", "gates", "trajectory")} for s, t in training.items()},
-            "folder": run.folder.name,
+            **({"gates": gates_of(run.folder, report)} if run == runs(["curve"])[0] else {}),
+            "folder": run.folder.name, "commit": (run.folder / "commit").read_text(),
         })  # fmt: skip
         log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")
         write("headline", rows, seeds=[0, 1, 2], data="easy-vqa:test", num_questions=len(examples))

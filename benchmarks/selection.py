@@ -1,6 +1,6 @@
 """Choice of defaults: variants of the training-free method, on validation images that neither the bridge nor calibration saw.
 
-    python benchmarks/selection.py [--shares 0.5 0.31] [--variants strong mild]
+    python benchmarks/selection.py [--shares 0.5 0.31] [--variants default "temperature 2"]
 
 Rows already in the result file are kept, so a stopped run goes on where it was; ``--fresh`` starts again.
 """
@@ -17,17 +17,12 @@ from infoprune.evaluation import quality
 
 SHARES = (0.5, 0.31)
 VARIANTS = {
-    "mild": {"temperature": 1.0, "repair": False},
-    "mild+repair": {"temperature": 1.0, "repair": True},
-    "warm": {"temperature": 2.0, "repair": False},
-    "strong": {"temperature": 2.0, "repair": True},
-    "hot": {"temperature": 4.0, "repair": True},
-    "strong, uniform tokens": {"temperature": 2.0, "repair": True, "weighting": "uniform"},
-    "strong, 384 examples": {"temperature": 2.0, "repair": True, "examples": 384},
-    "mild, 384 examples": {"temperature": 1.0, "repair": False, "examples": 384},
-    "mild+repair, 256 examples": {"temperature": 1.0, "repair": True, "examples": 256},
-    "mild+repair, 384 examples": {"temperature": 1.0, "repair": True, "examples": 384},
-    "mild+repair, 384 examples, floor 0.75": {"temperature": 1.0, "repair": True, "examples": 384, "floor": 0.75},
+    "default": {},
+    "without repair": {"repair": False},
+    "temperature 2": {"temperature": 2.0},
+    "uniform tokens": {"weighting": "uniform"},
+    "128 questions": {"examples": 128},
+    "floor 0.75": {"floor": 0.75},
 }
 QUESTIONS = 600
 

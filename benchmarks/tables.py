@@ -31,8 +31,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def source(name: str) -> str:
     meta = load(name)["meta"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in load(name)["rows"] if "commit" in row)) or meta["commit"]
     versions = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
-    return f"\n\n`{meta['command']}`, commit {meta['commit']}, {meta['date']}; {meta['hardware']}, {meta['threads']} threads; {versions}."
+    return f"\n\n`{meta['command']}`, commit {commits}, {meta['date']}; {meta['hardware']}, {meta['threads']} threads; {versions}."
 
 
 def demo() -> str:
@@ -121,9 +122,46 @@ def tail() -> str:
     return f"{len(found['rows'])} linears, worst relative difference {found['meta']['worst_relative_difference']:.1e}." + source("tail")
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "ablation": ablation, "cost": cost, "ffn": ffn, "heads": heads, "tail": tail}
+def headline() -> str:
+    rows = sorted((r for r in load("headline")["rows"] if r.get("part") == "curve" and "error" not in r), key=lambda r: -r["budget"])
+    cells = []
+    for r in rows:
+        low, high = r["drop_ci95"]
+        speed = [f"{r['speedup_' + part]:.2f}x" for part in ("prefill", "decode", "end_to_end")] if "speedup_prefill" in r else ["", "", ""]
+        minutes = sum(stage["seconds"] for stage in r["training"].values()) / 60
+        cells.append([f"{1 / r['flops_ratio']:.2f}x", f"{r['params'] / 1e6:.1f} M", f"{r['accuracy']:.2f}%",
+                      f"{r['drop_points']:.2f} [{low:.2f}, {high:.2f}]", f"{r['kl_nats']:.4f}", *speed, f"{minutes:.0f} min"])  # fmt: skip
+    header = ["fewer FLOPs", "parameters", "accuracy", "drop, points [95%]", "KL, nats", "prefill", "decode step", "end to end", "training"]
+    return table(header, cells) + source("headline")
 
-FILES = {"ablation": "demo", "cost": "demo"}  # tables that share a result file
+
+def arms() -> str:
+    return _groups("arms", "heads")
+
+
+def terms() -> str:
+    return _groups("ablation", "objective")
+
+
+def _groups(part: str, title: str) -> str:
+    """Rows of one part of the headline file, seeds together."""
+    rows = [r for r in load("headline")["rows"] if r.get("part") == part and "error" not in r]
+    cells = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = [row for row in rows if row["name"] == name]
+        line = [name, str(len(found))]
+        for key, form in (("accuracy", "{:.2f}%"), ("drop_points", "{:.2f}"), ("kl_nats", "{:.4f}")):
+            values = [row[key] for row in found]
+            spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+            line.append(form.format(sum(values) / len(values)) + spread)
+        cells.append(line)
+    return table([title, "seeds", "accuracy", "drop, points", "KL, nats"], cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "ablation": ablation, "cost": cost, "ffn": ffn, "heads": heads, "tail": tail}
+TABLES |= {"headline": headline, "arms": arms, "terms": terms}
+
+FILES = {"ablation": "demo", "cost": "demo", "arms": "headline", "terms": "headline"}  # tables that share a result file
 
 
 def draw() -> None:
@@ -150,6 +188,41 @@ def draw() -> None:
     figure.savefig(ROOT / "docs" / "demo-curve.png", dpi=120)
 
 
+def draw_gates() -> None:
+    """Gates by layer and unit over training, and what stayed: one row per tower."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    gates = next((row["gates"] for row in load("headline")["rows"] if "gates" in row), None)
+    if gates is None:
+        return
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, width_ratios=(2, 1))
+    places, start = {}, 0
+    for path, units in gates["units"].items():
+        places[path] = range(start, start := start + units)
+    snapshots = [*gates["trajectory"], gates["final"]]
+    for (over, end), (title, marker) in zip(axes, (("vision tower", "vision"), ("language model", "language")), strict=True):
+        paths = [path for path in places if (marker in path)]
+        columns = [place for path in paths for place in places[path]]
+        image = over.imshow(
+            [[snapshot[c] for c in columns] for snapshot in snapshots], vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+            extent=(0, len(paths), gates["steps"], 0),
+        )  # fmt: skip
+        over.set(title=f"{title}: gates over training", xlabel="layer (units side by side)", ylabel="step")
+        width = max(len(places[path]) for path in paths)
+        kept = [
+            [float(unit in gates["kept"][path]) if unit < len(places[path]) else float("nan") for path in paths] for unit in range(width)
+        ]
+        end.imshow(kept, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        share = sum(len(gates["kept"][path]) for path in paths) / len(columns)
+        gone = sum(not gates["kept"][path] for path in paths)
+        end.set(title=f"kept: {share:.0%} of units, {gone} of {len(paths)} blocks gone", xlabel="layer", ylabel="unit", yticks=range(width))
+        figure.colorbar(image, ax=over, label="gate")
+    figure.savefig(ROOT / "docs" / "gates.png", dpi=110)
+
+
 def main() -> None:
     for document in DOCUMENTS:
         text = before = document.read_text()
@@ -165,6 +238,8 @@ def main() -> None:
             document.write_text(text)
     if "--check" not in sys.argv[1:]:
         draw()
+        if (RESULTS / "headline.json").is_file():
+            draw_gates()
 
 
 if __name__ == "__main__":

@@ -128,13 +128,11 @@ class Statistics:
         sites: Statistics by site path.
         num_examples: Questions seen.
         weighting: How tokens were weighted.
-        has_gradients: Whether gradients were taken.
     """
 
     sites: dict[str, SiteStatistics]
     num_examples: int
     weighting: Weighting
-    has_gradients: bool
 
 
 def fisher_sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
@@ -218,7 +216,7 @@ def calibrate(
     if questions == 0:
         raise CalibrationError("Calibration saw no questions; give it data.")
     collector.check()
-    return Statistics(collector.sites, questions, weighting, gradients)
+    return Statistics(collector.sites, questions, weighting)
 
 
 @dataclass(frozen=True)
