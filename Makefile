@@ -6,7 +6,7 @@ FLOPS ?= 0.5
 LIMIT ?= 1000
 OUTPUT ?= demo-output
 
-.PHONY: demo test lint benchmarks tables clean
+.PHONY: demo test lint benchmarks headline tables clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== environment: PyTorch and Transformers into $(VENV) (about 1.5 GB; a few minutes on a cold cache)"
@@ -38,6 +38,13 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/ffn.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/tail.py
+	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/tables.py
+
+# Hours; a stopped run goes on where it was.
+headline: $(VENV)/installed
+	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/tables.py
 
 tables: $(VENV)/installed

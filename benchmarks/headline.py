@@ -2,10 +2,10 @@
 
     python benchmarks/headline.py [--parts curve arms ablation] [--shares S ...] [--questions N]
 
-``curve``: trained heads, low-rank FFNs and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs. ``arms``: trained, training-free and random
-heads under the same FFN treatment and the same short recovery, three seeds. ``ablation``: each term of the gates' objective off, at 3.2x,
-with and without that short recovery. Training stops early on the validation split; the test split is used for the rows alone. Every model
-is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
+``curve``: trained heads, low-rank FFNs and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs, and the same recovery of the uncut
+model. ``arms``: trained, training-free and random heads under the same FFN treatment and the same short recovery, three seeds.
+``ablation``: each term of the gates' objective off, at 3.2x, without recovery. Training stops early on the validation split; the test
+split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
 
 WORK = Path(__file__).parent / "work"
-SHARES = (1 / 3.2, 0.5, 0.2, 0.125)
+SHARES = (1 / 3.2, 0.2, 0.125, 0.5, 1.0)
 CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time", "attention_share": 0.4}
+UNCUT = {"heads": "none", "ffn": "none", "recovery": "full"}
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
 TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
 
@@ -52,7 +53,7 @@ class Run:
 def runs(parts: list[str], shares: Sequence[float] = SHARES) -> list[Run]:
     found = []
     if "curve" in parts:
-        found += [Run("curve", "trained", share, options=CURVE) for share in shares]
+        found += [Run("curve", "trained", share, options=CURVE if share < 1 else UNCUT) for share in shares]
     if "arms" in parts:
         arms = {"trained": "trained", "training-free": "information-loss", "random": "random"}
         found += [

@@ -39,6 +39,10 @@ def compress(
     repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: yes).")] = None,
     recovery: Annotated[Optional[str], typer.Option(help="Train after the cut: 'none' (default), 'lora' or 'full'.")] = None,
     gate_steps: Annotated[Optional[int], typer.Option(help="Updates of the gates, with --heads trained (default 100).")] = None,
+    gate_cost: Annotated[Optional[str], typer.Option(help="What gates pay for: 'flops' (default) or 'time', measured here.")] = None,
+    attention_share: Annotated[
+        Optional[float], typer.Option(help="Share of the attention's cost that gates keep (default: as the training-free allocation).")
+    ] = None,
     recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 300).")] = None,
     recovery_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate of recovery (default 3e-5 full, 1e-4 lora).")] = None,
     images_per_step: Annotated[Optional[int], typer.Option(help="Images of one update, with all their questions (default 8).")] = None,
@@ -70,7 +74,8 @@ def compress(
         "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "heads": heads, "ffn": ffn,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
         "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,
-        "device": device, "recovery": recovery, "gate_steps": gate_steps, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
+        "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
+        "attention_share": attention_share, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
         "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision,
         "trackers": tuple(tracker) if tracker else None,
     }  # fmt: skip

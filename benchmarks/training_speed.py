@@ -1,0 +1,112 @@
+"""How fast gates and recovery train on the demo model, against the bound that its FLOPs and the machine's matrix products set.
+
+    python benchmarks/training_speed.py
+
+FLOPs of one update are counted by PyTorch's counter over its forward and backward passes; the bound divides the throughput of a large
+matrix product, in the precision that training uses, by them. Also: what packing the questions of an image into one row saves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import infoprune
+from common import log, write
+from infoprune.packing import PackedBatch, answer_logits, pack
+from infoprune.training.data import rows_of
+from infoprune.training.gates import HeadGates
+from infoprune.training.loop import wants_bfloat16
+from infoprune.training.objective import cross_entropy
+from infoprune.training.recovery import layer_weights
+
+STEPS = 12
+SHARE = 1 / 3.2
+SIZE = 2048  # of the matrix product that gives the machine's throughput
+
+
+def main() -> None:
+    dense = infoprune.load("demo", notify=log)
+    assert dense.architecture is not None
+    bfloat16 = wants_bfloat16("auto", dense.device)
+    peak = throughput(torch.bfloat16 if bfloat16 else torch.float32)
+    log(f"matrix products: {peak / 1e12:.2f} TFLOP/s in {'bfloat16' if bfloat16 else 'float32'}")
+    result = infoprune.compress(
+        dense, "easy-vqa:train", flops=SHARE, heads="trained", recovery="full", gate_steps=STEPS, recovery_steps=STEPS,
+        evaluate_every=STEPS, validation="easy-vqa:validation", validation_questions=8,
+    )  # fmt: skip
+    log("trained")
+    examples = rows_of(infoprune.load_examples("easy-vqa:train"), 16, share_prefix=True)[:8]
+    packed, apart = pack(dense.encoder, examples), pack(dense.encoder, [[e] for row in examples for e in row])
+    student, questions = result.vlm.model, packed.num_questions
+    trainable = layer_weights(student, dense.architecture)
+    dense.model.requires_grad_(False)
+    gates = HeadGates(list(dense.architecture.attention))
+    for site in gates.sites:
+        width = site.num_units * site.unit_width
+        gates.compensate_(site.path, torch.zeros(width, width), torch.zeros(width))
+
+    def gate_step() -> None:
+        with gates.attached(dense.model):
+            gates.sample_("count")
+            cross_entropy(answer_logits(dense.model, packed), packed.targets).backward()
+            with gates.opened(), torch.no_grad():
+                answer_logits(dense.model, packed)
+
+    def recovery_step() -> None:
+        update(student, packed)
+        with torch.no_grad():
+            answer_logits(dense.model, packed)
+
+    rows: list[dict[str, Any]] = []
+    for stage, name, step in (("heads", "gates", gate_step), ("recovery", "full recovery", recovery_step)):
+        flops, reached = flops_of(step) / questions, result.training[stage]["questions_per_second"]
+        rows.append({"method": f"infoprune:{name}", "questions_per_second": reached, "flops_per_question": flops,
+                     "bound_questions_per_second": peak / flops, "share_of_bound": reached * flops / peak})  # fmt: skip
+        log(f"{name}: {reached:.1f} questions/s, bound {peak / flops:.1f}")
+    times = {"packed": [], "apart": []}
+    for _ in range(5):
+        for kind, batch in (("packed", packed), ("apart", apart)):
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                update(student, batch)
+            times[kind].append(time.perf_counter() - start)
+            for parameter in trainable.values():
+                parameter.grad = None
+    ratio = sorted(a / p for a, p in zip(times["apart"], times["packed"], strict=True))
+    log(f"packing: {ratio[2]:.2f}x")
+    packing = {"median": ratio[2], "min": ratio[0], "max": ratio[-1]}
+    meta = {"peak_flops": peak, "precision": "bfloat16" if bfloat16 else "float32", "packing_speedup": packing}
+    write("training_speed", rows, seeds=[0], data="easy-vqa:train", num_questions=questions, **meta)
+
+
+def update(model: Any, batch: PackedBatch) -> None:
+    """Forward and backward."""
+    cross_entropy(answer_logits(model, batch), batch.targets).backward()
+
+
+def flops_of(run: Callable[[], None]) -> int:
+    """Counted FLOPs; the plain attention kernel is counted, the fused one is not."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def throughput(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    a = torch.randn(SIZE, SIZE).to(dtype)
+    samples = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ a
+        samples.append(time.perf_counter() - start)
+    return 2 * SIZE**3 / sorted(samples[2:])[5]
+
+
+if __name__ == "__main__":
+    main()
