@@ -69,12 +69,13 @@ class Budget:
 
     Attributes:
         target: c*, share of the gated blocks' dense FLOPs that shall remain.
-        linear, quadratic: Multipliers mu_1 and mu_2; they ascend, the gates descend.
+        linear, quadratic: Multipliers mu_1 and mu_2; they ascend, the gates descend. mu_2 starts high, so that the cost follows the
+            target closely: where it lags, mu_1 winds up and then drives the cost far below.
     """
 
     target: float
     linear: float = 0.0
-    quadratic: float = 1.0
+    quadratic: float = 100.0
 
     def at(self, progress: float) -> float:
         """Target at ``progress`` in [0, 1] of the warm-up, from everything down to ``target``."""

@@ -65,7 +65,7 @@ class TrainingOptions:
     ks_weight: float = 0.1
     warmup: float = 0.4
     refresh: int = 10
-    multiplier_rate: float = 1.0
+    multiplier_rate: float = 0.3
     recovery_steps: int = 300
     recovery_rate: float | None = None
     lora_rank: int = 16
