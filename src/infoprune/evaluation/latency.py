@@ -31,7 +31,8 @@ def measure(
 
     ``vision``, ``projector`` and ``prefill`` (language model over the prompt) are times inside one forward pass; ``decode`` is one
     further token; ``lm_head`` one position; ``end_to_end`` is ``generate`` of ``answer_tokens`` tokens. The order of the models
-    alternates, so that a machine that slows down slows all of them.
+    alternates, so that a machine that slows down slows all of them; each model's turn starts with an untimed pass, since a model that
+    is served finds its own weights and code in the caches and not another model's.
 
     Returns:
         Per model and part: ``median``, ``p25`` and ``p75`` in milliseconds.
@@ -62,6 +63,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 def _one_round(vlm: VLM, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], answer_tokens: int) -> dict[str, float]:
     model, times = vlm.model, {}
     sync = synchronizer(vlm.device)
+    model(**inputs, use_cache=True, logits_to_keep=1)
     handles = []
     for part, path in (("vision", family.vision), ("projector", family.projector), ("prefill", family.text), ("lm_head", "lm_head")):
         handles += _stopwatch(model.get_submodule(path), part, times, sync)
