@@ -8,14 +8,14 @@ residual stream is refitted by weighted least squares with a ridge towards its o
 
 with z what the linear reads in the compressed model, y the dense block's output, h and h' the dense and compressed residual streams
 before the block, and w the calibration's token weights. The target contains the drift h - h', so a block also corrects what earlier
-cuts left behind. Only one layer runs at a time, dense and compressed, on stored activations: two forward passes in all, and no second
-copy of the model.
+cuts left behind. Only one layer runs at a time, dense and compressed, on stored activations: little more than a dense and two compressed
+forward passes in all, and no second copy of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ RIDGE = 0.05
 
 
 class _Stop(Exception):
-    """Ends a forward pass at a tower's first layer."""
+    """Ends a forward pass where nothing behind it is needed."""
 
 
 @dataclass
@@ -109,9 +109,8 @@ def _capture(model: nn.Module, architecture: Architecture, tower: str, batch: Pa
     layer = _layer(model, _layers(architecture, tower)[0][0])
     handle = layer.register_forward_pre_hook(hold, with_kwargs=True)
     try:
-        answer_logits(model, batch)
-    except _Stop:
-        pass
+        with suppress(_Stop):
+            answer_logits(model, batch)
     finally:
         handle.remove()
     return held[0]
@@ -151,47 +150,46 @@ class _LayerRepair:
         # Where a layer scale follows the block, the drift would have to pass it backwards; there each block only aims at its own output.
         scaled = any(type(child).__name__.endswith("LayerScale") for child in self.layer.children())
         drift = [torch.zeros_like(h) if scaled else h - c for h, c in zip(dense, compressed, strict=True)]
+        read: list[torch.Tensor] = []
         if self.attention.path in plan.heads:
             prune_heads_(self.model, self.attention, plan.heads[self.attention.path], self.statistics.sites[self.attention.path])
-            if plan.heads[self.attention.path].keep_units:  # a constant has nothing to refit; the FFN makes up for it
-                self._refit(self.attention, compressed, targets[self.attention.path], drift)
+        writer = _writer(self.model, self.attention)
+        if not isinstance(writer, ConstantAttention):
+            read = self._read(self.attention, compressed)
+            if self.attention.path in plan.heads:  # a constant has nothing to refit; the FFN makes up for it
+                self._refit(self.attention, read, targets[self.attention.path], drift)
         if self.ffn.path in plan.ffn:
             factorize_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
-            attention_now = self._outputs(self.attention, compressed)
-            middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], attention_now, strict=True)]
-            self._refit(self.ffn, compressed, targets[self.ffn.path], middle)
+            now = [writer(z) for z in read] or [writer(h)[0] for h in compressed]
+            middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], now, strict=True)]
+            self._refit(self.ffn, self._read(self.ffn, compressed), targets[self.ffn.path], middle)
         return after_dense, [self._call(h, k) for h, k in zip(compressed, self.compressed_kwargs, strict=True)]
 
     def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         output = self.layer(hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def _outputs(self, site: AttentionSite | FFNSite, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _read(self, site: AttentionSite | FFNSite, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the block's last linear reads, per batch; the rest of the layer does not run."""
         held: list[torch.Tensor] = []
 
-        def hold(module: nn.Module, args: Any, output: Any) -> None:
-            held.append(output[0] if isinstance(output, tuple) else output)
+        def hold(module: nn.Module, args: Any) -> None:
+            held.append(args[0])
+            raise _Stop
 
-        handle = _writer(self.model, site).register_forward_hook(hold)
+        handle = _last_linear(_writer(self.model, site)).register_forward_pre_hook(hold)
         try:
             for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
-                self._call(h, kwargs)
+                with suppress(_Stop):
+                    self._call(h, kwargs)
         finally:
             handle.remove()
         return held
 
     def _refit(
-        self, site: AttentionSite | FFNSite, hidden: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor]
+        self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor]
     ) -> None:
-        linear = _last_linear(_writer(self.model, site))
-        read: list[torch.Tensor] = []
-        handle = linear.register_forward_pre_hook(lambda m, args: read.append(args[0]))
-        try:
-            for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
-                self._call(h, kwargs)
-        finally:
-            handle.remove()
-        fit = _LeastSquares(linear)
+        fit = _LeastSquares(_last_linear(_writer(self.model, site)))
         for number, batch in enumerate(self.batches):
             valid = batch.valid if site.tower == "text" and read[number].shape[:2] == batch.valid.shape else None
             z, goal = (_flat(values, valid) for values in (read[number], targets[number] + drift[number]))

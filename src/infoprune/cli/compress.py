@@ -43,7 +43,7 @@ def compress(
     attention_share: Annotated[
         Optional[float], typer.Option(help="Share of the attention's cost that gates keep (default: as the training-free allocation).")
     ] = None,
-    recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 300).")] = None,
+    recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 200).")] = None,
     recovery_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate of recovery (default 3e-5 full, 1e-4 lora).")] = None,
     images_per_step: Annotated[Optional[int], typer.Option(help="Images of one update, with all their questions (default 8).")] = None,
     validation: Annotated[

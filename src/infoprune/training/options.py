@@ -66,7 +66,7 @@ class TrainingOptions:
     warmup: float = 0.4
     refresh: int = 10
     multiplier_rate: float = 0.3
-    recovery_steps: int = 300
+    recovery_steps: int = 200
     recovery_rate: float | None = None
     lora_rank: int = 16
     images_per_step: int = 8
