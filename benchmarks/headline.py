@@ -28,7 +28,8 @@ from infoprune.evaluation.runner import bytes_on_disk
 
 WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.2, 0.125, 0.5, 1.0)
-CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time", "attention_share": 0.4}
+CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time"}
+ATTENTION = 1.28  # share of the attention's time that gates keep, over the share of the model's FLOPs
 UNCUT = {"heads": "none", "ffn": "none", "recovery": "full"}
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
 TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
@@ -53,7 +54,10 @@ class Run:
 def runs(parts: list[str], shares: Sequence[float] = SHARES) -> list[Run]:
     found = []
     if "curve" in parts:
-        found += [Run("curve", "trained", share, options=CURVE if share < 1 else UNCUT) for share in shares]
+        found += [
+            Run("curve", "trained", share, options=CURVE | {"attention_share": round(ATTENTION * share, 3)} if share < 1 else UNCUT)
+            for share in shares
+        ]
     if "arms" in parts:
         arms = {"trained": "trained", "training-free": "information-loss", "random": "random"}
         found += [

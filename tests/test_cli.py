@@ -42,6 +42,13 @@ def test_inspect(checkpoint, jsonl, tmp_path):
     assert run("inspect", checkpoint, "--data", jsonl).stdout.count("mlp") >= 4
 
 
+def test_families():
+    rows = {row["family"]: row for row in json.loads(run("families", "--json").stdout)["families"]}
+    assert {"llava", "llava_next", "idefics3", "internvl"} <= rows.keys() and all(row["available"] for row in rows.values())
+    shown = run("families").stdout
+    assert all(name in shown for name in rows)
+
+
 def test_recipe(checkpoint, jsonl, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": str(checkpoint), "data": str(jsonl), "flops": 0.7, "rank_multiple": 2, "heads": "erank-ks",

@@ -14,18 +14,26 @@ from transformers import (
     BitImageProcessorPil,
     CLIPVisionConfig,
     Dinov2Config,
+    Idefics2Config,
+    Idefics2ImageProcessorPil,
+    Idefics2Processor,
     Idefics3Config,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
     SmolVLMConfig,
+    VipLlavaConfig,
 )
+from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig, Idefics2VisionConfig
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
@@ -61,6 +69,18 @@ def llava_processor(with_class_token: bool) -> LlavaProcessor:
         image_processor=image_processor, tokenizer=tokenizer(), patch_size=8, image_token="<image>",
         vision_feature_select_strategy="default" if with_class_token else "full", num_additional_image_tokens=int(with_class_token),
     )  # fmt: skip
+
+
+def llava_next_processor() -> LlavaNextProcessor:
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 32], [32, 16]]
+    )
+    return LlavaNextProcessor(images, tokenizer(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+
+
+def idefics2_processor() -> Idefics2Processor:
+    images = Idefics2ImageProcessorPil(size={"longest_edge": 16, "shortest_edge": 16}, do_image_splitting=False)
+    return Idefics2Processor(images, tokenizer(), image_seq_len=3)
 
 
 def idefics3_processor() -> Idefics3Processor:
@@ -109,6 +129,33 @@ TINY = [
         lambda: llava_processor(True),
     ),
     Tiny(
+        "llava-next",
+        lambda: LlavaNextConfig(
+            vision_config=_clip(), text_config=text_config("mistral", 4, 2), image_token_index=IMAGE,
+            image_grid_pinpoints=[[16, 32], [32, 16]], image_seq_length=4,
+        ),
+        llava_next_processor,
+    ),
+    Tiny(
+        "vipllava",
+        lambda: VipLlavaConfig(
+            vision_config=_clip(), text_config=text_config("llama", 4, 4), image_token_index=IMAGE, vision_feature_layers=[-2, 1],
+            image_seq_length=4,
+        ),
+        lambda: llava_processor(True),
+    ),
+    Tiny(
+        "idefics2",
+        lambda: Idefics2Config(
+            vision_config=Idefics2VisionConfig(**VISION, intermediate_size=40), text_config=text_config("mistral", 4, 2),
+            perceiver_config=Idefics2PerceiverConfig(
+                hidden_size=32, resampler_n_latents=3, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=8, num_key_value_heads=1
+            ),
+            image_token_id=IMAGE, pad_token_id=0,
+        ),
+        idefics2_processor,
+    ),
+    Tiny(
         "idefics3",
         lambda: Idefics3Config(
             vision_config=Idefics3VisionConfig(**VISION, intermediate_size=40), text_config=text_config("llama", 8, 4),
@@ -137,7 +184,7 @@ def build(tiny: Tiny, seed: int = 0) -> VLM:
                 parameter.normal_(0, 0.1)
     processor = tiny.processor()
     model.generation_config.pad_token_id = 0
-    return VLM(model, processor, PromptEncoder(processor, IMAGE), resolve(model), tiny.name)
+    return VLM(model, processor, PromptEncoder(processor, model.config.image_token_id), resolve(model), tiny.name)
 
 
 def examples(folder: Path, images: int = 6, seed: int = 0) -> list[Example]:

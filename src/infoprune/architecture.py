@@ -23,8 +23,7 @@ class TowerDeclaration:
         query, key, value: Names of the input projections.
         gate: Name of the gate projection inside the FFN, ``None`` for an FFN without gate.
         up, down: Names of the FFN's other two linears.
-        activation: Attribute of the FFN that holds the activation function.
-        head_count: Attributes of the attention module to set to the number of query heads after slicing.
+        layer_scale: Whether the layer multiplies its blocks' outputs by a learned scale before it adds them to the residual stream.
     """
 
     layers: str
@@ -33,12 +32,11 @@ class TowerDeclaration:
     out: str
     up: str
     down: str
-    activation: str
     gate: str | None = None
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
-    head_count: tuple[str, ...] = ()
+    layer_scale: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
+from infoprune.freeze import frozen
 from infoprune.memory import release_memory
 from infoprune.packing import PackedBatch, answer_logits
 
@@ -189,11 +190,10 @@ def calibrate(
         raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
     collector = _Collector(_Options(weighting, gradients, branches, split_tokens))
     generator = torch.Generator().manual_seed(seed)
-    training, required = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    questions = 0
-    model.eval().requires_grad_(False)
+    training, questions = model.training, 0
+    model.eval()
     try:
-        with ExitStack() as stack, torch.set_grad_enabled(gradients):
+        with ExitStack() as stack, frozen(model), torch.set_grad_enabled(gradients):
             for site in (*architecture.attention, *architecture.ffn):
                 collector.attach(model, site, stack)
             if gradients:
@@ -211,8 +211,6 @@ def calibrate(
                 progress(batch.num_questions)
     finally:
         model.train(training)
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
     if questions == 0:
         raise CalibrationError("Calibration saw no questions; give it data.")
     collector.check()

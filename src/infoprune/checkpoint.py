@@ -10,27 +10,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+)
 
 from infoprune import modeling_infoprune as modeling
 from infoprune.errors import CheckpointError
+from infoprune.families import FAMILIES
 from infoprune.model import VLM, load
 
-# dense model_type -> (config, base model, conditional-generation model)
-CLASSES: dict[str, tuple[Any, Any, Any]] = {
-    "llava": (modeling.InfoPruneLlavaConfig, modeling.InfoPruneLlavaModel, modeling.InfoPruneLlavaForConditionalGeneration),
-    "idefics3": (modeling.InfoPruneIdefics3Config, modeling.InfoPruneIdefics3Model, modeling.InfoPruneIdefics3ForConditionalGeneration),
-    "smolvlm": (modeling.InfoPruneSmolVLMConfig, modeling.InfoPruneSmolVLMModel, modeling.InfoPruneSmolVLMForConditionalGeneration),
-}
 TOLERANCE = 1e-4
 
 
 def register() -> None:
     """Make Transformers' Auto classes know compressed models; runs on ``import infoprune``."""
-    for config, base, conditional in CLASSES.values():
+    for model_type in FAMILIES:
+        if model_type not in CONFIG_MAPPING:  # this version of Transformers does not know the family
+            continue
+        config, base, conditional = classes(model_type)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, base, exist_ok=True)
         AutoModelForImageTextToText.register(config, conditional, exist_ok=True)
+
+
+def classes(model_type: str) -> tuple[Any, Any, Any]:
+    """Configuration, base model and conditional-generation model of the compressed counterpart of a dense family."""
+    dense: Any = CONFIG_MAPPING[model_type]
+    found: tuple[Any, ...] = (dense, MODEL_MAPPING[dense], MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[dense])
+    config, base, conditional = (getattr(modeling, f"{modeling.PREFIX}{cls.__name__}") for cls in found)
+    return config, base, conditional
 
 
 def check_output_folder(folder: Path, *, source: str | Path = "", overwrite: bool = False) -> None:
@@ -102,7 +115,7 @@ def save(
 
 def _write(vlm: VLM, folder: Path) -> None:
     assert vlm.plan is not None
-    config_class, base, conditional = CLASSES[vlm.plan.model_type]
+    config_class, base, conditional = classes(vlm.plan.model_type)
     config_class.register_for_auto_class()
     conditional.register_for_auto_class("AutoModelForImageTextToText")
     fields = vlm.model.config.to_dict()

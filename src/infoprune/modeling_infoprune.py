@@ -6,21 +6,15 @@ This one file is what the library runs and what is copied into every checkpoint,
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3Model,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-    SmolVLMModel,
-)
+from transformers import GenerationMixin, PreTrainedConfig
+
+PREFIX = "InfoPrune"
 
 
 class LowRankLinear(nn.Module):
@@ -79,7 +73,7 @@ class ConstantAttention(nn.Module):
         return self.bias.expand_as(hidden_states).clone(), None
 
 
-# Names of the projections, tried in turn: LLaVA, Idefics3 and SmolVLM towers use these.
+# Names of the projections, tried in turn.
 _OUT_PROJECTIONS = ("o_proj", "out_proj")
 _UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1"), ("down_proj", "fc2")
 
@@ -150,88 +144,30 @@ def shape_(model: nn.Module, shapes: dict[str, Any], prefix: str = "") -> None:
         shape_ffn_(model.get_submodule(parent), name, ranks)
 
 
-class InfoPruneLlavaConfig(LlavaConfig):
-    """LLaVA configuration with the shapes of a compression plan in ``infoprune``."""
+def __getattr__(name: str) -> Any:
+    """``InfoPruneX``, the compressed counterpart of Transformers' configuration or model ``X``; defined when it is first asked for."""
+    dense = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if dense is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: Transformers {transformers.__version__} has no such class")
+    defined = _configuration(dense) if issubclass(dense, PreTrainedConfig) else _model(dense)
+    globals()[name] = defined
+    return defined
 
-    model_type = "infoprune_llava"
-    infoprune: dict | None = None
+
+def _configuration(dense: Any) -> Any:
+    """A configuration with the shapes of a compression plan in ``infoprune``, under a model type of its own."""
+    body = {"model_type": f"{PREFIX.lower()}_{dense.model_type}", "infoprune": None, "__annotations__": {"infoprune": dict | None}}
+    return type(f"{PREFIX}{dense.__name__}", (dense,), body | {"__module__": __name__, "__doc__": f"Compressed {dense.__name__}."})
 
 
-class InfoPruneLlavaModel(LlavaModel):
-    """Compressed LLaVA without the language head."""
+def _model(dense: Any) -> Any:
+    """A model, with or without its language head, that takes on the shapes in its configuration."""
+    prefix = "" if GenerationMixin in dense.__mro__ else "model."
 
-    config_class = InfoPruneLlavaConfig
-
-    def __init__(self, config: InfoPruneLlavaConfig) -> None:
-        super().__init__(config)
-        shape_(self, config.infoprune or {}, "model.")
+    def __init__(self: Any, config: Any) -> None:
+        dense.__init__(self, config)
+        shape_(self, config.infoprune or {}, prefix)
         self.post_init()
 
-
-class InfoPruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """Compressed LLaVA."""
-
-    config_class = InfoPruneLlavaConfig
-
-    def __init__(self, config: InfoPruneLlavaConfig) -> None:
-        super().__init__(config)
-        shape_(self, config.infoprune or {})
-        self.post_init()
-
-
-class InfoPruneIdefics3Config(Idefics3Config):
-    """Idefics3 configuration with the shapes of a compression plan in ``infoprune``."""
-
-    model_type = "infoprune_idefics3"
-    infoprune: dict | None = None
-
-
-class InfoPruneIdefics3Model(Idefics3Model):
-    """Compressed Idefics3 without the language head."""
-
-    config_class = InfoPruneIdefics3Config
-
-    def __init__(self, config: InfoPruneIdefics3Config) -> None:
-        super().__init__(config)
-        shape_(self, config.infoprune or {}, "model.")
-        self.post_init()
-
-
-class InfoPruneIdefics3ForConditionalGeneration(Idefics3ForConditionalGeneration):
-    """Compressed Idefics3."""
-
-    config_class = InfoPruneIdefics3Config
-
-    def __init__(self, config: InfoPruneIdefics3Config) -> None:
-        super().__init__(config)
-        shape_(self, config.infoprune or {})
-        self.post_init()
-
-
-class InfoPruneSmolVLMConfig(SmolVLMConfig):
-    """SmolVLM configuration with the shapes of a compression plan in ``infoprune``."""
-
-    model_type = "infoprune_smolvlm"
-    infoprune: dict | None = None
-
-
-class InfoPruneSmolVLMModel(SmolVLMModel):
-    """Compressed SmolVLM without the language head."""
-
-    config_class = InfoPruneSmolVLMConfig
-
-    def __init__(self, config: InfoPruneSmolVLMConfig) -> None:
-        super().__init__(config)
-        shape_(self, config.infoprune or {}, "model.")
-        self.post_init()
-
-
-class InfoPruneSmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
-    """Compressed SmolVLM."""
-
-    config_class = InfoPruneSmolVLMConfig
-
-    def __init__(self, config: InfoPruneSmolVLMConfig) -> None:
-        super().__init__(config)
-        shape_(self, config.infoprune or {})
-        self.post_init()
+    body = {"config_class": getattr(sys.modules[__name__], f"{PREFIX}{dense.config_class.__name__}"), "__init__": __init__}
+    return type(f"{PREFIX}{dense.__name__}", (dense,), body | {"__module__": __name__, "__doc__": f"Compressed {dense.__name__}."})

@@ -148,7 +148,7 @@ class _LayerRepair:
                 stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
             after_dense = [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)]
         # Where a layer scale follows the block, the drift would have to pass it backwards; there each block only aims at its own output.
-        scaled = any(type(child).__name__.endswith("LayerScale") for child in self.layer.children())
+        scaled = self.attention.names.layer_scale
         drift = [torch.zeros_like(h) if scaled else h - c for h, c in zip(dense, compressed, strict=True)]
         read: list[torch.Tensor] = []
         if self.attention.path in plan.heads:

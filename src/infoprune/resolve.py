@@ -77,6 +77,10 @@ def _attention_site(model: nn.Module, path: str, tower: TowerName, layer: int, n
         or query.out_features // config.num_attention_heads
     )
     heads, key_value_heads = query.out_features // head_dim, key.out_features // head_dim
+    for norm in ("q_norm", "k_norm"):
+        weight = getattr(getattr(_module(model, path), norm, None), "weight", None)
+        if weight is not None and weight.numel() != head_dim:
+            raise UnsupportedModelError(f"'{path}.{norm}' normalises all heads together, so none of them can be removed.")
     if out.in_features != query.out_features or value.out_features != key.out_features or heads % key_value_heads:
         raise UnsupportedModelError(f"The projections of '{path}' do not have the shapes of grouped-query attention.")
     return AttentionSite(path, tower, layer, names, heads, key_value_heads, head_dim, query.in_features)

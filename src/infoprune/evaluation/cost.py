@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infoprune.architecture import Architecture, AttentionSite, FamilyDeclaration, FFNSite
 from infoprune.data import Example
+from infoprune.freeze import frozen
 from infoprune.packing import PromptEncoder
 from infoprune.plan import CompressionPlan, FFNDecision, ffn_parameters, head_parameters
 
@@ -90,12 +91,13 @@ def count_flops(model: Any, family: FamilyDeclaration, inputs: dict[str, torch.T
         with_kwargs=True,
     )
     try:
-        # The fused attention kernels are invisible to the counter on CPU; the plain one is counted.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as prefill:
+        # The fused attention kernels are invisible to the counter on CPU; the plain one is counted. It trips over parameters that are read
+        # through views, unless they are frozen.
+        with frozen(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as prefill:
             output = model(**inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decode:
+        with frozen(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decode:
             model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
     finally:
         hook.remove()

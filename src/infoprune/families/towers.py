@@ -9,8 +9,6 @@ CLIP_STYLE = TowerDeclaration(
     out="out_proj",
     up="fc1",
     down="fc2",
-    activation="activation_fn",
-    head_count=("num_heads",),
 )
 DINOV2 = TowerDeclaration(
     layers="encoder.layer",
@@ -19,8 +17,7 @@ DINOV2 = TowerDeclaration(
     out="o_proj",
     up="fc1",
     down="fc2",
-    activation="activation_fn",
-    head_count=("num_attention_heads",),
+    layer_scale=True,
 )
 LLAMA_STYLE = TowerDeclaration(
     layers="layers",
@@ -30,5 +27,4 @@ LLAMA_STYLE = TowerDeclaration(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    activation="act_fn",
 )

@@ -93,28 +93,33 @@ class VisionCache:
     limit: int = CACHE_BYTES
     _features: dict[Path, torch.Tensor] = field(default_factory=dict)
     _bytes: int = 0
+    _stacked: bool = False  # the family wants one tensor, not one per image
 
     @torch.no_grad()
     def replace(self, batch: PackedBatch, images: Sequence[Path]) -> PackedBatch:
-        """``batch`` with image features in place of pixels.
+        """``batch`` with image features in place of pixels; unchanged for processors that stack the tiles of all images.
 
         Args:
             batch: On the model's device.
             images: The image of each row.
         """
         pixels = {name: value for name, value in batch.inputs.items() if name not in _TEXT_INPUTS}
+        if any(len(value) != len(images) for value in pixels.values()):
+            return batch
         missing = [row for row, image in enumerate(images) if image not in self._features]
         fresh: dict[int, torch.Tensor] = {}
         if missing:
             found = self.model.model.get_image_features(**{n: v[missing] for n, v in pixels.items()}, return_dict=True).pooler_output
+            self._stacked = isinstance(found, torch.Tensor)
             fresh = dict(zip(missing, (f.detach() for f in found), strict=True))
             for row, features in fresh.items():
                 if self._bytes + features.nbytes <= self.limit:
                     self._features[images[row]] = features.clone()
                     self._bytes += features.nbytes
         features = [fresh[row] if row in fresh else self._features[image] for row, image in enumerate(images)]
+        held = SimpleNamespace(pooler_output=torch.stack(features) if self._stacked else features)
         text = {name: batch.inputs[name] for name in _TEXT_INPUTS}
-        return replace(batch, inputs=text | {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=features)}})
+        return replace(batch, inputs=text | {"mm_encoder_outputs": {"image": held}})
 
 
 def pack_rows(encoder: PromptEncoder, rows: Sequence[Sequence[Example]], device: torch.device) -> PackedBatch:

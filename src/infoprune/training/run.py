@@ -14,6 +14,7 @@ from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
 from infoprune.data import Example, load_examples, subset
 from infoprune.evaluation.quality import can_share_prefix
+from infoprune.freeze import frozen
 from infoprune.model import VLM, load
 from infoprune.progress import Progress
 from infoprune.training.costs import Costs
@@ -92,24 +93,19 @@ class TrainingRun:
         With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
         """
         options, model = self.options, vlm.model
-        required = [(p, p.requires_grad) for p in model.parameters()]
-        model.requires_grad_(False)
         gates = HeadGates(list(sites), INITIAL + options.gate_prior * (torch.tensor(prior) - 0.5)).to(vlm.device)
         extra: dict[str, Any] = {}
         wrapper = None
-        if options.gate_lora:
-            assert vlm.architecture is not None
-            wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed)
-            extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
-        elif all(site.tower == "text" for site in sites):
-            extra = {"cache": VisionCache(model)}
-        stage = GateStage(model, gates, blocks, costs, target, options, compensated=compensated, seed=self.seed, **extra)
-        try:
+        with frozen(model):
+            if options.gate_lora:
+                assert vlm.architecture is not None
+                wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed)
+                extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
+            elif all(site.tower == "text" for site in sites):
+                extra = {"cache": VisionCache(model)}
+            stage = GateStage(model, gates, blocks, costs, target, options, compensated=compensated, seed=self.seed, **extra)
             with gates.attached(model):
                 trained = self._train(stage, vlm)
-        finally:
-            for parameter, flag in required:
-                parameter.requires_grad_(flag)
         if wrapper is not None:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}

@@ -1,0 +1,18 @@
+"""Idefics2, Idefics3 and SmolVLM: SigLIP-style vision tower, perceiver or pixel shuffle, Llama-style language model."""
+
+from infoprune.architecture import FamilyDeclaration
+from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
+
+
+def _idefics(model_type: str) -> FamilyDeclaration:
+    return FamilyDeclaration(
+        model_type=model_type,
+        vision="model.vision_model",
+        text="model.text_model",
+        projector="model.connector",
+        vision_towers={f"{model_type}_vision": CLIP_STYLE},
+        text_towers={"llama": LLAMA_STYLE, "qwen2": LLAMA_STYLE, "mistral": LLAMA_STYLE},
+    )
+
+
+IDEFICS2, IDEFICS3, SMOLVLM = map(_idefics, ("idefics2", "idefics3", "smolvlm"))
