@@ -44,7 +44,7 @@ def test_inspect(checkpoint, jsonl, tmp_path):
 
 def test_families():
     rows = {row["family"]: row for row in json.loads(run("families", "--json").stdout)["families"]}
-    assert {"llava", "llava_next", "idefics3", "internvl"} <= rows.keys() and all(row["available"] for row in rows.values())
+    assert {"llava", "llava_next", "idefics3"} <= rows.keys() and all(row["available"] for row in rows.values())
     shown = run("families").stdout
     assert all(name in shown for name in rows)
 
