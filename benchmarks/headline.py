@@ -32,6 +32,7 @@ CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time"}
 ATTENTION = 1.28  # share of the attention's time that gates keep, over the share of the model's FLOPs
 UNCUT = {"heads": "none", "ffn": "none", "recovery": "full"}
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
+TOGETHER = 7  # models scored in one pass beside the dense one
 TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
 
 
@@ -104,6 +105,20 @@ def gates_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def row_of(run: Run, model: infoprune.VLM, figures: dict[str, Any]) -> dict[str, Any]:
+    """One row of the result file."""
+    report = json.loads((run.folder / "report.json").read_text())
+    stages = {s: {k: v for k, v in t.items() if k not in ("history", "gates", "trajectory")} for s, t in report["training"].items()}
+    return {
+        "method": "infoprune" if run.part == "curve" else f"infoprune:{run.name}", "part": run.part, "name": run.name, "scope": "model",
+        "recovered": run.options["recovery"] != "none", "seed": run.seed, "budget": run.share, "flops_ratio": report["flops_ratio"],
+        **figures, "params": report["parameters"], "bytes_on_disk": bytes_on_disk(model), "seconds": report["seconds"],
+        "flops": report["flops"], "dense_flops": report["dense_flops"], "training": stages,
+        **({"gates": gates_of(run.folder, report)} if run == runs(["curve"])[0] else {}),
+        "folder": run.folder.name, "commit": (run.folder / "commit").read_text(),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["curve", "arms", "ablation"], choices=["curve", "arms", "ablation"])
@@ -115,31 +130,26 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     dense = infoprune.load("demo", notify=log)
     examples = whole_images("test", args.questions)
-    for run in runs(args.parts, args.shares):
-        if any(row.get("folder") == run.folder.name and row["num_questions"] == len(examples) for row in rows):
-            continue
+    wanted = {run.folder.name: run for run in runs(args.parts, args.shares)}
+    done = {row["folder"] for row in rows if row["num_questions"] == len(examples)}
+    rows = [row for row in rows if row["folder"] not in wanted or row["folder"] in done]
+    pending = []
+    for run in (run for name, run in wanted.items() if name not in done):
         try:
             make(run, dense)
+            pending.append(run)
         except infoprune.InfoPruneError as error:  # a row that failed is a row with the error in it
             rows.append({"method": f"infoprune:{run.name}", "budget": run.share, "folder": run.folder.name, "error": str(error),
                          "num_questions": len(examples)})  # fmt: skip
             log(f"{run.folder.name}: {error}")
-            continue
-        report = json.loads((run.folder / "report.json").read_text())
-        reference, score = quality.score([dense, infoprune.load(run.folder)], examples)
-        training = report["training"]
-        rows = [row for row in rows if row.get("folder") != run.folder.name]
-        rows.append({
-            "method": "infoprune" if run.part == "curve" else f"infoprune:{run.name}", "part": run.part, "name": run.name, "scope": "model",
-            "recovered": run.options["recovery"] != "none", "seed": run.seed, "budget": run.share, "flops_ratio": report["flops_ratio"],
-            **quality.comparison(reference, score, examples), "accuracy_dense": reference.accuracy, "params": report["parameters"],
-            "bytes_on_disk": bytes_on_disk(infoprune.load(run.folder)), "seconds": report["seconds"], "flops": report["flops"],
-            "dense_flops": report["dense_flops"],
-            "training": {s: {k: v for k, v in t.items() if k not in ("history", "gates", "trajectory")} for s, t in training.items()},
-            **({"gates": gates_of(run.folder, report)} if run == runs(["curve"])[0] else {}),
-            "folder": run.folder.name, "commit": (run.folder / "commit").read_text(),
-        })  # fmt: skip
-        log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")
+    for start in range(0, len(pending), TOGETHER):
+        chunk = pending[start : start + TOGETHER]
+        log(f"scoring {len(examples)} questions with the dense model and {', '.join(run.folder.name for run in chunk)}")
+        models = [infoprune.load(run.folder) for run in chunk]
+        reference, *scores = quality.score([dense, *models], examples)
+        for run, model, score in zip(chunk, models, scores, strict=True):
+            rows.append(row_of(run, model, quality.comparison(reference, score, examples)))
+            log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")
         write("headline", rows, seeds=[0, 1, 2], data="easy-vqa:test", num_questions=len(examples))
     time_curve(rows, dense, examples)
     write("headline", rows, seeds=[0, 1, 2], data="easy-vqa:test", num_questions=len(examples))
