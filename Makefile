@@ -40,6 +40,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/tail.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/tables.py
 
 # Hours; a stopped run goes on where it was.

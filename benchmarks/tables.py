@@ -176,8 +176,34 @@ def training_speed() -> str:
     return table(header, cells) + text + source("training_speed")
 
 
+def prefill() -> str:
+    found = load("prefill")
+    rows, meta = found["rows"], found["meta"]
+    cells = []
+    for r in rows:
+        parts = [f"{r[f'{part}_ms']:.1f}" for part in ("matrix_products", "attention", "other_operators", "python_and_dispatch")]
+        speed, flops = rows[0]["prefill_ms"] / r["prefill_ms"], rows[0]["flops"] / r["flops"]
+        cells.append([r["method"], f"{r['flops'] / 1e9:.2f} ({flops:.2f}x)", f"{r['prefill_ms']:.1f} ({speed:.2f}x)", *parts,
+                      f"{r['operators']:.0f}", f"{r['bound_ms']:.1f}"])  # fmt: skip
+    header = [
+        "",
+        "GFLOPs",
+        "prefill, ms",
+        "matrix products",
+        "attention",
+        "other operators",
+        "Python and dispatch",
+        "operators",
+        "bound, ms",
+    ]
+    text = (
+        f"\n\nA large matrix product reaches {meta['flop_rate'] / 1e9:.0f} GFLOP/s here, a large read {meta['byte_rate'] / 1e9:.1f} GB/s."
+    )
+    return table(header, cells) + text + source("prefill")
+
+
 TABLES: dict[str, Callable[[], str]] = {"demo": demo, "ablation": ablation, "cost": cost, "ffn": ffn, "heads": heads, "tail": tail}
-TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed}
+TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill}
 
 FILES = {"ablation": "demo", "cost": "demo", "arms": "headline", "terms": "headline"}  # tables that share a result file
 
