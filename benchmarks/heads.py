@@ -2,8 +2,8 @@
 
     python benchmarks/heads.py
 
-Language model: a quarter and a half of the key/value groups. Vision tower: half of the heads. Rankings are global, at least one unit
-stays per block; random is the mean of five draws.
+Language model: a quarter and a half of the key/value groups. Vision tower: half of the heads. Rankings are global, and a
+block may lose all of its units (the first language block keeps one); random is the mean of five draws.
 """
 
 from __future__ import annotations
