@@ -22,7 +22,7 @@ from infoprune.training.gates import HeadGates, deterministic_gate, hard_concret
 from infoprune.training.heads import binarise, check_agreement, masked_logits
 from infoprune.training.loop import one_cycle
 from infoprune.training.options import TrainingOptions
-from infoprune.training.structure import leave_one_out, structure_of
+from infoprune.training.structure import dense_structure, leave_one_out, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
 
@@ -71,7 +71,7 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
     blocks = blocks_of(vlm, questions)
     gates = HeadGates(list(vlm.architecture.attention))
     for site in gates.sites:
-        found = structure_of(blocks[site.path], torch.zeros(site.num_units), compensated=True)
+        found = structure_of(blocks[site.path], dense_structure(blocks[site.path]), torch.zeros(site.num_units), compensated=True)
         gates.compensate_(site.path, found.coefficient, found.mean)
     with gates.attached(vlm.model):
         assert torch.equal(vlm.model(**inputs).logits, dense)
@@ -132,7 +132,7 @@ def test_leave_one_out_is_regression_on_the_others(gqa_vlm, questions):
 def test_structure_at_the_ends(vlm, questions, compensated):
     for block in blocks_of(vlm, questions).values():
         n = block.site.num_units
-        found = structure_of(block, torch.ones(n), compensated=compensated)
+        found = structure_of(block, dense_structure(block), torch.ones(n), compensated=compensated)
         assert found.ks(torch.ones(n)) == pytest.approx(0, abs=1e-4)
         assert float(found.rate(torch.zeros(n))) == 0
         rates = [float(found.rate(torch.full((n,), z))) for z in (0.0, 0.3, 0.7, 1.0)]
@@ -151,7 +151,7 @@ def test_ks_gradient_is_that_of_the_true_spectrum(gqa_vlm, questions):
         dense = torch.linalg.eigvalsh(block.out @ block.covariance @ block.out.T).flip(0).clamp_min(0)
         return float(((energies / energies.sum()).cumsum(0) - (dense / dense.sum()).cumsum(0)).abs().max())
 
-    found = structure_of(block, z, compensated=False)
+    found = structure_of(block, dense_structure(block), z, compensated=False)
     assert float(found.ks(z)) == pytest.approx(exact(z), abs=1e-4)
     leaf = z.clone().requires_grad_(True)
     found.ks(leaf).backward()

@@ -19,7 +19,7 @@ from infoprune.training.data import VisionCache
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
 from infoprune.training.loop import Terms, Totals
 from infoprune.training.options import TrainingOptions
-from infoprune.training.structure import BlockStructure, structure_of
+from infoprune.training.structure import BlockStructure, dense_structure, leave_one_out, structure_of
 
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
 
@@ -48,6 +48,7 @@ class GateStage:
         self.compensated, self.seed, self.cache, self.without_extra = compensated, seed, cache, without_extra
         self.steps = options.gate_steps
         self.budget = objective.Budget(target)
+        self.dense = {path: dense_structure(block) for path, block in blocks.items()}
         self.structures: dict[str, BlockStructure] = {}
         self.refreshed_at: torch.Tensor | None = None
         self.trajectory: list[list[float]] = []
@@ -76,9 +77,12 @@ class GateStage:
 
     def refresh(self, log_alpha: torch.Tensor) -> None:
         """Spectra, directions and compensation at the gates that ``log_alpha`` gives."""
+        before = self.gates.by_site(deterministic_gate(self.refreshed_at)) if self.refreshed_at is not None else {}
         self.refreshed_at = log_alpha
         for path, z in self.gates.by_site(deterministic_gate(log_alpha)).items():
-            found = structure_of(self.blocks[path], z, compensated=self.compensated)
+            if path in before and torch.equal(before[path], z):  # nothing moved
+                continue
+            found = structure_of(self.blocks[path], self.dense[path], z, compensated=self.compensated)
             self.structures[path] = found
             if self.compensated:
                 self.gates.compensate_(path, found.coefficient, found.mean)
@@ -168,8 +172,8 @@ def masked_logits(
             z = torch.zeros(site.num_units)
             z[kept[site.path]] = 1.0
             if compensated:
-                found = structure_of(blocks[site.path], z, compensated=True)
-                gates.compensate_(site.path, found.coefficient, found.mean)
+                block = blocks[site.path]
+                gates.compensate_(site.path, leave_one_out(block, kept[site.path]), block.mean)
             gates.values = (gates.values or {}) | {site.path: z.to(gates.log_alpha.device)}
         return answer_logits(model, batch)
 

@@ -77,13 +77,34 @@ def leave_one_out(block: Block, kept: list[int]) -> torch.Tensor:
     return coefficient
 
 
-def structure_of(block: Block, gates: torch.Tensor, *, compensated: bool) -> BlockStructure:
+@dataclass(frozen=True)
+class DenseStructure:
+    """What does not depend on the gates; float64.
+
+    Attributes:
+        root: (n, n) Cholesky factor of S.
+        snr, dense: As in :class:`BlockStructure`.
+    """
+
+    root: torch.Tensor
+    snr: torch.Tensor
+    dense: torch.Tensor
+
+
+def dense_structure(block: Block) -> DenseStructure:
+    """Constants of one block, whatever its gates."""
+    root = torch.linalg.cholesky(block.covariance)
+    output = block.out @ root
+    snr = torch.stack([head_spectrum(block, u) for u in range(block.site.num_units)]) / noise_energy(block)
+    return DenseStructure(root, snr, normalize(descending_eigh(output @ output.T)[0]).cumsum(0))
+
+
+def structure_of(block: Block, dense: DenseStructure, gates: torch.Tensor, *, compensated: bool) -> BlockStructure:
     """Constants of one block at the present gates (units,), which say what stays (z > 1/2) and turn the directions."""
     z = gates.detach().double().cpu()
     kept = [u for u in range(block.site.num_units) if z[u] > 0.5]
-    n = len(block.covariance)
+    n, root = len(block.covariance), dense.root
     coefficient = leave_one_out(block, kept) if compensated else torch.zeros(n, n, dtype=torch.float64)
-    root = torch.linalg.cholesky(block.covariance)
     identity = torch.eye(n, dtype=torch.float64)
     maps = [block.out @ coefficient @ root]  # A_0 S^1/2, then one per unit
     for unit in range(block.site.num_units):
@@ -93,13 +114,11 @@ def structure_of(block: Block, gates: torch.Tensor, *, compensated: bool) -> Blo
     now = torch.einsum("a,ahn->hn", torch.cat([z.new_ones(1), z]), stacked)
     directions = descending_eigh(now @ now.T)[1]
     projected = directions.T @ stacked
-    dense = block.out @ root
-    noise = noise_energy(block)
     pieces = (
         coefficient,
         block.mean if compensated else torch.zeros_like(block.mean),
-        torch.stack([head_spectrum(block, u) for u in range(block.site.num_units)]) / noise,
-        normalize(descending_eigh(dense @ dense.T)[0]).cumsum(0),
+        dense.snr,
+        dense.dense,
         torch.einsum("akn,bkn->kab", projected, projected),
     )
     return BlockStructure(*(piece.to(gates.device, torch.float32) for piece in pieces))
