@@ -294,7 +294,7 @@ def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | 
         raise PlanError("The plan does not say which data to calibrate on; give it with --data.")
     options = CompressionOptions(
         flops=1.0,
-        ffn_metric=plan.method.get("ffn_metric", "task"),  # type: ignore[arg-type]
+        ffn_metric=ffn_options(plan).metric,
         structure="separate" if any(d.gate_rank for d in plan.ffn.values()) else "joint",
         **(
             {"examples": record.count, "seed": record.seed, "weighting": record.weighting, "temperature": record.temperature}

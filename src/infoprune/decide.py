@@ -102,15 +102,15 @@ def _ranked_removal(block: Block, scores: list[float], options: CompressionOptio
 
 def _solve_ffn(model: nn.Module, site: FFNSite, statistics: SiteStatistics, options: CompressionOptions) -> dict[str, Factorization]:
     ffn, names = model.get_submodule(site.path), site.names
-    dense = {name: ffn.get_submodule(name) for name in (names.gate, names.up, names.down) if name}
+    dense: dict[str, Any] = {name: ffn.get_submodule(name) for name in (names.gate, names.up, names.down) if name}
     wanted: dict[str, int] = {"down_rank": 1}
     if site.gated and options.structure in ("joint", "best"):
-        result = factorizations(site, statistics, dense, options.ffn_options, FFNDecision(joint_rank=1))  # type: ignore[arg-type]
+        result = factorizations(site, statistics, dense, options.ffn_options, FFNDecision(joint_rank=1))
     else:
         result = {}
     if not site.gated or options.structure in ("separate", "best"):
         wanted |= {"gate_rank": 1, "up_rank": 1} if site.gated else {"up_rank": 1}
-    return result | factorizations(site, statistics, dense, options.ffn_options, FFNDecision(**wanted))  # type: ignore[arg-type]
+    return result | factorizations(site, statistics, dense, options.ffn_options, FFNDecision(**wanted))
 
 
 def decide(

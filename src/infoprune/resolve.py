@@ -40,8 +40,8 @@ def resolve(model: nn.Module) -> Architecture:
                 f"The {tower} tower '{tower_config.model_type}' of this {model_type} model is not supported. Supported: {supported()}."
             )
         names = kinds[tower_config.model_type]
-        layers = _module(model, f"{path}.{names.layers}")
-        for index in range(len(layers)):  # type: ignore[arg-type]
+        layers: Any = _module(model, f"{path}.{names.layers}")
+        for index in range(len(layers)):
             prefix = f"{path}.{names.layers}.{index}"
             attention.append(_attention_site(model, f"{prefix}.{names.attention}", tower, index, names, tower_config))
             ffn.append(_ffn_site(model, f"{prefix}.{names.ffn}", tower, index, names))

@@ -52,11 +52,10 @@ def apply_(
 
 def ffn_options(plan: CompressionPlan) -> FFNOptions:
     """The FFN method that a plan records."""
+    method: dict[str, Any] = dict(plan.method)
     try:
         return FFNOptions(
-            metric=plan.method.get("ffn_metric", "task"),  # type: ignore[arg-type]
-            centred=bool(plan.method.get("centred", True)),
-            structure=plan.method.get("structure", "joint"),  # type: ignore[arg-type]
+            metric=method.get("ffn_metric", "task"), centred=bool(method.get("centred", True)), structure=method.get("structure", "joint")
         )
     except TypeError as error:
         raise PlanError(f"The plan's method is not usable: {error}") from error
