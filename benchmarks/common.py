@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -68,6 +69,18 @@ def whole_images(split: str, num_questions: int | None, skip: int = 0) -> list[E
             break
         chosen += by_image[image]
     return chosen
+
+
+def throughput(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    """FLOP/s of a large matrix product."""
+    a = torch.randn(size, size).to(dtype)
+    a @ a
+    samples = []
+    for _ in range(9):
+        start = time.perf_counter()
+        a @ a
+        samples.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(samples)
 
 
 def commit() -> str:

@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import infoprune
-from common import log, whole_images, write
+from common import log, throughput, whole_images, write
 from infoprune.evaluation.cost import count_flops, prompt_inputs
 
 SHARES = (0.5, 0.31)
@@ -100,13 +100,6 @@ def profiled(call: Callable[[], Any]) -> dict[str, float]:
         times[kind] += event.self_cpu_time_total / 1000 / PROFILED
         count += event.count
     return times | {"operators": count / PROFILED}
-
-
-def throughput(size: int = 2048) -> float:
-    """FLOP/s of a large float32 matrix product."""
-    a = torch.randn(size, size)
-    a @ a
-    return 2e3 * size**3 / statistics.median(milliseconds(lambda: a @ a) for _ in range(7))
 
 
 def bandwidth(size: int = 100_000_000) -> float:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import infoprune
-from common import log, write
+from common import log, throughput, write
 from infoprune.packing import PackedBatch, answer_logits, pack
 from infoprune.training.data import rows_of
 from infoprune.training.gates import HeadGates
@@ -27,7 +27,6 @@ from infoprune.training.recovery import layer_weights
 
 STEPS = 12
 SHARE = 1 / 3.2
-SIZE = 2048  # of the matrix product that gives the machine's throughput
 
 
 def main() -> None:
@@ -95,17 +94,6 @@ def flops_of(run: Callable[[], None]) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
-
-
-def throughput(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
-    a = torch.randn(SIZE, SIZE).to(dtype)
-    samples = []
-    for _ in range(12):
-        start = time.perf_counter()
-        a @ a
-        samples.append(time.perf_counter() - start)
-    return 2 * SIZE**3 / sorted(samples[2:])[5]
 
 
 if __name__ == "__main__":

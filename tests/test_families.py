@@ -67,6 +67,16 @@ def test_sites_cover_every_linear_of_the_layers(vlm):
     assert layers == len(vlm.architecture.attention) == len(vlm.architecture.ffn)
 
 
+def test_normalisation_over_all_heads_is_refused(gqa_vlm):
+    site = gqa_vlm.architecture.attention[0]
+    attention = gqa_vlm.model.get_submodule(site.path)
+    attention.q_norm = nn.LayerNorm(site.head_dim)
+    assert resolve(gqa_vlm.model).attention[0] == site
+    attention.q_norm = nn.LayerNorm(site.num_heads * site.head_dim)
+    with pytest.raises(infoprune.InfoPruneError, match="all heads together"):
+        resolve(gqa_vlm.model)
+
+
 @torch.no_grad()
 def test_empty_plan_changes_nothing(vlm, questions):
     statistics = statistics_of(vlm, questions)

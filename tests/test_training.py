@@ -235,6 +235,7 @@ def test_cached_vision_features_change_nothing(vlm, questions):
 def test_trained_heads_and_recovery(vlm, questions, tmp_path, recovery):
     before = {name: p.clone() for name, p in vlm.model.named_parameters()}
     result = infoprune.compress(vlm, questions, **QUICK, recovery=recovery, recovery_rate=1e-2)
+    assert all(p.requires_grad and p.grad is None for model in (vlm.model, result.vlm.model) for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in vlm.model.named_parameters())
     assert not any("lora" in name for name, _ in (*vlm.model.named_parameters(), *result.vlm.model.named_parameters()))
     assert result.flops_ratio <= 0.7 and result.vlm.plan.method["heads"] == "trained"

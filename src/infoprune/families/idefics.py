@@ -1,7 +1,7 @@
 """Idefics2, Idefics3 and SmolVLM: SigLIP-style vision tower, perceiver or pixel shuffle, Llama-style language model."""
 
 from infoprune.architecture import FamilyDeclaration
-from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
+from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE_MODELS
 
 
 def _idefics(model_type: str) -> FamilyDeclaration:
@@ -11,7 +11,7 @@ def _idefics(model_type: str) -> FamilyDeclaration:
         text="model.text_model",
         projector="model.connector",
         vision_towers={f"{model_type}_vision": CLIP_STYLE},
-        text_towers={"llama": LLAMA_STYLE, "qwen2": LLAMA_STYLE, "mistral": LLAMA_STYLE},
+        text_towers=LLAMA_STYLE_MODELS,
     )
 
 

@@ -1,7 +1,7 @@
 """LLaVA and its relatives: a CLIP, SigLIP or DINOv2 vision tower and a Llama, Qwen2 or Mistral language model."""
 
 from infoprune.architecture import FamilyDeclaration
-from infoprune.families.towers import CLIP_STYLE, DINOV2, LLAMA_STYLE
+from infoprune.families.towers import CLIP_STYLE, DINOV2, LLAMA_STYLE_MODELS
 
 
 def _llava(model_type: str) -> FamilyDeclaration:
@@ -11,7 +11,7 @@ def _llava(model_type: str) -> FamilyDeclaration:
         text="model.language_model",
         projector="model.multi_modal_projector",
         vision_towers={"clip_vision_model": CLIP_STYLE, "siglip_vision_model": CLIP_STYLE, "dinov2": DINOV2},
-        text_towers={"llama": LLAMA_STYLE, "qwen2": LLAMA_STYLE, "mistral": LLAMA_STYLE},
+        text_towers=LLAMA_STYLE_MODELS,
     )
 
 

@@ -28,3 +28,5 @@ LLAMA_STYLE = TowerDeclaration(
     up="up_proj",
     down="down_proj",
 )
+# Language models of this style, by ``model_type``.
+LLAMA_STYLE_MODELS = {"llama": LLAMA_STYLE, "qwen2": LLAMA_STYLE, "mistral": LLAMA_STYLE}

@@ -119,22 +119,18 @@ class TrainingRun:
 
     def recover(self, student: VLM, teacher: VLM) -> dict[str, Any]:
         """Train ``student`` in place and leave its best validated weights; returns figures for the report."""
-        options = self.options
-        wrapper = None
-        if options.recovery == "lora":
-            assert teacher.architecture is not None
-            student.model.requires_grad_(False)
-            wrapper, parameters = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
-        else:
-            assert teacher.architecture is not None
-            parameters = layer_weights(student.model, teacher.architecture)
-        teacher.model.requires_grad_(False)
-        stage = RecoveryStage(student, teacher, parameters, self.validation, options, autocast=self._autocast(student))
-        trained = self._train(stage, student)
-        stage.keep_best_()
+        options, wrapper = self.options, None
+        assert teacher.architecture is not None
+        with frozen(teacher.model), frozen(student.model):
+            if options.recovery == "lora":
+                wrapper, parameters = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
+            else:
+                parameters = layer_weights(student.model, teacher.architecture)
+            stage = RecoveryStage(student, teacher, parameters, self.validation, options, autocast=self._autocast(student))
+            trained = self._train(stage, student)
+            stage.keep_best_()
         if wrapper is not None:
             wrapper.merge_and_unload()
-        student.model.requires_grad_(False)
         for parameter in student.model.parameters():
             parameter.grad = None
         return trained.as_dict() | {"method": options.recovery, "best": stage.best.__dict__, "history": trained.history}
