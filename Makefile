@@ -35,6 +35,7 @@ lint: $(VENV)/installed
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/ffn.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/tail.py

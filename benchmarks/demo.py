@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import infoprune
@@ -58,7 +57,6 @@ def worker(*arguments: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=None, help="test questions (default: all 9,673)")
-    parser.add_argument("--generate", action=argparse.BooleanOptionalAction, default=True, help="also answer with generate, dense model")
     args = parser.parse_args()
 
     examples = whole_images("test", args.questions)
@@ -92,20 +90,6 @@ def main() -> None:
             })  # fmt: skip
             log(f"{method} {share}: {score.accuracy:.2f}%, KL {score.kl_nats:.4f}, prefill {rows[-1]['speedup_prefill']:.2f}x")
         write("demo", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
-        if args.generate:
-            del models
-            start = time.time()
-            answers = quality.generated_answers(dense, examples)
-            right = [answer == example.answer for answer, example in zip(answers, examples, strict=True)]
-            rows[0] |= {
-                "generated_accuracy": 100 * sum(right) / len(right),
-                "generated_agrees_with_scored": 100
-                * sum(a == b for a, b in zip(right, scored[0].correct.tolist(), strict=True))
-                / len(right),
-                "seconds_to_generate": time.time() - start,
-            }
-            log(f"generated answers: {rows[0]['generated_accuracy']:.2f}%")
-            write("demo", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
 
 
 def dense_row(vlm, scored, timed, report, base):

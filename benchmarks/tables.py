@@ -79,6 +79,14 @@ def ablation() -> str:
     return table(header, cells)
 
 
+def generate() -> str:
+    cells = [
+        [r["method"], f"{r['num_questions']:,}", f"{r['generated_accuracy']:.2f}%", f"{r['accuracy']:.2f}%", f"{r['disagreements']}"]
+        for r in load("generate")["rows"]
+    ]
+    return table(["model", "questions", "`generate`", "scored", "judged differently"], cells) + source("generate")
+
+
 def cost() -> str:
     rows = load("demo")["rows"]
     cells = [["load the dense model, answer once", "", f"{rows[0]['peak_rss_gb']:.2f} GB", f"{rows[0]['bytes_on_disk'] / 1e6:.0f} MB"]]
@@ -203,7 +211,7 @@ def prefill() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"demo": demo, "ablation": ablation, "cost": cost, "ffn": ffn, "heads": heads, "tail": tail}
-TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill}
+TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill, "generate": generate}
 
 FILES = {"ablation": "demo", "cost": "demo", "arms": "headline", "terms": "headline"}  # tables that share a result file
 

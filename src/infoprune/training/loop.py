@@ -7,7 +7,7 @@ stage itself keeps. Processes share a step's rows; their terms add up to the mea
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -273,5 +273,5 @@ def wants_bfloat16(precision: str, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    check: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return device.type == "cpu" and check is not None and check()
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device.type == "cpu" and any(check() for check in checks if check is not None)
