@@ -32,7 +32,7 @@ def write(name: str, rows: list[dict[str, Any]], **meta: Any) -> None:
     circumstances = {
         "commit": commit(),
         "date": date.today().isoformat(),
-        "hardware": _processor(),
+        "hardware": processor(),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -92,7 +92,8 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import infoprune
-from common import RESULTS, commit, log, whole_images, write
+from common import RESULTS, commit, log, processor, whole_images, write
 from infoprune.cli.console import BarProgress
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import prompt_inputs
@@ -165,7 +165,7 @@ def time_curve(rows: list[dict[str, Any]], dense: infoprune.VLM, examples: list)
     assert dense.architecture is not None
     times = latency.measure(models, dense.architecture.family, prompt_inputs(dense.encoder, examples[0]), answer_tokens=2, repeats=40)
     for row, timed in zip(chosen, times[1:], strict=True):
-        row |= latency.speedups(times[0], timed) | {"milliseconds": timed, "milliseconds_dense": times[0]}
+        row |= latency.speedups(times[0], timed) | {"milliseconds": timed, "milliseconds_dense": times[0], "hardware": processor()}
         log(f"{row['folder']}: prefill {row['speedup_prefill']:.2f}x, end to end {row['speedup_end_to_end']:.2f}x")
     assert np.isfinite([row["speedup_prefill"] for row in chosen]).all()
 

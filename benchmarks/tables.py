@@ -30,10 +30,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def source(name: str) -> str:
-    meta = load(name)["meta"]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in load(name)["rows"] if "commit" in row)) or meta["commit"]
+    """Circumstances of a result file; rows that were made in several runs say their own commit and processor."""
+    meta, rows = load(name)["meta"], load(name)["rows"]
+    commits, hardware = (", ".join(dict.fromkeys(row[key] for row in rows if key in row)) or meta[key] for key in ("commit", "hardware"))
     versions = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
-    return f"\n\n`{meta['command']}`, commit {commits}, {meta['date']}; {meta['hardware']}, {meta['threads']} threads; {versions}."
+    return f"\n\n`{meta['command']}`, commit {commits}, {meta['date']}; {hardware}, {meta['threads']} threads; {versions}."
 
 
 def demo() -> str:
