@@ -22,6 +22,7 @@ from infoprune.training.gates import HeadGates, deterministic_gate, hard_concret
 from infoprune.training.heads import binarise, check_agreement, masked_logits
 from infoprune.training.loop import one_cycle
 from infoprune.training.options import TrainingOptions
+from infoprune.training.recovery import relative_groups, typical_magnitude
 from infoprune.training.structure import dense_structure, leave_one_out, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
@@ -354,6 +355,26 @@ def test_work_with_other_settings_is_not_mixed_up(gqa_vlm, questions, tmp_path):
     (tmp_path / "work" / "gates.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="damaged"):
         infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)
+
+
+def test_full_recovery_takes_steps_relative_to_each_tensor():
+    torch.manual_seed(0)
+    small, massive = torch.randn(40, 50), torch.randn(2001)
+    massive[0] = 1e4
+    assert typical_magnitude(small) == pytest.approx(1.0, rel=0.1)
+    assert typical_magnitude(100 * small) == pytest.approx(100 * typical_magnitude(small), rel=1e-5)
+    assert typical_magnitude(massive) == pytest.approx(1.0, rel=0.1)  # the root mean square would be 224
+    assert typical_magnitude(torch.zeros(3)) == 1e-3
+    parameters = {"a": torch.nn.Parameter(small), "b": torch.nn.Parameter(100 * small)}
+    optimizer = torch.optim.AdamW(relative_groups(parameters), weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group["scale"]
+    sum(p.square().sum() for p in parameters.values()).backward()
+    optimizer.step()
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in parameters.items()}
+    assert moved["b"] == pytest.approx(100 * moved["a"], rel=1e-3)
+    assert moved["a"] == pytest.approx(0.01 * typical_magnitude(before["a"]), rel=1e-3)
 
 
 def test_early_stopping_keeps_the_best_weights(gqa_vlm, questions):

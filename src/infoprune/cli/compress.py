@@ -44,7 +44,9 @@ def compress(
         Optional[float], typer.Option(help="Share of the attention's cost that gates keep (default: as the training-free allocation).")
     ] = None,
     recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 200).")] = None,
-    recovery_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate of recovery (default 3e-5 full, 1e-4 lora).")] = None,
+    recovery_rate: Annotated[
+        Optional[float], typer.Option(help="Peak learning rate of recovery (default: full 2e-4 of each tensor's magnitude, lora 1e-4).")
+    ] = None,
     images_per_step: Annotated[Optional[int], typer.Option(help="Images of one update, with all their questions (default 8).")] = None,
     validation: Annotated[
         Optional[str], typer.Option(help="Data to stop early on (default: one image in twenty of --data, kept out of training).")

@@ -8,7 +8,7 @@ from typing import Literal
 from infoprune.errors import InfoPruneError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-RATES = {"full": 3e-5, "lora": 1e-4}
+RATES = {"full": 2e-4, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class TrainingOptions:
         refresh: Steps between refreshes of spectra, directions and compensation.
         multiplier_rate: Ascent rate of the budget's Lagrange multipliers.
         recovery_steps: Updates of recovery; fewer if it stops early.
-        recovery_rate: Peak learning rate of recovery; ``None``: :data:`RATES`. Repaired models are sensitive: ten times more destroys them.
+        recovery_rate: Peak learning rate of recovery; ``None``: :data:`RATES`. For ``full`` it is relative: a tensor's rate is this times
+            the typical magnitude of its entries. Repaired models are sensitive: a few times more destroys them.
         lora_rank: Rank of recovery's LoRA.
         images_per_step: Images of one update, over all processes.
         questions_per_image: At most so many questions of an image in one update.

@@ -21,6 +21,8 @@ from infoprune.training.data import VisionCache
 from infoprune.training.loop import Terms, Totals, one_cycle
 from infoprune.training.options import TrainingOptions
 
+LEAST_MAGNITUDE = 1e-3  # Adafactor's epsilon_2: what starts at zero must be able to leave it
+NORMAL_MEDIAN = 0.6745  # median of |x| for a standard normal x
 DEPTHS = 3  # hidden states are compared after the last layer and at this many minus one evenly spaced layers before it
 
 
@@ -79,7 +81,8 @@ class RecoveryStage:
         self.student, self.teacher, self.parameters, self.validation, self.options = student, teacher, parameters, validation, options
         self.autocast = autocast
         self.steps = options.recovery_steps
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=options.rate(options.recovery), weight_decay=0.0)
+        scaled = relative_groups(parameters) if options.recovery == "full" else list(parameters.values())
+        self.optimizer = torch.optim.AdamW(scaled, lr=options.rate(options.recovery), weight_decay=0.0)
         self.cache = VisionCache(teacher.model)
         self.best = Best()
         self.best_parameters: dict[str, torch.Tensor] = {}
@@ -179,6 +182,24 @@ def layer_weights(model: nn.Module, architecture: Architecture) -> dict[str, nn.
         if parameter.requires_grad:
             trainable[name] = parameter
     return trainable
+
+
+def relative_groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Optimiser groups whose rates are relative: each tensor's is the stage's rate times the tensor's :func:`typical_magnitude`.
+
+    Adam moves every entry by about its rate, whatever the tensor's scale, and towers differ in scale tenfold: a rate that is right for
+    one wrecks the other. The relative step of Shazeer & Stern, "Adafactor" (arXiv 1804.04235), section 8, cures that.
+    """
+    return [{"params": [parameter], "scale": typical_magnitude(parameter)} for parameter in parameters.values()]
+
+
+@torch.no_grad()
+def typical_magnitude(tensor: torch.Tensor) -> float:
+    """Standard deviation of a normal distribution around zero with the entries' median magnitude, at least :data:`LEAST_MAGNITUDE`.
+
+    Adafactor takes the root mean square; a few massive entries, of which biases and down projections have many, rule that one.
+    """
+    return max(LEAST_MAGNITUDE, float(tensor.abs().float().median()) / NORMAL_MEDIAN)
 
 
 def add_lora(model: Any, architecture: Architecture, rank: int, seed: int) -> tuple[Any, dict[str, nn.Parameter]]:
