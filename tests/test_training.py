@@ -20,9 +20,9 @@ from infoprune.training.costs import flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability
 from infoprune.training.heads import binarise, check_agreement, masked_logits
-from infoprune.training.loop import one_cycle
+from infoprune.training.loop import one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import relative_groups, typical_magnitude
+from infoprune.training.recovery import RecoveryStage, layer_weights, relative_groups, typical_magnitude
 from infoprune.training.structure import dense_structure, leave_one_out, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
@@ -375,6 +375,26 @@ def test_full_recovery_takes_steps_relative_to_each_tensor():
     moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in parameters.items()}
     assert moved["b"] == pytest.approx(100 * moved["a"], rel=1e-3)
     assert moved["a"] == pytest.approx(0.01 * typical_magnitude(before["a"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("recovery", ["full", "lora"])
+def test_the_recovery_stage_scales_full_training_only(gqa_vlm, recovery):
+    student = gqa_vlm.copy()
+    parameters = layer_weights(student.model, gqa_vlm.architecture)
+    stage = RecoveryStage(student, gqa_vlm, parameters, [], TrainingOptions(recovery=recovery), autocast=False)
+    scales = {id(p): group.get("scale", 1.0) for group in stage.optimizer.param_groups for p in group["params"]}
+    assert scales.keys() == {id(p) for p in parameters.values()}
+    for parameter in parameters.values():
+        assert scales[id(parameter)] == (typical_magnitude(parameter) if recovery == "full" else 1.0)
+
+
+@pytest.mark.parametrize(("amx", "avx512"), [(False, False), (True, False), (False, True)])
+def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    device = torch.device("cpu")
+    assert wants_bfloat16("auto", device) == (amx or avx512)
+    assert wants_bfloat16("bf16", device) and not wants_bfloat16("fp32", device)
 
 
 def test_early_stopping_keeps_the_best_weights(gqa_vlm, questions):

@@ -38,7 +38,7 @@ class TrainingOptions:
         multiplier_rate: Ascent rate of the budget's Lagrange multipliers.
         recovery_steps: Updates of recovery; fewer if it stops early.
         recovery_rate: Peak learning rate of recovery; ``None``: :data:`RATES`. For ``full`` it is relative: a tensor's rate is this times
-            the typical magnitude of its entries. Repaired models are sensitive: a few times more destroys them.
+            the typical magnitude of its entries. Repaired models are sensitive to it.
         lora_rank: Rank of recovery's LoRA.
         images_per_step: Images of one update, over all processes.
         questions_per_image: At most so many questions of an image in one update.

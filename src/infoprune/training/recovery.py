@@ -187,8 +187,8 @@ def layer_weights(model: nn.Module, architecture: Architecture) -> dict[str, nn.
 def relative_groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Optimiser groups whose rates are relative: each tensor's is the stage's rate times the tensor's :func:`typical_magnitude`.
 
-    Adam moves every entry by about its rate, whatever the tensor's scale, and towers differ in scale tenfold: a rate that is right for
-    one wrecks the other. The relative step of Shazeer & Stern, "Adafactor" (arXiv 1804.04235), section 8, cures that.
+    Adam moves every entry by about its rate, whatever the tensor's scale, and the scales of towers differ: a rate that suits one can
+    be far too large for the other. After the relative step of Shazeer & Stern, "Adafactor" (arXiv 1804.04235), section 8.
     """
     return [{"params": [parameter], "scale": typical_magnitude(parameter)} for parameter in parameters.values()]
 
