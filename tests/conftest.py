@@ -1,15 +1,72 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from transformers import AutoProcessor
 
 from infoprune.model import VLM
+from tiny_current import CURRENT
 from tiny_models import TINY, build, examples
 
+ALL = [*TINY, *CURRENT]
 
-@pytest.fixture(params=TINY, ids=[tiny.name for tiny in TINY])
-def vlm(request) -> VLM:
+
+def pytest_addoption(parser):
+    parser.addoption("--capabilities", type=Path, help="write what the tests marked with a capability found, by family, as JSON")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "capability(name): what a family can do if the test passes; {tower} is filled in")
+    config.capabilities = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    marker = item.get_closest_marker("capability")
+    if marker and (report.when == "call" or report.failed):
+        parameters = item.callspec.params
+        name = marker.args[0].format(**{k: v for k, v in parameters.items() if isinstance(v, str)})
+        item.config.capabilities.setdefault(parameters["vlm"].name, {})[name] = report.outcome
+    return report
+
+
+def pytest_sessionfinish(session):
+    if path := session.config.getoption("--capabilities"):
+        path.write_text(json.dumps(session.config.capabilities, indent=1) + "\n")
+
+
+@pytest.fixture(params=ALL, ids=[tiny.name for tiny in ALL])
+def vlm(request, monkeypatch) -> VLM:
     """Every declared family in turn."""
-    return build(request.param)
+    found = build(request.param)
+    if request.param.offline:  # only the processor's way back from disk is replaced, as its video part needs torchvision
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: found.processor)
+    return found
+
+
+@pytest.fixture(scope="module")
+def without_infoprune(tmp_path_factory):
+    """Call with a checkpoint and a file of inputs and logits: one process without infoprune loads and compares, and answers in one line."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")), "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).with_name("without_infoprune.py")
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        assert process.stdin and process.stdout
+
+        def check(*paths):
+            process.stdin.write(json.dumps([str(path) for path in paths]) + "\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        yield check
+        process.stdin.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 from infoprune.calibrate import calibrate
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.packing import answer_logits, batches
-from infoprune.repair import _LeastSquares, cut_and_repair_
+from infoprune.repair import _capture, _LeastSquares, _stacks, cut_and_repair_
 from infoprune.surgery import apply_
 from test_families import plan_of
 
@@ -23,6 +23,31 @@ def stream(model, vlm, inputs):
         answer_logits(model, batch)
     handle.remove()
     return torch.cat([h[b.valid] for h, b in zip(held, inputs, strict=True)])
+
+
+@torch.no_grad()
+def test_layers_are_replayed_as_the_model_runs_them(vlm, questions):
+    batch = next(b for b, _ in batches(vlm.encoder, questions, images_per_batch=2))
+    layers = {s.path.rpartition(".")[0]: s for s in vlm.architecture.attention}
+    read = {path: [] for path in layers}
+    handles = [
+        vlm.model.get_submodule(path).register_forward_pre_hook(
+            lambda m, args, kwargs, held=held: held.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for path, held in read.items()
+    ]
+    answer_logits(vlm.model, batch)
+    for handle in handles:
+        handle.remove()
+    for stack in _stacks(vlm.architecture):
+        captured = _capture(vlm.model, stack, batch)
+        hidden = captured.hidden
+        for number, (attention, _) in enumerate(stack):
+            path = attention.path.rpartition(".")[0]
+            hidden = captured.before(number, hidden)
+            torch.testing.assert_close(hidden, read[path][0], atol=1e-5, rtol=1e-5)
+            output = vlm.model.get_submodule(path)(hidden, **captured.kwargs[number])
+            hidden = output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()

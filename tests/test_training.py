@@ -278,7 +278,7 @@ def test_binarise_keeps_the_most_open_units_within_the_target(vlm):
     torch.manual_seed(1)
     with torch.no_grad():
         gates.log_alpha.normal_()
-    workload = Workload(1, 5, 20, 2)
+    workload = Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in sites})
     costs = flop_costs(sites, workload)
     kept = binarise(gates, costs, 0.8)
     spent = sum(attention_flops(s, len(kept[s.path]), workload) for s in sites)
@@ -294,7 +294,7 @@ def test_binarise_keeps_the_most_open_units_within_the_target(vlm):
 
 def test_expected_cost_of_a_block_is_gone_with_its_last_unit(vlm):
     sites = list(vlm.architecture.attention)
-    workload = Workload(1, 5, 20, 2)
+    workload = Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in sites})
     costs = flop_costs(sites, workload)
     kept = [1 if number % 2 else s.min_units for number, s in enumerate(sites)]
     open_ = torch.cat([(torch.arange(s.num_units) < k).double() for s, k in zip(sites, kept, strict=True)])

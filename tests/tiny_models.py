@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     BitImageProcessorPil,
     CLIPVisionConfig,
@@ -20,15 +21,12 @@ from transformers import (
     Idefics3Config,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
-    LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
-    MistralConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     SiglipVisionConfig,
     SmolVLMConfig,
     VipLlavaConfig,
@@ -40,11 +38,13 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from infoprune.data import Example
 from infoprune.model import VLM
 from infoprune.packing import PromptEncoder
-from infoprune.resolve import resolve
+from infoprune.resolve import family_of, resolve
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 WORDS += ["what", "colour", "shape", "is", "the", "there", "a", "in", "image", "red", "blue", "circle", "square", "yes", "no", "?"]
 WORDS += [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
+WORDS += ["<image_start>", "<image_end>", "<image_break>", "<video>"]
+WORDS += ["<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
 IMAGE = WORDS.index("<image>")
 VOCABULARY = 64
 TEXT = {
@@ -54,12 +54,13 @@ TEXT = {
 VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8, "initializer_range": 0.2}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(**names: str) -> PreTrainedTokenizerFast:
+    """Words and special tokens; ``names`` are attributes under which a processor looks for some of the latter."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
-        extra_special_tokens=[word for word in WORDS if word.startswith("<") and word not in ("<pad>", "<eos>", "<unk>")],
+        extra_special_tokens=names or [word for word in WORDS if word.startswith("<") and word not in ("<pad>", "<eos>", "<unk>")],
     )  # fmt: skip
 
 
@@ -91,9 +92,8 @@ def idefics3_processor() -> Idefics3Processor:
 
 
 def text_config(kind: str, heads: int, key_value_heads: int):
-    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
     extra = {"sliding_window": None} if kind == "mistral" else {}
-    return classes[kind](**TEXT, num_attention_heads=heads, num_key_value_heads=key_value_heads, head_dim=8, **extra)
+    return AutoConfig.for_model(kind, **TEXT, num_attention_heads=heads, num_key_value_heads=key_value_heads, head_dim=8, **extra)
 
 
 def llava(vision, text, with_class_token: bool, layer: int = -1) -> LlavaConfig:
@@ -105,11 +105,19 @@ def llava(vision, text, with_class_token: bool, layer: int = -1) -> LlavaConfig:
 
 @dataclass(frozen=True)
 class Tiny:
-    """One entry of the shared suite."""
+    """One entry of the shared suite.
+
+    Attributes:
+        name: Of the test.
+        config: Makes the configuration.
+        processor: Makes the processor.
+        offline: The family's processor can't be loaded from a folder without torchvision.
+    """
 
     name: str
     config: Callable[[], object]
     processor: Callable[[], object]
+    offline: bool = False
 
 
 def _clip(**extra):
@@ -184,7 +192,8 @@ def build(tiny: Tiny, seed: int = 0) -> VLM:
                 parameter.normal_(0, 0.1)
     processor = tiny.processor()
     model.generation_config.pad_token_id = 0
-    return VLM(model, processor, PromptEncoder(processor, model.config.image_token_id), resolve(model), tiny.name)
+    encoder = PromptEncoder(processor, model.config.image_token_id, family=family_of(model))
+    return VLM(model, processor, encoder, resolve(model), tiny.name)
 
 
 def examples(folder: Path, images: int = 6, seed: int = 0) -> list[Example]:

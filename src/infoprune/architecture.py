@@ -21,9 +21,12 @@ class TowerDeclaration:
         attention, ffn: Names of the two blocks inside a layer.
         out: Name of the output projection inside the attention block; its input is the concatenation of the heads' contexts.
         query, key, value: Names of the input projections.
+        qkv: Name of the one linear that holds all three, stacked in this order; ``None`` where they are apart.
         gate: Name of the gate projection inside the FFN, ``None`` for an FFN without gate.
         up, down: Names of the FFN's other two linears.
-        layer_scale: Whether the layer multiplies its blocks' outputs by a learned scale before it adds them to the residual stream.
+        rescaled: Whether the layer scales or normalises its blocks' outputs before it adds them to the residual stream.
+        stays: Whether an attention block may be thinned but not dropped whole.
+        others: Layers of other kinds in the same list, and further lists of layers behind it, in the order of the forward pass.
     """
 
     layers: str
@@ -36,7 +39,15 @@ class TowerDeclaration:
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
-    layer_scale: bool = False
+    qkv: str | None = None
+    rescaled: bool = False
+    stays: bool = False
+    others: tuple[TowerDeclaration, ...] = ()
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the linears that make queries, keys and values."""
+        return (self.qkv,) if self.qkv else (self.query, self.key, self.value)
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,12 @@ class FamilyDeclaration:
     Attributes:
         model_type: ``config.model_type`` of the family.
         vision, text: Paths of the towers inside the conditional-generation model.
-        projector: Path of the module between them.
+        projector: Path of the module between them; it may lie inside the vision tower.
         vision_towers, text_towers: Supported tower declarations by the sub-config's ``model_type``.
+        shares_prefix: Whether questions on one image can share its tokens in one row: not where image tokens see the question, nor
+            where positions are not counted one by one.
+        token_types: Name of a further input with one entry per token, such as its type; ``None``: there is none.
+        answer_type: Its value on answer tokens; ``None``: that of the last prompt token.
     """
 
     model_type: str
@@ -56,6 +71,9 @@ class FamilyDeclaration:
     projector: str
     vision_towers: dict[str, TowerDeclaration]
     text_towers: dict[str, TowerDeclaration]
+    shares_prefix: bool = True
+    token_types: str | None = None
+    answer_type: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,8 @@ class AttentionSite:
         names: The tower's declaration.
         num_heads, num_key_value_heads, head_dim: As in Transformers.
         hidden_size: Width of the residual stream.
+        stays: Whether one unit must be kept: where the declaration says so, and in the first language block of its kind, off which the
+            key/value cache reads the length of the context.
     """
 
     path: str
@@ -82,6 +102,12 @@ class AttentionSite:
     num_key_value_heads: int
     head_dim: int
     hidden_size: int
+    stays: bool = False
+
+    @property
+    def stack(self) -> str:
+        """Path of the list of layers that it is in."""
+        return self.path.rsplit(".", 2)[0]
 
     @property
     def multi_query(self) -> bool:
@@ -95,8 +121,8 @@ class AttentionSite:
 
     @property
     def min_units(self) -> int:
-        """Units that must stay: none, as a block can be dropped whole, but one in the first language layer, whose cache counts tokens."""
-        return 1 if self.tower == "text" and self.layer == 0 else 0
+        """Units that must be kept: none, as a block can be dropped whole, or one."""
+        return 1 if self.stays else 0
 
     @property
     def unit_width(self) -> int:
@@ -140,14 +166,12 @@ class Architecture:
         family: The declaration it was resolved from.
         attention, ffn: The sites.
         image_token_id: Id that marks image tokens in the prompt.
-        sliding_window: Longest context that plain causal attention covers exactly; ``None``: no limit.
     """
 
     family: FamilyDeclaration
     attention: tuple[AttentionSite, ...]
     ffn: tuple[FFNSite, ...]
     image_token_id: int
-    sliding_window: int | None
 
     def site(self, path: str) -> AttentionSite | FFNSite:
         """The site at a module path.

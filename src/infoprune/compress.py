@@ -17,7 +17,16 @@ from infoprune.calibrate import Statistics, calibrate
 from infoprune.data import Example, load_examples, subset
 from infoprune.decide import Decisions, SolvedSite, attention_share, decide, solve_sites, unit_percentiles, with_units
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
-from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters, predicted_flops, prompt_inputs, typical_example
+from infoprune.evaluation.cost import (
+    Flops,
+    Workload,
+    count_flops,
+    count_workload,
+    num_parameters,
+    predicted_flops,
+    prompt_inputs,
+    typical_example,
+)
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.memory import release_memory
 from infoprune.model import VLM
@@ -78,7 +87,7 @@ class Compressed:
             "flops_ratio": self.flops_ratio,
             "dense_flops": self.dense_flops.as_dict(),
             "flops": self.flops.as_dict(),
-            "workload": self.workload.__dict__,
+            "workload": {name: value for name, value in self.workload.__dict__.items() if name != "attention"},
             "predicted_loss_nats": self.predicted_loss,
             "dense_parameters": self.dense_parameters,
             "parameters": self.parameters,
@@ -162,7 +171,7 @@ def _training_run(
 def _reloaded(vlm: VLM, cut: tuple[VLM, dict[str, Any]], examples: Sequence[Example]) -> Compressed:
     found, report = cut
     probe, dense_flops, workload = measure(vlm, examples)
-    flops, _ = count_flops(found.model, _dense_architecture(vlm).family, probe, workload.answer_tokens)
+    flops = count_flops(found.model, _dense_architecture(vlm).family, probe, workload.answer_tokens)
     target = replace(found, architecture=vlm.architecture, model_id=vlm.model_id, encoder=vlm.encoder)
     return Compressed(
         target, dense_flops, flops, workload, report["predicted_loss_nats"], report["dense_parameters"], report["parameters"],
@@ -210,7 +219,7 @@ def _cut_free(
     plan = make_plan(vlm, decisions, options, record)
     _cut(target, plan, statistics, inputs, progress)
     clock.lap("cut")
-    flops, _ = count_flops(target.model, architecture.family, probe, workload.answer_tokens)
+    flops = count_flops(target.model, architecture.family, probe, workload.answer_tokens)
     expected = predicted_flops(architecture, plan, workload, dense_flops.total)
     if abs(flops.total - expected) > 0.005 * dense_flops.total:
         raise PlanError(f"The compressed model takes {flops.total:,} FLOPs where the plan predicts {expected:,}; please report this.")
@@ -252,7 +261,7 @@ def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tens
     """A typical example's inputs, the FLOPs of answering it, and its workload."""
     example, answer_tokens = typical_example(vlm.encoder, examples)
     probe = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
-    return probe, *count_flops(vlm.model, _dense_architecture(vlm).family, probe, answer_tokens)
+    return probe, *count_workload(vlm.model, _dense_architecture(vlm), probe, answer_tokens)
 
 
 def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:

@@ -16,7 +16,7 @@ from infoprune.architecture import Architecture
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
 from infoprune.packing import PromptEncoder
 from infoprune.plan import CompressionPlan
-from infoprune.resolve import resolve, supported
+from infoprune.resolve import COMPRESSED, family_of, resolve, supported
 
 DEMO = "demo"
 
@@ -82,7 +82,7 @@ def load(
         path = _local_or_hub(source)
     model, processor = _from_pretrained(path, source, dtype, trust_remote_code)
     plan = None
-    if str(model.config.model_type).startswith("infoprune_"):
+    if str(model.config.model_type).startswith(COMPRESSED):
         plan = CompressionPlan.read(Path(path)) if (Path(path) / "plan.json").is_file() else None
         architecture = None
     else:
@@ -91,7 +91,8 @@ def load(
     if image_token is None:
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
     model = model.to(device).eval()
-    return VLM(model, processor, PromptEncoder(processor, image_token, prompt_suffix), architecture, str(source), plan)
+    encoder = PromptEncoder(processor, image_token, prompt_suffix, family=family_of(model))
+    return VLM(model, processor, encoder, architecture, str(source), plan)
 
 
 def _local_or_hub(source: str | Path) -> str | Path:

@@ -62,20 +62,30 @@ class LowRankGatedFFN(nn.Module):
 
 
 class ConstantAttention(nn.Module):
-    """What is left of an attention block that was dropped whole: its mean output, the same at every position."""
+    """What is left of an attention block that was dropped whole: its mean output, the same at every position.
 
-    def __init__(self, hidden_size: int) -> None:
+    ``alone``: the block returned nothing beside its output.
+    """
+
+    def __init__(self, hidden_size: int, *, alone: bool = False) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.alone = alone
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def constant(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        return self.bias.expand_as(hidden_states).clone()
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
         """(..., hidden_size) -> (..., hidden_size), and no attention weights."""
-        return self.bias.expand_as(hidden_states).clone(), None
+        constant = self.constant(hidden_states)
+        return constant if self.alone else (constant, None)
 
 
-# Names of the projections, tried in turn.
-_OUT_PROJECTIONS = ("o_proj", "out_proj")
-_UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1"), ("down_proj", "fc2")
+# Names of the projections, tried in turn. A block with one fused linear returns its output alone, the others a pair.
+_OUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "projection_layer")
+_UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1", "linear_fc1"), ("down_proj", "fc2", "linear_fc2")
+_FUSED = "qkv"
 
 
 def _name(module: nn.Module, names: tuple[str, ...]) -> str:
@@ -95,24 +105,33 @@ def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compen
     attention: Any = getattr(parent, name)
     if keep == 0:
         out = getattr(attention, _name(attention, _OUT_PROJECTIONS))
-        setattr(parent, name, ConstantAttention(out.out_features).to(device=out.weight.device, dtype=out.weight.dtype))
+        constant = ConstantAttention(out.out_features, alone=hasattr(attention, _FUSED))
+        setattr(parent, name, constant.to(device=out.weight.device, dtype=out.weight.dtype))
         return
-    query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
     out_name = _name(attention, _OUT_PROJECTIONS)
     out = getattr(attention, out_name)
-    head_dim = attention.head_dim
-    multi_query = key.out_features == head_dim and query.out_features > head_dim
-    width = query.out_features * keep // of
-    attention.q_proj = _like(query, query.in_features, width, query.bias is not None)
-    if not multi_query:
-        attention.k_proj = _like(key, key.in_features, key.out_features * keep // of, key.bias is not None)
-        attention.v_proj = _like(value, value.in_features, value.out_features * keep // of, value.bias is not None)
+    width = out.in_features * keep // of
+    if hasattr(attention, _FUSED):
+        _shrink_(attention, _FUSED, keep, of)
+    else:
+        multi_query = attention.k_proj.out_features == attention.head_dim and attention.q_proj.out_features > attention.head_dim
+        for projection in ("q_proj",) if multi_query else ("q_proj", "k_proj", "v_proj"):
+            _shrink_(attention, projection, keep, of)
+        if hasattr(attention, "num_key_value_groups"):
+            attention.num_key_value_groups = width // attention.k_proj.out_features
+        if hasattr(attention, "num_key_value_heads"):
+            attention.num_key_value_heads = attention.k_proj.out_features // attention.head_dim
     setattr(attention, out_name, _like(out, width, out.out_features, out.bias is not None or compensated))
     for attribute in ("num_heads", "num_attention_heads"):
         if isinstance(getattr(attention, attribute, None), int):
-            setattr(attention, attribute, width // head_dim)
-    if hasattr(attention, "num_key_value_groups"):
-        attention.num_key_value_groups = width // attention.k_proj.out_features
+            setattr(attention, attribute, width // attention.head_dim)
+    if getattr(attention, "embed_dim", None) == out.in_features:  # some blocks reshape the heads' contexts to it
+        attention.embed_dim = width
+
+
+def _shrink_(attention: nn.Module, name: str, keep: int, of: int) -> None:
+    linear = getattr(attention, name)
+    setattr(attention, name, _like(linear, linear.in_features, linear.out_features * keep // of, linear.bias is not None))
 
 
 def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, int]) -> None:

@@ -2,7 +2,8 @@
 
 A row holds the longest common prefix of its questions once (for the usual prompt: everything up to and including the image), then
 each question's remainder, one after another. A remainder sees the prefix and itself; positions restart after the prefix. For
-causal attention with rotary positions this is exact, and saves most of the work where an image has many questions.
+causal attention with rotary positions this is exact, and saves most of the work where an image has many questions. Rows of one
+question each are given to the model as its own processor would: masks and positions are left to it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from infoprune.architecture import FamilyDeclaration
 from infoprune.data.example import Example
 from infoprune.errors import DataError
+
+# Inputs with one entry per token. All else that a processor returns belongs to the images.
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,12 @@ class Encoded:
     Attributes:
         prompt: Ids of the prompt with image tokens expanded.
         answer: Ids of the answer and the end-of-sequence token.
+        types: (tokens, ...) the family's further input per token of prompt and answer, if it has one.
     """
 
     prompt: list[int]
     answer: list[int]
+    types: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,9 @@ class PackedBatch:
     """Rows ready for a model's forward.
 
     Attributes:
-        inputs: Keyword arguments of the base model's forward: ``input_ids`` (rows, length), ``attention_mask`` (rows, 1, length,
-            length) boolean, ``position_ids`` (rows, length), and the image tensors.
+        inputs: Keyword arguments of the model's forward: ``input_ids`` (rows, length), the image tensors, and for packed rows
+            ``attention_mask`` (rows, 1, length, length) boolean and ``position_ids`` (rows, length), for rows of one question
+            ``attention_mask`` (rows, length) and what else the family's processor says about tokens.
         valid: (rows, length) boolean, false on padding.
         image: (rows, length) boolean, true on image tokens.
         rows, columns: (targets,) where in the hidden states each answer token is predicted.
@@ -70,12 +79,14 @@ class PromptEncoder:
         image_token_id: Id that marks image positions.
         suffix: Appended to each question, e.g. an instruction to answer in one word.
         answer_prefix: Put before the answer. ``None``: a space where the rendered prompt ends in neither space nor newline.
+        family: The model's family; ``None``: one whose questions can share a prefix and whose tokens have no types.
     """
 
     processor: Any
     image_token_id: int
     suffix: str = ""
     answer_prefix: str | None = None
+    family: FamilyDeclaration | None = None
     _eos: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,22 +102,41 @@ class PromptEncoder:
     def encode(self, example: Example, image: Any) -> Encoded:
         """Ids of one example; ``image`` is its loaded image."""
         text = self.prompt(example.question)
-        prompt = self.processor(text=[text], images=[[image]], return_tensors="pt")["input_ids"][0].tolist()
-        prefix = self.answer_prefix if self.answer_prefix is not None else ("" if text[-1:].isspace() else " ")
+        inputs = self.inputs([text], [image])
+        prompt = inputs["input_ids"][0].tolist()
+        ends = text + self.processor.tokenizer.decode(prompt[-1:])  # some processors append a line break to the text
+        prefix = self.answer_prefix if self.answer_prefix is not None else ("" if ends[-1:].isspace() else " ")
         answer = self.processor.tokenizer(prefix + example.answer, add_special_tokens=False)["input_ids"]
         if not answer:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
-        return Encoded(prompt, [*answer, self._eos])
+        return Encoded(prompt, [*answer, self._eos], self._types(inputs, len(answer)))
+
+    def _types(self, inputs: dict[str, torch.Tensor], answer: int) -> torch.Tensor | None:
+        if self.family is None or self.family.token_types is None:
+            return None
+        types = inputs[self.family.token_types][0]
+        last = types[-1:] if self.family.answer_type is None else torch.full_like(types[-1:], self.family.answer_type)
+        return torch.cat([types, last.expand(answer, *types.shape[1:])])
+
+    def inputs(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """What the model reads for rendered prompts with one image each, padded to a common length and number of tiles."""
+        batch = self.processor(text=list(texts), images=[[image] for image in images], padding=True, return_tensors="pt")
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether questions on one image can share a row."""
+        return self.family is None or self.family.shares_prefix
+
+    @property
+    def token_types(self) -> str | None:
+        """Name of the family's input of token types."""
+        return None if self.family is None else self.family.token_types
 
     def image_inputs(self, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Image tensors of several images, padded to a common number of tiles by the processor."""
-        texts = [self.prompt("") for _ in images]
-        batch = self.processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
-        return {
-            name: value
-            for name, value in batch.items()
-            if name not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-        }
+        batch = self.inputs([self.prompt("") for _ in images], images)
+        return {name: value for name, value in batch.items() if name not in TOKEN_INPUTS}
 
 
 def batches(
@@ -118,12 +148,12 @@ def batches(
         encoder: Encodes prompts and images.
         examples: Consecutive examples on one image are packed together.
         images_per_batch: Rows of a batch.
-        share_prefix: ``False`` puts every question on a row of its own.
+        share_prefix: ``False`` puts every question on a row of its own, as some families always do.
     """
     if not examples:
         raise DataError("There are no examples to run.")
     numbered = enumerate(examples)
-    key = (lambda pair: pair[1].image) if share_prefix else (lambda pair: pair[0])
+    key = (lambda pair: pair[1].image) if share_prefix and encoder.shares_prefix else (lambda pair: pair[0])
     groups = [list(group) for _, group in itertools.groupby(numbered, key=key)]
     for start in range(0, len(groups), images_per_batch):
         chunk = groups[start : start + images_per_batch]
@@ -134,35 +164,38 @@ def pack(encoder: PromptEncoder, groups: Sequence[Sequence[Example]]) -> PackedB
     """One row per group of examples that share an image."""
     images = [group[0].load_image() for group in groups]
     encoded = [[encoder.encode(example, image) for example in group] for group, image in zip(groups, images, strict=True)]
-    return pack_encoded(encoded, encoder.image_inputs(images), encoder.image_token_id, encoder.processor.tokenizer.pad_token_id or 0)
+    return pack_encoded(encoder, encoded, encoder.image_inputs(images))
 
 
-def pack_encoded(
-    encoded: Sequence[Sequence[Encoded]], image_inputs: dict[str, torch.Tensor], image_token_id: int, pad_token_id: int
-) -> PackedBatch:
+def pack_encoded(encoder: PromptEncoder, encoded: Sequence[Sequence[Encoded]], image_inputs: dict[str, torch.Tensor]) -> PackedBatch:
     """Lay out encoded questions, one row per group; see the module's docstring for the layout."""
     layouts = [_layout(group) for group in encoded]
-    rows, length = len(layouts), max(len(layout.ids) for layout in layouts)
-    ids = torch.full((rows, length), pad_token_id)
-    segments = torch.full((rows, length), -1)  # -1 padding, 0 prefix, k the k-th question
-    positions = torch.zeros((rows, length), dtype=torch.long)
-    for row, layout in enumerate(layouts):
-        size = len(layout.ids)
-        ids[row, :size] = torch.tensor(layout.ids)
-        segments[row, :size] = torch.tensor(layout.segments)
-        positions[row, :size] = torch.tensor(layout.positions)
-    same = segments[:, :, None] == segments[:, None, :]
-    seen = (same | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
+    ids = _padded([layout.ids for layout in layouts], encoder.processor.tokenizer.pad_token_id or 0)
+    segments = _padded([layout.segments for layout in layouts], -1)  # -1 padding, 0 prefix, k the k-th question
+    valid, image = segments >= 0, ids == encoder.image_token_id
+    inputs = {"input_ids": ids, **image_inputs}
+    if all(len(group) == 1 for group in encoded):
+        inputs["attention_mask"] = valid.long()
+        if encoder.token_types:
+            inputs[encoder.token_types] = pad_sequence([item.types for (item,) in encoded if item.types is not None], batch_first=True)
+    else:
+        same = segments[:, :, None] == segments[:, None, :]
+        seen = (same | (segments[:, None, :] == 0)) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        inputs |= {"attention_mask": seen[:, None], "position_ids": _padded([x.positions for x in layouts], 0)}
     offsets = itertools.accumulate((len(group) for group in encoded), initial=0)
     targets = [
         (row, *target[:2], offset + target[2]) for (row, layout), offset in zip(enumerate(layouts), offsets) for target in layout.targets
     ]
     row_index, columns, target_ids, question = (torch.tensor(column) for column in zip(*targets, strict=True))
-    valid = segments >= 0
-    inputs = {"input_ids": ids, "attention_mask": seen[:, None], "position_ids": positions, **image_inputs}
-    return PackedBatch(
-        inputs, valid, valid & (ids == image_token_id), row_index, columns, target_ids, question, sum(len(group) for group in encoded)
-    )
+    return PackedBatch(inputs, valid, valid & image, row_index, columns, target_ids, question, sum(len(group) for group in encoded))
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """(rows, longest row), padded on the right."""
+    found = torch.full((len(rows), max(map(len, rows))), value)
+    for place, row in zip(found, rows, strict=True):
+        place[: len(row)] = torch.tensor(row)
+    return found
 
 
 @dataclass(frozen=True)
@@ -190,6 +223,13 @@ def _layout(group: Sequence[Encoded]) -> _Layout:
 
 
 def answer_logits(model: Any, batch: PackedBatch) -> torch.Tensor:
-    """Logits (targets, vocabulary) at the positions that predict answer tokens; the language head runs on these alone."""
-    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
-    return model.lm_head(hidden[batch.rows, batch.columns])
+    """Logits (targets, vocabulary) at the positions that predict answer tokens; the language head runs on these alone.
+
+    The head reads chosen positions, so whatever the family does to its output (scaling, soft-capping) is done to these.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][batch.rows, batch.columns], *args[1:]))
+    try:
+        return model(**batch.inputs, use_cache=False).logits
+    finally:
+        handle.remove()

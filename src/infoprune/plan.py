@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from infoprune.architecture import Architecture, AttentionSite, FFNSite
+from infoprune.architecture import Architecture, FFNSite
 from infoprune.errors import PlanError
 
 PLAN_VERSION = 1
@@ -144,7 +144,10 @@ class CompressionPlan(_Strict):
             if head.num_units != attention[path].num_units:
                 raise PlanError(f"The plan counts {head.num_units} units in '{path}'; this model has {attention[path].num_units}.")
             if len(head.keep_units) < attention[path].min_units:
-                raise PlanError(f"The plan drops '{path}' whole; the first language layer must keep a unit, as its cache counts tokens.")
+                raise PlanError(
+                    f"The plan drops '{path}' whole. It must keep a unit: it is the first language layer of its kind, whose cache counts "
+                    "tokens, or cross-attention."
+                )
         for path, decision in self.ffn.items():
             if path not in ffn:
                 raise PlanError(f"The plan names the FFN '{path}', which this model does not have.")
@@ -172,14 +175,6 @@ def max_rank(site: FFNSite, name: str) -> int:
     d, m = site.hidden_size, site.intermediate_size
     stacked = 2 * m if name == "joint_rank" else m
     return min((d * stacked - 1) // (d + stacked), d)
-
-
-def head_parameters(site: AttentionSite, kept: int) -> int:
-    """Weights of an attention block with ``kept`` units; none if it is dropped whole."""
-    if kept == 0:
-        return 0
-    shared = 2 * site.head_dim * site.hidden_size if site.multi_query else 0
-    return kept * site.parameters_per_unit + shared
 
 
 def ffn_parameters(site: FFNSite, decision: FFNDecision | None) -> int:

@@ -14,6 +14,7 @@ forward passes in all, and no second copy of the model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -39,10 +40,22 @@ class _Stop(Exception):
 
 @dataclass
 class _Stream:
-    """Residual stream of one batch before a layer, and what else the layers are called with."""
+    """Residual stream of one batch before the first layer of a stack, and what the model does around the layers.
+
+    Attributes:
+        hidden: What the first layer reads.
+        kwargs: What else each layer is called with.
+        added: What the model adds to the stream before each layer, where it adds anything (image features of a lower level, for example).
+    """
 
     hidden: torch.Tensor
-    kwargs: dict[str, Any]
+    kwargs: list[dict[str, Any]]
+    added: list[torch.Tensor | None]
+
+    def before(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the layer reads, given what the layer before it left."""
+        added = self.added[layer]
+        return hidden if added is None else hidden + added
 
 
 @torch.no_grad()
@@ -75,45 +88,60 @@ def cut_and_repair_(
     plan.check(architecture)
     was_training = model.training
     model.eval()
-    dense_text = [_capture(model, architecture, "text", batch) for batch in batches]
-    for tower in ("vision", "text"):
-        layers = _layers(architecture, tower)
-        first = dense_text if tower == "text" else [_capture(model, architecture, "vision", batch) for batch in batches]
-        dense = [stream.hidden for stream in first]
-        current = [_capture(model, architecture, "text", batch) for batch in batches] if tower == "text" else first
-        compressed = [stream.hidden for stream in current]
-        for attention, ffn in layers:
-            worker = _LayerRepair(model, attention, ffn, batches, [s.kwargs for s in first], [s.kwargs for s in current], statistics, ridge)
+    stacks = _stacks(architecture)
+    untouched = [[_capture(model, layers, batch) for batch in batches] for layers in stacks]
+    for layers, first in zip(stacks, untouched, strict=True):
+        current = first if layers is stacks[0] else [_capture(model, layers, batch) for batch in batches]
+        dense, compressed = ([stream.hidden for stream in streams] for streams in (first, current))
+        for number, (attention, ffn) in enumerate(layers):
+            dense, compressed = (
+                [s.before(number, h) for s, h in zip(streams, hidden, strict=True)]
+                for streams, hidden in ((first, dense), (current, compressed))
+            )
+            dense_kwargs, compressed_kwargs = ([s.kwargs[number] for s in streams] for streams in (first, current))
+            worker = _LayerRepair(model, attention, ffn, batches, dense_kwargs, compressed_kwargs, statistics, ridge)
             dense, compressed = worker.run(dense, compressed, plan, options)
             progress()
     model.train(was_training)
 
 
-def _layers(architecture: Architecture, tower: str) -> list[tuple[AttentionSite, FFNSite]]:
-    attention = [site for site in architecture.attention if site.tower == tower]
-    return list(zip(attention, (site for site in architecture.ffn if site.tower == tower), strict=True))
+def _stacks(architecture: Architecture) -> list[list[tuple[AttentionSite, FFNSite]]]:
+    """The blocks of each list of layers, in the order of the forward pass."""
+    layers = zip(architecture.attention, architecture.ffn, strict=True)
+    return [list(stack) for _, stack in itertools.groupby(layers, key=lambda blocks: blocks[0].stack)]
 
 
-def _capture(model: nn.Module, architecture: Architecture, tower: str, batch: PackedBatch) -> _Stream:
-    """What a tower's first layer is called with."""
-    held: list[_Stream] = []
+def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], batch: PackedBatch) -> _Stream:
+    """What a stack's layers are called with. They pass on what they get, but for the last, behind which nothing is needed."""
+    layers = [_layer(model, attention) for attention, _ in sites]
+    read: list[torch.Tensor] = []
+    kwargs: list[dict[str, Any]] = []
 
-    def hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+    def forward(*args: Any, **given: Any) -> torch.Tensor:
+        hidden = args[0] if args else given.pop("hidden_states")
         if len(args) > 1:  # positional after the hidden states: the attention mask, in every declared tower
-            kwargs["attention_mask"] = args[1]
-        held.append(_Stream(hidden, kwargs))
-        raise _Stop
+            given["attention_mask"] = args[1]
+        read.append(hidden)
+        kwargs.append(given)
+        if len(read) == len(layers):
+            raise _Stop
+        return hidden
 
-    layer = _layer(model, _layers(architecture, tower)[0][0])
-    handle = layer.register_forward_pre_hook(hold, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(_restore, layer, layer.__dict__.get("forward"))
+            layer.forward = forward
         with suppress(_Stop):
             answer_logits(model, batch)
-    finally:
-        handle.remove()
-    return held[0]
+    added = [None] + [None if now is before else now - before for before, now in itertools.pairwise(read)]
+    return _Stream(read[0], kwargs, added)
+
+
+def _restore(layer: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del layer.forward
+    else:
+        layer.forward = forward
 
 
 def _layer(model: nn.Module, site: AttentionSite) -> nn.Module:
@@ -147,8 +175,8 @@ class _LayerRepair:
                 linear, held = _writer(self.model, site), targets[site.path]
                 stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
             after_dense = [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)]
-        # Where a layer scale follows the block, the drift would have to pass it backwards; there each block only aims at its own output.
-        scaled = self.attention.names.layer_scale
+        # What rescales a block's output would have to be passed backwards by the drift; there each block only aims at its own output.
+        scaled = self.attention.names.rescaled
         drift = [torch.zeros_like(h) if scaled else h - c for h, c in zip(dense, compressed, strict=True)]
         read: list[torch.Tensor] = []
         if self.attention.path in plan.heads:
@@ -160,7 +188,7 @@ class _LayerRepair:
                 self._refit(self.attention, read, targets[self.attention.path], drift)
         if self.ffn.path in plan.ffn:
             factorize_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
-            now = [writer(z) for z in read] or [writer(h)[0] for h in compressed]
+            now = [writer.constant(h) for h in compressed] if isinstance(writer, ConstantAttention) else [writer(z) for z in read]
             middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], now, strict=True)]
             self._refit(self.ffn, self._read(self.ffn, compressed), targets[self.ffn.path], middle)
         return after_dense, [self._call(h, k) for h, k in zip(compressed, self.compressed_kwargs, strict=True)]

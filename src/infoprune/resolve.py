@@ -5,13 +5,29 @@ A declaration that does not fit fails here and nowhere later.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
-from infoprune.architecture import Architecture, AttentionSite, FFNSite, TowerDeclaration, TowerName
+from infoprune.architecture import Architecture, AttentionSite, FamilyDeclaration, FFNSite, TowerDeclaration, TowerName
 from infoprune.errors import UnsupportedModelError
 from infoprune.families import FAMILIES
+
+COMPRESSED = "infoprune_"  # what compressed models put before their family's model type
+
+
+def family_of(model: Any) -> FamilyDeclaration:
+    """The family of a dense or compressed model.
+
+    Raises:
+        UnsupportedModelError: It has no declaration.
+    """
+    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    family = FAMILIES.get(model_type.removeprefix(COMPRESSED))
+    if family is None:
+        raise UnsupportedModelError(f"The model family '{model_type}' is not supported. Supported: {supported()}.")
+    return family
 
 
 def resolve(model: nn.Module) -> Architecture:
@@ -21,13 +37,10 @@ def resolve(model: nn.Module) -> Architecture:
         UnsupportedModelError: The family or one of its towers has no declaration, the model was already compressed, or its
             modules are not what the declaration says.
     """
-    config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", type(model).__name__)
-    family = FAMILIES.get(model_type)
-    if family is None:
-        if str(model_type).startswith("infoprune_"):
-            raise UnsupportedModelError("This model is already compressed. Compress the original model instead, with the smaller budget.")
-        raise UnsupportedModelError(f"The model family '{model_type}' is not supported. Supported: {supported()}.")
+    family, config = family_of(model), cast(Any, model.config)
+    model_type = str(config.model_type)
+    if model_type.startswith(COMPRESSED):
+        raise UnsupportedModelError("This model is already compressed. Compress the original model instead, with the smaller budget.")
     attention: list[AttentionSite] = []
     ffn: list[FFNSite] = []
     towers: tuple[tuple[TowerName, str, Any, dict[str, TowerDeclaration]], ...] = (
@@ -37,20 +50,27 @@ def resolve(model: nn.Module) -> Architecture:
     for tower, path, tower_config, kinds in towers:
         if tower_config.model_type not in kinds:
             raise UnsupportedModelError(
-                f"The {tower} tower '{tower_config.model_type}' of this {model_type} model is not supported. Supported: {supported()}."
+                f"The {tower} tower '{tower_config.model_type}' of this {model_type} model is not supported. Supported: {', '.join(kinds)}."
             )
-        names = kinds[tower_config.model_type]
-        layers: Any = _module(model, f"{path}.{names.layers}")
-        for index in range(len(layers)):
-            prefix = f"{path}.{names.layers}.{index}"
-            attention.append(_attention_site(model, f"{prefix}.{names.attention}", tower, index, names, tower_config))
-            ffn.append(_ffn_site(model, f"{prefix}.{names.ffn}", tower, index, names))
-    return Architecture(family, tuple(attention), tuple(ffn), config.image_token_id, getattr(config.text_config, "sliding_window", None))
+        for number, (prefix, names) in enumerate(_layers(model, path, kinds[tower_config.model_type])):
+            attention.append(_attention_site(model, f"{prefix}.{names.attention}", tower, number, names, tower_config))
+            ffn.append(_ffn_site(model, f"{prefix}.{names.ffn}", tower, number, names))
+    return Architecture(family, tuple(attention), tuple(ffn), config.image_token_id)
 
 
 def supported() -> str:
-    """One line that names every supported family with its towers."""
-    return "; ".join(f"{name} (vision: {', '.join(f.vision_towers)}; text: {', '.join(f.text_towers)})" for name, f in FAMILIES.items())
+    """One line that names every supported family."""
+    return f"{', '.join(FAMILIES)}; 'infoprune families' lists the towers that each may hold"
+
+
+def _layers(model: nn.Module, tower: str, declaration: TowerDeclaration) -> Iterator[tuple[str, TowerDeclaration]]:
+    """Path and kind of every layer of a tower, in the order of the forward pass."""
+    kinds = (declaration, *declaration.others)
+    for stack in dict.fromkeys(kind.layers for kind in kinds):
+        layers: Any = _module(model, f"{tower}.{stack}")
+        here = [kind for kind in kinds if kind.layers == stack]
+        for index, layer in enumerate(layers):
+            yield f"{tower}.{stack}.{index}", next((kind for kind in here if hasattr(layer, kind.attention)), here[0])
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -70,20 +90,21 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 
 def _attention_site(model: nn.Module, path: str, tower: TowerName, layer: int, names: TowerDeclaration, config: Any) -> AttentionSite:
-    query, key, value, out = (_linear(model, f"{path}.{name}") for name in (names.query, names.key, names.value, names.out))
-    head_dim = (
-        getattr(_module(model, path), "head_dim", None)
-        or getattr(config, "head_dim", None)
-        or query.out_features // config.num_attention_heads
-    )
-    heads, key_value_heads = query.out_features // head_dim, key.out_features // head_dim
+    out = _linear(model, f"{path}.{names.out}")
+    projections = [_linear(model, f"{path}.{name}") for name in names.projections]
+    parts = 3 // len(projections)  # of a fused linear
+    query, key, value = (linear.out_features // parts for linear in projections * parts)
+    head_dim = getattr(_module(model, path), "head_dim", None) or getattr(config, "head_dim", None) or query // config.num_attention_heads
+    heads, key_value_heads = query // head_dim, key // head_dim
     for norm in ("q_norm", "k_norm"):
         weight = getattr(getattr(_module(model, path), norm, None), "weight", None)
         if weight is not None and weight.numel() != head_dim:
             raise UnsupportedModelError(f"'{path}.{norm}' normalises all heads together, so none of them can be removed.")
-    if out.in_features != query.out_features or value.out_features != key.out_features or heads % key_value_heads:
+    if out.in_features != query or value != key or heads % key_value_heads:
         raise UnsupportedModelError(f"The projections of '{path}' do not have the shapes of grouped-query attention.")
-    return AttentionSite(path, tower, layer, names, heads, key_value_heads, head_dim, query.in_features)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * (layer + 1)
+    stays = names.stays or (tower == "text" and kinds[layer] not in kinds[:layer])
+    return AttentionSite(path, tower, layer, names, heads, key_value_heads, head_dim, projections[0].in_features, stays)
 
 
 def _ffn_site(model: nn.Module, path: str, tower: TowerName, layer: int, names: TowerDeclaration) -> FFNSite:

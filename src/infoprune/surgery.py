@@ -80,7 +80,7 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
     parent = model.get_submodule(parent_path)
     attention: Any = getattr(parent, name)
     names = site.names
-    old = {name: getattr(attention, name) for name in (names.query, names.key, names.value, names.out)}
+    old = {name: getattr(attention, name) for name in (*names.projections, names.out)}
     kept = list(decision.keep_units)
     columns = torch.tensor([c for u in kept for c in range(u * site.unit_width, (u + 1) * site.unit_width)], dtype=torch.long)
     if decision.compensate:
@@ -91,11 +91,7 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
     if not kept:
         _set_bias(getattr(parent, name), old[names.out].bias, correction)
         return
-    rows = {names.query: columns}
-    if not site.multi_query:
-        key_rows = torch.cat([torch.arange(u * site.head_dim, (u + 1) * site.head_dim) for u in kept])
-        rows |= {names.key: key_rows, names.value: key_rows}
-    for name, index in rows.items():
+    for name, index in _rows(site, columns, kept).items():
         new = getattr(attention, name)
         new.weight.copy_(old[name].weight[index])
         if new.bias is not None:
@@ -104,6 +100,17 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
     out.weight.copy_(weight)
     if out.bias is not None:
         _set_bias(out, old[names.out].bias, correction)
+
+
+def _rows(site: AttentionSite, columns: torch.Tensor, kept: list[int]) -> dict[str, torch.Tensor]:
+    """Which rows of the input projections stay, by name."""
+    names = site.names
+    if names.qkv:
+        return {names.qkv: torch.cat([columns + part * site.num_units * site.unit_width for part in range(3)])}
+    if site.multi_query:
+        return {names.query: columns}
+    key_rows = torch.cat([torch.arange(u * site.head_dim, (u + 1) * site.head_dim) for u in kept])
+    return {names.query: columns, names.key: key_rows, names.value: key_rows}
 
 
 def _set_bias(linear: Any, original: torch.Tensor | None, correction: torch.Tensor | None) -> None:

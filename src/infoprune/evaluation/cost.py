@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics as stats
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from infoprune.architecture import Architecture, AttentionSite, FamilyDeclaratio
 from infoprune.data import Example
 from infoprune.freeze import frozen
 from infoprune.packing import PromptEncoder
-from infoprune.plan import CompressionPlan, FFNDecision, ffn_parameters, head_parameters
+from infoprune.plan import CompressionPlan, FFNDecision, ffn_parameters
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,16 @@ class Workload:
     """The example whose cost is counted: image, prompt and answer.
 
     Attributes:
-        vision_sequences: Image tiles that pass the vision tower.
-        vision_tokens: Tokens of one tile inside the vision tower, class token included.
+        vision_tokens: Tokens that pass each linear of the vision tower, over all tiles, class tokens included.
         prompt_tokens: Tokens that the language model reads at once, image tokens included.
-        answer_tokens: Tokens generated, end-of-sequence included; all but the first take a decode step.
+        answer_tokens: Tokens generated, end-of-sequence included; all but the first take a decode step, at the context of the first one.
+        attention: FLOPs of each dense attention block, by path, as counted: windows, cross-attention and caches make them differ.
     """
 
-    vision_sequences: int
     vision_tokens: int
     prompt_tokens: int
     answer_tokens: int
+    attention: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,10 @@ def typical_example(encoder: PromptEncoder, examples: Sequence[Example]) -> tupl
 
 def prompt_inputs(encoder: PromptEncoder, example: Example) -> dict[str, torch.Tensor]:
     """Ordinary model inputs of one example's prompt."""
-    return dict(encoder.processor(text=[encoder.prompt(example.question)], images=[[example.load_image()]], return_tensors="pt"))
+    return encoder.inputs([encoder.prompt(example.question)], [example.load_image()])
 
 
-@torch.no_grad()
-def count_flops(model: Any, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], answer_tokens: int) -> tuple[Flops, Workload]:
+def count_flops(model: Any, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Flops:
     """Run one prefill and one decode step under PyTorch's FLOP counter.
 
     Args:
@@ -83,52 +84,71 @@ def count_flops(model: Any, family: FamilyDeclaration, inputs: dict[str, torch.T
         inputs: Of :func:`prompt_inputs`.
         answer_tokens: See :class:`Workload`.
     """
-    seen: dict[str, torch.Size] = {}
-    names = family.vision_towers[model.config.vision_config.model_type]
-    layer = model.get_submodule(f"{family.vision}.{names.layers}.0")
-    hook = layer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.setdefault("vision", (args[0] if args else kwargs["hidden_states"]).shape) and None,
-        with_kwargs=True,
-    )
-    try:
+    return _flops(family, _Counts(model, inputs), answer_tokens)
+
+
+def count_workload(model: Any, architecture: Architecture, inputs: dict[str, torch.Tensor], answer_tokens: int) -> tuple[Flops, Workload]:
+    """FLOPs of a dense model, and the workload that they are of; see :func:`count_flops`."""
+    counts = _Counts(model, inputs, architecture.attention)
+    vision = max(counts.tokens[site.path] for site in architecture.attention if site.tower == "vision")
+    attention = {site.path: counts.prefill(site.path) + (answer_tokens - 1) * counts.decode(site.path) for site in architecture.attention}
+    return _flops(architecture.family, counts, answer_tokens), Workload(vision, inputs["input_ids"].shape[1], answer_tokens, attention)
+
+
+def _flops(family: FamilyDeclaration, counts: _Counts, answer_tokens: int) -> Flops:
+    projector = counts.prefill(family.projector)
+    inside = projector if family.projector.startswith(f"{family.vision}.") else 0
+    return Flops(
+        counts.prefill(family.vision) - inside, projector, counts.prefill(family.text), counts.decode(family.text),
+        counts.prefill("lm_head"), answer_tokens,
+    )  # fmt: skip
+
+
+class _Counts:
+    """FLOPs of a model's modules in a prefill and in a decode step, and the tokens that reach attention ``sites``."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any, inputs: dict[str, torch.Tensor], sites: Sequence[AttentionSite] = ()) -> None:
+        self._root = type(model).__name__
+        self.tokens: dict[str, int] = {}
         # The fused attention kernels are invisible to the counter on CPU; the plain one is counted. It trips over parameters that are read
         # through views, unless they are frozen.
-        with frozen(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as prefill:
-            output = model(**inputs, use_cache=True, logits_to_keep=1)
-        token = output.logits[:, -1:].argmax(-1)
-        mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
-        with frozen(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decode:
-            model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-    finally:
-        hook.remove()
-    root = type(model).__name__
+        with frozen(model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+            for site in sites:
+                module = model.get_submodule(f"{site.path}.{site.names.out}")
+                stack.callback(module.register_forward_pre_hook(partial(self._see, site)).remove)
+            with FlopCounterMode(display=False) as self._prefill:
+                output = model(**inputs, use_cache=True, logits_to_keep=1)
+            token = output.logits[:, -1:].argmax(-1)
+            with FlopCounterMode(display=False) as self._decode:
+                model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
 
-    def part(counter: FlopCounterMode, path: str) -> int:
-        return sum(counter.get_flop_counts().get(f"{root}.{path}", {}).values())
+    def _see(self, site: AttentionSite, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.tokens.setdefault(site.path, args[0].numel() // args[0].shape[-1])
 
-    flops = Flops(
-        part(prefill, family.vision), part(prefill, family.projector), part(prefill, family.text),
-        part(decode, family.text), part(prefill, "lm_head"), answer_tokens,
-    )  # fmt: skip
-    sequences, tokens = seen["vision"][0], seen["vision"][1]
-    return flops, Workload(sequences, tokens, inputs["input_ids"].shape[1], answer_tokens)
+    def prefill(self, path: str) -> int:
+        """FLOPs of the module at ``path`` over the prompt."""
+        return sum(self._prefill.get_flop_counts().get(f"{self._root}.{path}", {}).values())
+
+    def decode(self, path: str) -> int:
+        """FLOPs of the module at ``path`` for one further token."""
+        return sum(self._decode.get_flop_counts().get(f"{self._root}.{path}", {}).values())
 
 
 def tokens_through(tower: str, workload: Workload) -> int:
     """Tokens that pass each linear of a tower for one example."""
-    if tower == "vision":
-        return workload.vision_sequences * workload.vision_tokens
-    return workload.prompt_tokens + workload.answer_tokens - 1
+    return workload.vision_tokens if tower == "vision" else workload.prompt_tokens + workload.answer_tokens - 1
 
 
 def attention_flops(site: AttentionSite, kept: int, workload: Workload) -> int:
-    """FLOPs of an attention block with ``kept`` units: projections, scores and weighted values (full square, as kernels compute it)."""
-    width = kept * site.unit_width
-    if site.tower == "vision":
-        pairs = workload.vision_sequences * workload.vision_tokens**2
-    else:  # every decode step is counted at the context of the first
-        pairs = workload.prompt_tokens**2 + (workload.answer_tokens - 1) * (workload.prompt_tokens + 1)
-    return 2 * tokens_through(site.tower, workload) * head_parameters(site, kept) + 4 * pairs * width
+    """FLOPs of an attention block with ``kept`` units: projections, scores and weighted values.
+
+    All of it is in proportion to the units, but for the key and value projections that the query heads of a multi-query block share.
+    """
+    if kept == 0:
+        return 0
+    shared = 4 * tokens_through(site.tower, workload) * site.head_dim * site.hidden_size if site.multi_query else 0
+    return shared + (workload.attention[site.path] - shared) * kept // site.num_units
 
 
 def ffn_flops(site: FFNSite, decision: FFNDecision | None, workload: Workload) -> int:

@@ -73,9 +73,8 @@ def _one_round(vlm: VLM, family: FamilyDeclaration, inputs: dict[str, torch.Tens
         for handle in handles:
             handle.remove()
     token = output.logits[:, -1:].argmax(-1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
     start = _now(sync)
-    model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+    model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
     times["decode"] = _now(sync) - start
     start = _now(sync)
     model.generate(**inputs, max_new_tokens=answer_tokens, min_new_tokens=answer_tokens, do_sample=False)

@@ -86,8 +86,8 @@ def score(models: Sequence[VLM], examples: Sequence[Example], *, progress: Progr
 
 
 def can_share_prefix(vlm: VLM) -> bool:
-    """Packing gives every question a full view of the prefix, which a sliding window would cut."""
-    return getattr(vlm.model.config.text_config, "sliding_window", None) is None
+    """Packing gives every question a full view of the prefix, which a sliding window would cut, and counts positions one by one."""
+    return vlm.encoder.shares_prefix and getattr(vlm.model.config.get_text_config(), "sliding_window", None) is None
 
 
 @torch.no_grad()
@@ -103,9 +103,7 @@ def generated_answers(
             for start in range(0, len(examples), batch_size):
                 chunk = examples[start : start + batch_size]
                 texts = [vlm.encoder.prompt(example.question) for example in chunk]
-                inputs = vlm.processor(text=texts, images=[[e.load_image()] for e in chunk], padding=True, return_tensors="pt").to(
-                    vlm.device
-                )
+                inputs = {name: value.to(vlm.device) for name, value in vlm.encoder.inputs(texts, [e.load_image() for e in chunk]).items()}
                 output = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
                 new = output[:, inputs["input_ids"].shape[1] :]
                 answers += [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]

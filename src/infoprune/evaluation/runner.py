@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
-from infoprune.architecture import FamilyDeclaration
 from infoprune.data import Example
-from infoprune.errors import UnsupportedModelError
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import Flops, num_parameters, prompt_inputs, typical_example
 from infoprune.evaluation.cost import count_flops as _count_flops
-from infoprune.families import FAMILIES
 from infoprune.model import VLM
 from infoprune.progress import SILENT, Progress
+from infoprune.resolve import family_of
 
 
 def evaluate(
@@ -44,7 +42,7 @@ def evaluate(
         ``models``: a record per model (dense first); ``comparison``: drop, KL, ratios and speed-ups, with ``against`` only.
     """
     models = [vlm] if against is None else [against, vlm]
-    family = family_of(vlm)
+    family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
     scored = quality.score(models, examples, progress=progress)
@@ -72,17 +70,9 @@ def evaluate(
     return result
 
 
-def family_of(vlm: VLM) -> FamilyDeclaration:
-    """The family of a dense or compressed model."""
-    model_type = str(vlm.model.config.model_type).removeprefix("infoprune_")
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"The model family '{model_type}' is not supported.")
-    return FAMILIES[model_type]
-
-
 def count_flops(vlm: VLM, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Flops:
     """FLOPs of a dense or compressed model's parts, counted."""
-    return _count_flops(vlm.model, family_of(vlm), inputs, answer_tokens)[0]
+    return _count_flops(vlm.model, family_of(vlm.model), inputs, answer_tokens)
 
 
 def bytes_on_disk(vlm: VLM) -> int | None:

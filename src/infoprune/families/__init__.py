@@ -1,6 +1,11 @@
-"""Registry of supported model families: one file and one line each."""
+"""Registry of supported model families: one short declaration each."""
 
-from infoprune.families.idefics import IDEFICS2, IDEFICS3, SMOLVLM
-from infoprune.families.llava import LLAVA, LLAVA_NEXT, VIPLLAVA
+from infoprune.families.gemma import GEMMA3, PALIGEMMA
+from infoprune.families.idefics import IDEFICS_STYLE
+from infoprune.families.internvl import INTERNVL
+from infoprune.families.llava import LLAVA_STYLE
+from infoprune.families.mllama import MLLAMA
+from infoprune.families.ovis import OVIS2
+from infoprune.families.qwen_vl import QWEN_VL
 
-FAMILIES = {family.model_type: family for family in (LLAVA, LLAVA_NEXT, VIPLLAVA, IDEFICS2, IDEFICS3, SMOLVLM)}
+FAMILIES = {family.model_type: family for family in (*LLAVA_STYLE, *IDEFICS_STYLE, *QWEN_VL, INTERNVL, PALIGEMMA, GEMMA3, MLLAMA, OVIS2)}

@@ -1,7 +1,7 @@
-"""Idefics2, Idefics3 and SmolVLM: SigLIP-style vision tower, perceiver or pixel shuffle, Llama-style language model."""
+"""Idefics2, Idefics3 and SmolVLM: SigLIP-style vision tower, perceiver or pixel shuffle, language model."""
 
 from infoprune.architecture import FamilyDeclaration
-from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE_MODELS
+from infoprune.families.towers import CLIP_STYLE, LANGUAGE_MODELS
 
 
 def _idefics(model_type: str) -> FamilyDeclaration:
@@ -11,8 +11,8 @@ def _idefics(model_type: str) -> FamilyDeclaration:
         text="model.text_model",
         projector="model.connector",
         vision_towers={f"{model_type}_vision": CLIP_STYLE},
-        text_towers=LLAMA_STYLE_MODELS,
+        text_towers=LANGUAGE_MODELS,
     )
 
 
-IDEFICS2, IDEFICS3, SMOLVLM = map(_idefics, ("idefics2", "idefics3", "smolvlm"))
+IDEFICS_STYLE = tuple(map(_idefics, ("idefics2", "idefics3", "smolvlm")))

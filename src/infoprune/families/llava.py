@@ -1,18 +1,22 @@
-"""LLaVA and its relatives: a CLIP, SigLIP or DINOv2 vision tower and a Llama, Qwen2 or Mistral language model."""
+"""LLaVA and its descendants: a vision tower, a projector and a language model, each of a kind of its own."""
 
 from infoprune.architecture import FamilyDeclaration
-from infoprune.families.towers import CLIP_STYLE, DINOV2, LLAMA_STYLE_MODELS
+from infoprune.families.towers import LANGUAGE_MODELS, VISION_TOWERS
 
 
-def _llava(model_type: str) -> FamilyDeclaration:
+def _llava(model_type: str, vision: str = "model.vision_tower", projector: str = "model.multi_modal_projector") -> FamilyDeclaration:
     return FamilyDeclaration(
         model_type=model_type,
-        vision="model.vision_tower",
+        vision=vision,
         text="model.language_model",
-        projector="model.multi_modal_projector",
-        vision_towers={"clip_vision_model": CLIP_STYLE, "siglip_vision_model": CLIP_STYLE, "dinov2": DINOV2},
-        text_towers=LLAMA_STYLE_MODELS,
+        projector=projector,
+        vision_towers=VISION_TOWERS,
+        text_towers=LANGUAGE_MODELS,
     )
 
 
-LLAVA, LLAVA_NEXT, VIPLLAVA = map(_llava, ("llava", "llava_next", "vipllava"))
+LLAVA_STYLE = (
+    *map(_llava, ("llava", "llava_next", "llava_onevision", "vipllava", "mistral3", "aya_vision", "cohere2_vision")),
+    _llava("deepseek_vl", "model.vision_model", "model.aligner"),
+    _llava("lighton_ocr", "model.vision_encoder", "model.vision_projection"),
+)

@@ -1,5 +1,7 @@
 """Tower declarations that several families share."""
 
+from dataclasses import replace
+
 from infoprune.architecture import TowerDeclaration
 
 CLIP_STYLE = TowerDeclaration(
@@ -17,7 +19,16 @@ DINOV2 = TowerDeclaration(
     out="o_proj",
     up="fc1",
     down="fc2",
-    layer_scale=True,
+    rescaled=True,
+)
+PIXTRAL = TowerDeclaration(
+    layers="transformer.layers",
+    attention="attention",
+    ffn="feed_forward",
+    out="o_proj",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
 )
 LLAMA_STYLE = TowerDeclaration(
     layers="layers",
@@ -28,5 +39,10 @@ LLAMA_STYLE = TowerDeclaration(
     up="up_proj",
     down="down_proj",
 )
-# Language models of this style, by ``model_type``.
-LLAMA_STYLE_MODELS = {"llama": LLAMA_STYLE, "qwen2": LLAMA_STYLE, "mistral": LLAMA_STYLE}
+SANDWICH = replace(LLAMA_STYLE, rescaled=True)  # a norm behind each block, or a factor on its output
+# Vision towers and language models that LLaVA's descendants combine, by ``model_type``.
+VISION_TOWERS = {"clip_vision_model": CLIP_STYLE, "siglip_vision_model": CLIP_STYLE, "dinov2": DINOV2, "pixtral": PIXTRAL}
+LANGUAGE_MODELS: dict[str, TowerDeclaration] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "ministral3", "gemma", "cohere2", "smollm3"), LLAMA_STYLE),
+    **dict.fromkeys(("gemma2", "gemma3_text", "granite"), SANDWICH),
+}

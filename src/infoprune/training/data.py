@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,9 @@ import torch
 
 from infoprune.data import Example
 from infoprune.errors import DataError
-from infoprune.packing import PackedBatch, PromptEncoder, pack
+from infoprune.packing import TOKEN_INPUTS, PackedBatch, PromptEncoder, pack
 
 CACHE_BYTES = 2_000_000_000
-_TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,15 @@ class VisionCache:
 
     @torch.no_grad()
     def replace(self, batch: PackedBatch, images: Sequence[Path]) -> PackedBatch:
-        """``batch`` with image features in place of pixels; unchanged for processors that stack the tiles of all images.
+        """``batch`` with image features in place of pixels; unchanged where the model takes none, or the tiles of all images are stacked.
 
         Args:
             batch: On the model's device.
             images: The image of each row.
         """
-        pixels = {name: value for name, value in batch.inputs.items() if name not in _TEXT_INPUTS}
+        if "mm_encoder_outputs" not in inspect.signature(self.model.model.forward).parameters:
+            return batch
+        pixels = {name: value for name, value in batch.inputs.items() if name not in TOKEN_INPUTS}
         if any(len(value) != len(images) for value in pixels.values()):
             return batch
         missing = [row for row, image in enumerate(images) if image not in self._features]
@@ -118,7 +120,7 @@ class VisionCache:
                     self._bytes += features.nbytes
         features = [fresh[row] if row in fresh else self._features[image] for row, image in enumerate(images)]
         held = SimpleNamespace(pooler_output=torch.stack(features) if self._stacked else features)
-        text = {name: batch.inputs[name] for name in _TEXT_INPUTS}
+        text = {name: value for name, value in batch.inputs.items() if name in TOKEN_INPUTS}
         return replace(batch, inputs=text | {"mm_encoder_outputs": {"image": held}})
 
 

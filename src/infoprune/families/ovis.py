@@ -1,0 +1,23 @@
+"""Ovis2: an AIMv2-style vision tower, a table of visual words, language model."""
+
+from infoprune.architecture import FamilyDeclaration, TowerDeclaration
+from infoprune.families.towers import LANGUAGE_MODELS
+
+OVIS2 = FamilyDeclaration(
+    model_type="ovis2",
+    vision="model.vision_tower",
+    text="model.language_model",
+    projector="model.vision_tower.head_linear",
+    vision_towers={
+        "ovis2_vision": TowerDeclaration(
+            layers="transformer.encoder.layers",
+            attention="attention",
+            ffn="ffn",
+            out="out_proj",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+        )
+    },
+    text_towers=LANGUAGE_MODELS,
+)
