@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PARTS = ("vision", "prefill", "decode", "end_to_end")
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "families.md")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -211,10 +211,45 @@ def prefill() -> str:
     return table(header, cells) + text + source("prefill")
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "ablation": ablation, "cost": cost, "ffn": ffn, "heads": heads, "tail": tail}
+def families() -> str:
+    """Families by what their tests found; several tiny models of a family are one row, and a capability needs all of them."""
+    rows = load("families")["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["capabilities"]))
+    cells = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        here = [row for row in rows if row["family"] == family]
+        towers = (", ".join(dict.fromkeys(row[tower] for row in here)) for tower in ("vision", "text"))
+        passed = ("yes" if all(row["capabilities"].get(name) == "passed" for row in here) else "**no**" for name in names)
+        cells.append([f"`{family}`", *towers, *passed])
+    return table(["family", "vision towers tested", "language models tested", *names], cells) + source("families")
+
+
+def refused() -> str:
+    from infoprune.families import REFUSED
+
+    reasons = {reason: [name for name in REFUSED if REFUSED[name] == reason] for reason in REFUSED.values()}
+    return table(["families", "why not"], [[", ".join(f"`{name}`" for name in names), reason] for reason, names in reasons.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "families": families,
+    "refused": refused,
+    "demo": demo,
+    "ablation": ablation,
+    "cost": cost,
+    "ffn": ffn,
+    "heads": heads,
+    "tail": tail,
+}
 TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill, "generate": generate}
 
-FILES = {"ablation": "demo", "cost": "demo", "arms": "headline", "terms": "headline"}  # tables that share a result file
+FILES = {
+    "refused": "families",
+    "ablation": "demo",
+    "cost": "demo",
+    "arms": "headline",
+    "terms": "headline",
+}  # tables that share a result file
 
 
 def draw() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoProcessor
@@ -30,10 +31,17 @@ def pytest_runtest_makereport(item, call):
     report = yield
     marker = item.get_closest_marker("capability")
     if marker and (report.when == "call" or report.failed):
-        parameters = item.callspec.params
-        name = marker.args[0].format(**{k: v for k, v in parameters.items() if isinstance(v, str)})
-        item.config.capabilities.setdefault(parameters["vlm"].name, {})[name] = report.outcome
+        tiny, tower = item.callspec.params["vlm"], item.callspec.params.get("tower")
+        record = item.config.capabilities.setdefault(tiny.name, describe(tiny))
+        record["capabilities"][marker.args[0].format(tower=tower)] = report.outcome
     return report
+
+
+def describe(tiny):
+    """Family and towers of a tiny model."""
+    config: Any = tiny.config()
+    towers = {"vision": config.vision_config.model_type, "text": config.get_text_config().model_type}
+    return {"family": config.model_type, **towers, "own_processor": not tiny.offline, "capabilities": {}}
 
 
 def pytest_sessionfinish(session):

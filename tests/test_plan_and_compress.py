@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 import infoprune
 from infoprune import CompressionOptions, CompressionPlan, InfoPruneError
 from infoprune.compress import apply_plan, compress
 from infoprune.criteria.heads import CRITERIA
 from infoprune.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
+from infoprune.families import FAMILIES, REFUSED
 from infoprune.plan import FFNDecision, HeadDecision, ffn_parameters, max_rank
 from infoprune.resolve import resolve
 from test_families import plan_of
@@ -210,6 +213,15 @@ def test_unsupported_families_are_refused_with_the_list(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "martian"}')
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match="Supported"):
+        infoprune.load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_families_say_why_before_weights_are_read(model_type, tmp_path):
+    assert model_type in CONFIG_MAPPING and model_type not in FAMILIES
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=f"'{model_type}' is not supported: {re.escape(REFUSED[model_type])}"):
         infoprune.load(tmp_path)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from infoprune import modeling_infoprune as modeling
-from infoprune.errors import CheckpointError
+from infoprune.errors import CheckpointError, InfoPruneError
 from infoprune.families import FAMILIES
 from infoprune.model import VLM, load
 
@@ -93,24 +94,37 @@ def save(
         raise CheckpointError("This model has no compression plan; save an uncompressed model with its own save_pretrained.")
     folder = Path(folder).expanduser()
     check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
+    with written_aside(folder) as aside:
+        _write(vlm, aside)
+        (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
+        if extra is not None:
+            (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+        if probe is not None:
+            notify("reloading the checkpoint and comparing logits")
+            _verify(vlm, aside, probe)
+    return folder
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of ``folder`` at the end of the block; if the block fails, nothing is left.
+
+    Raises:
+        CheckpointError: Writing failed.
+    """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         aside = Path(scratch) / folder.name
         try:
-            _write(vlm, aside)
-            (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
-            if extra is not None:
-                (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+            yield aside
+        except InfoPruneError:
+            raise
         except Exception as error:  # the safetensors library reports a full disk as its own error type
             raise CheckpointError(
                 f"The checkpoint could not be written to {folder}: {error}. Is the disk full? Nothing was kept."
             ) from error
-        if probe is not None:
-            notify("reloading the checkpoint and comparing logits")
-            _verify(vlm, aside, probe)
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
-    return folder
 
 
 def _write(vlm: VLM, folder: Path) -> None:

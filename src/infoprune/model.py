@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from infoprune.architecture import Architecture
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
@@ -132,6 +132,7 @@ def _check_whole(path: Path) -> None:
 def _from_pretrained(path: str | Path, source: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
     options = {"trust_remote_code": True} if trust_remote_code else {}
     try:
+        family_of(AutoConfig.from_pretrained(path, **options))  # before gigabytes of weights are read
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )

@@ -12,21 +12,22 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FamilyDeclaration, FFNSite, TowerDeclaration, TowerName
 from infoprune.errors import UnsupportedModelError
-from infoprune.families import FAMILIES
+from infoprune.families import FAMILIES, REFUSED
 
 COMPRESSED = "infoprune_"  # what compressed models put before their family's model type
 
 
 def family_of(model: Any) -> FamilyDeclaration:
-    """The family of a dense or compressed model.
+    """The family of a dense or compressed model, or of a configuration.
 
     Raises:
         UnsupportedModelError: It has no declaration.
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    model_type = str(getattr(getattr(model, "config", model), "model_type", type(model).__name__))
     family = FAMILIES.get(model_type.removeprefix(COMPRESSED))
     if family is None:
-        raise UnsupportedModelError(f"The model family '{model_type}' is not supported. Supported: {supported()}.")
+        reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+        raise UnsupportedModelError(f"The model family '{model_type}' is not supported{reason}. Supported: {supported()}.")
     return family
 
 

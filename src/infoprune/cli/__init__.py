@@ -24,11 +24,11 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: errors the user can mend become one message and exit status 2."""
     _quiet_libraries()
-    from infoprune.cli import ask, compress, evaluate, families, inspect, plan
+    from infoprune.cli import ask, compress, evaluate, export, families, inspect, plan
     from infoprune.errors import InfoPruneError
 
     signal.signal(signal.SIGINT, _interrupt)
-    for module in (inspect, compress, evaluate, ask, plan, families):
+    for module in (inspect, compress, evaluate, ask, plan, export, families):
         module.register(app)
     try:
         app()

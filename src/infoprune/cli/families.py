@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,7 +23,13 @@ def families(json_output: Annotated[bool, typer.Option("--json", help="Print the
 
     known = transformers.CONFIG_MAPPING
     rows = [
-        {"family": name, "vision": list(family.vision_towers), "text": list(family.text_towers), "available": name in known}
+        {
+            "family": name,
+            "vision": {kind: _kinds(tower) for kind, tower in family.vision_towers.items()},
+            "text": {kind: _kinds(tower) for kind, tower in family.text_towers.items()},
+            "shares_prefix": family.shares_prefix,
+            "available": name in known,
+        }
         for name, family in FAMILIES.items()
     ]
     if json_output:
@@ -34,5 +40,12 @@ def families(json_output: Annotated[bool, typer.Option("--json", help="Print the
         table.add_column(column)
     for row in rows:
         name = row["family"] if row["available"] else f"{row['family']} (needs another version of Transformers)"
-        table.add_row(name, ", ".join(row["vision"]), ", ".join(row["text"]))
+        table.add_row(name, *(", ".join(row[tower]) for tower in ("vision", "text")))
     console.print(table)
+
+
+def _kinds(tower: Any) -> dict[str, str]:
+    """Which attention and which FFN a tower has."""
+    kinds = (tower, *tower.others)
+    attention = ("cross" if kind.attention.startswith("cross") else "self, fused projections" if kind.qkv else "self" for kind in kinds)
+    return {"attention": ", ".join(dict.fromkeys(attention)), "ffn": "gated" if tower.gate else "plain"}

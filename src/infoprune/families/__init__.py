@@ -1,4 +1,4 @@
-"""Registry of supported model families: one short declaration each."""
+"""Registry of supported model families, one short declaration each, and of those that are refused."""
 
 from infoprune.families.gemma import GEMMA3, PALIGEMMA
 from infoprune.families.idefics import IDEFICS_STYLE
@@ -7,5 +7,8 @@ from infoprune.families.llava import LLAVA_STYLE
 from infoprune.families.mllama import MLLAMA
 from infoprune.families.ovis import OVIS2
 from infoprune.families.qwen_vl import QWEN_VL
+from infoprune.families.refused import REFUSED
+
+__all__ = ["FAMILIES", "REFUSED"]
 
 FAMILIES = {family.model_type: family for family in (*LLAVA_STYLE, *IDEFICS_STYLE, *QWEN_VL, INTERNVL, PALIGEMMA, GEMMA3, MLLAMA, OVIS2)}

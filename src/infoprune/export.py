@@ -1,0 +1,168 @@
+"""Write a compressed model for other tools: as an ordinary dense checkpoint of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from PIL import Image
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from infoprune.architecture import Architecture, AttentionSite, FFNSite
+from infoprune.checkpoint import check_output_folder, written_aside
+from infoprune.errors import CheckpointError
+from infoprune.model import VLM, load
+from infoprune.modeling_infoprune import ConstantAttention, LowRankGatedFFN, LowRankLinear
+from infoprune.plan import CompressionPlan, HeadDecision
+from infoprune.resolve import resolve
+
+TOLERANCE = 1e-4  # of the largest logit
+FLAGS = {"attention": "attention_bias", "ffn": "mlp_bias"}  # what a configuration may call biases that its family usually goes without
+
+
+@torch.no_grad()
+def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notify: Callable[[str], None] = lambda message: None) -> Path:
+    """Write a checkpoint of the stock family with the answers of a compressed model, in the size and at the speed of the dense one.
+
+    Factorised linears are multiplied out, removed heads come back with zero weights, so any tool that knows the family can read it.
+
+    Args:
+        vlm: A compressed model, loaded from its folder.
+        folder: Where to.
+        overwrite: Replace a folder that holds something.
+        notify: Called with one line for people.
+
+    Raises:
+        CheckpointError: It is not compressed, the family has no place for a bias that compression added, or the written model differs.
+    """
+    if vlm.plan is None:
+        raise CheckpointError(f"'{vlm.model_id}' is not a compressed checkpoint with its plan.json; there is nothing to make dense.")
+    folder = Path(folder).expanduser()
+    check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
+    stock = _stock(vlm)
+    stock.generation_config = vlm.model.generation_config
+    probe = _probe(vlm)
+    expected = vlm.model(**probe).logits
+    with written_aside(folder) as aside:
+        stock.save_pretrained(aside)
+        vlm.processor.save_pretrained(aside)
+        notify("reloading the checkpoint and comparing logits")
+        found = load(aside, device=str(vlm.device), dtype=expected.dtype).model(**probe).logits
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:
+            raise CheckpointError(f"The dense checkpoint's logits differ by {difference:.3g} of the largest one; nothing was kept.")
+    return folder
+
+
+def _probe(vlm: VLM) -> dict[str, torch.Tensor]:
+    inputs = vlm.encoder.inputs([vlm.encoder.prompt("What is in the image?")], [Image.effect_noise((64, 48), 80).convert("RGB")])
+    return {name: value.to(vlm.device) for name, value in inputs.items()}
+
+
+def _stock(vlm: VLM) -> Any:
+    """The stock model with the weights of the compressed one; biases are asked for in its configuration where they are needed."""
+    assert vlm.plan is not None
+    fields = {k: v for k, v in vlm.model.config.to_dict().items() if k not in ("model_type", "infoprune", "auto_map", "architectures")}
+    config = CONFIG_MAPPING[vlm.plan.model_type].from_dict(fields)
+    stock, architecture = _empty(config, vlm.model.dtype)
+    state = _dense_state(vlm.model, stock, architecture, vlm.plan)
+    lacking = [name for name, value in state.items() if name not in stock.state_dict() and bool(value.any())]
+    if lacking:
+        _ask_for_biases_(config, architecture, lacking)
+        stock, _ = _empty(config, vlm.model.dtype)
+    complete = {n: state.get(n, torch.zeros(p.shape, dtype=vlm.model.dtype, device=vlm.device)) for n, p in stock.state_dict().items()}
+    stock.load_state_dict(complete, assign=True)
+    stock.tie_weights()
+    return stock.eval()
+
+
+def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, Architecture]:
+    """A stock model whose parameters have shapes and no values, and its sites."""
+    with init_empty_weights(include_buffers=False):
+        stock = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    return stock, resolve(stock)
+
+
+def _ask_for_biases_(config: Any, architecture: Architecture, lacking: list[str]) -> None:
+    """Switch on the biases that ``lacking`` weights need.
+
+    Raises:
+        CheckpointError: The configuration knows no such switch.
+    """
+    kinds: tuple[tuple[str, tuple[AttentionSite | FFNSite, ...]], ...] = (("attention", architecture.attention), ("ffn", architecture.ffn))
+    switched = set()
+    for kind, sites in kinds:
+        for site in sites:
+            names = [name for name in lacking if name.startswith(f"{site.path}.")]
+            if not names or (site.tower, kind) in switched:
+                continue
+            part = config.vision_config if site.tower == "vision" else config.get_text_config()
+            if getattr(part, FLAGS[kind], True):
+                raise CheckpointError(
+                    f"No dense checkpoint of the family can hold this model: compression added a bias, '{names[0]}', for which the "
+                    f"configuration '{part.model_type}' has no place ({len(lacking)} in all). Compress with compensate: false and "
+                    "centred: false in a recipe, and without repair, or use the compressed checkpoint."
+                )
+            setattr(part, FLAGS[kind], True)
+            switched.add((site.tower, kind))
+
+
+def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: CompressionPlan) -> dict[str, torch.Tensor]:
+    """The compressed model's weights under the dense model's names and in its shapes, and biases that the latter may not know."""
+    state = dict(model.state_dict())
+    for site in (*architecture.attention, *architecture.ffn):
+        if site.path not in plan.heads and site.path not in plan.ffn:
+            continue
+        block = model.get_submodule(site.path)
+        if isinstance(site, AttentionSite):
+            found = _attention(block, stock.get_submodule(site.path), site, plan.heads[site.path])
+        else:
+            found = _ffn(block, site)
+        state = {name: value for name, value in state.items() if not name.startswith(f"{site.path}.")}
+        state |= {f"{site.path}.{name}": value for name, value in found.items()}
+    return state
+
+
+def _attention(block: Any, stock: nn.Module, site: AttentionSite, decision: HeadDecision) -> dict[str, torch.Tensor]:
+    names = site.names
+    reference = next(block.parameters())
+    found = {name: torch.zeros(p.shape, device=reference.device, dtype=reference.dtype) for name, p in stock.named_parameters()}
+    if isinstance(block, ConstantAttention):
+        return found | {f"{names.out}.bias": block.bias.detach()}
+    width, head = site.unit_width, site.head_dim
+    columns = torch.cat([torch.arange(u * width, (u + 1) * width) for u in decision.keep_units])
+    keys = torch.cat([torch.arange(u * head, (u + 1) * head) for u in decision.keep_units])
+    places = {names.query: columns}
+    if names.qkv:
+        places = {names.qkv: torch.cat([columns + part * site.num_units * width for part in range(3)])}
+    elif not site.multi_query:
+        places |= {names.key: keys, names.value: keys}
+    for name, value in block.state_dict().items():
+        linear = name.rpartition(".")[0]
+        if name == f"{names.out}.weight":
+            found[name][:, columns] = value
+        elif linear in places:
+            found[name][places[linear]] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _ffn(block: Any, site: FFNSite) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(block, LowRankGatedFFN):
+        weight, bias = block.gate_up_proj.weight @ block.shared_proj.weight, block.gate_up_proj.bias
+        for name, rows in zip((site.names.gate, site.names.up), weight.chunk(2), strict=True):
+            found[f"{name}.weight"] = rows.clone()
+        for name, rows in zip((site.names.gate, site.names.up), bias.chunk(2), strict=True):
+            found[f"{name}.bias"] = rows.clone()
+    for name, module in block.named_children():
+        if isinstance(module, LowRankLinear):
+            module = module.to_linear()
+        if isinstance(module, nn.Linear) and name in (site.names.gate, site.names.up, site.names.down):
+            found |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    return found

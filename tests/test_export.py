@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import infoprune
+from infoprune.criteria.ffn import FFNOptions
+from infoprune.errors import CheckpointError
+from infoprune.export import export_dense
+from infoprune.surgery import apply_
+from test_families import dropping, inputs_of, plan_of, statistics_of
+
+
+def compressed(vlm, questions, folder, plan, **options):
+    apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions), options=FFNOptions(**options))
+    return infoprune.load(infoprune.save(dataclasses.replace(vlm, plan=plan), folder))
+
+
+@pytest.mark.capability("export dense")
+@torch.no_grad()
+def test_dense_export_is_a_stock_checkpoint_with_the_same_logits(vlm, questions, tmp_path):
+    dense = {name: value.shape for name, value in vlm.model.state_dict().items()}
+    plan = plan_of(vlm, compensate=False)
+    gone = dropping(vlm, compensate=False).heads
+    plan = plan.model_copy(update={"heads": plan.heads | gone})
+    small = compressed(vlm, questions, tmp_path / "small", plan, centred=False)
+    folder = export_dense(small, tmp_path / "dense")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    assert model.config.model_type == vlm.architecture.family.model_type and "InfoPrune" not in type(model).__name__
+    assert {name: value.shape for name, value in model.state_dict().items()} == dense
+    inputs = inputs_of(vlm, questions)
+    torch.testing.assert_close(model(**inputs).logits, small.model(**inputs).logits, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_biases_go_where_the_configuration_has_a_place(vlm, questions, tmp_path):
+    small = compressed(vlm, questions, tmp_path / "small", plan_of(vlm))
+    inputs, text = inputs_of(vlm, questions), vlm.model.config.get_text_config()
+    without_biases = ("pixtral", "ovis2_vision", "mllama_vision_model")
+    if not (hasattr(text, "attention_bias") and hasattr(text, "mlp_bias")) or vlm.model.config.vision_config.model_type in without_biases:
+        with pytest.raises(CheckpointError, match="has no place"):
+            export_dense(small, tmp_path / "dense")
+        assert not (tmp_path / "dense").exists()
+        return
+    model = AutoModelForImageTextToText.from_pretrained(export_dense(small, tmp_path / "dense"), dtype=torch.float32).eval()
+    torch.testing.assert_close(model(**inputs).logits, small.model(**inputs).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_not_compressed_has_nothing_to_export(gqa_vlm, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to make dense"):
+        export_dense(gqa_vlm, tmp_path / "dense")
