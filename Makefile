@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 FLOPS ?= 0.5
 LIMIT ?= 1000
 OUTPUT ?= demo-output
+WORKERS ?= 2
+LOWEST := 5.20.0# of Transformers; as in pyproject.toml
 
-.PHONY: demo test lint benchmarks headline tables clean
+.PHONY: demo test test-lowest lint benchmarks headline tables clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== environment: PyTorch and Transformers into $(VENV) (about 1.5 GB; a few minutes on a cold cache)"
@@ -26,7 +28,13 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# The families' suite once more, with the lowest version of Transformers that is supported.
+test-lowest: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check -q --upgrade --no-deps --target $(VENV)/lowest transformers==$(LOWEST)
+	PYTHONPATH=$(VENV)/lowest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(LOWEST)", t.__version__'
+	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_families.py tests/test_export.py tests/test_repair.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -42,6 +50,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/tables.py
 
 # Hours; a stopped run goes on where it was.

@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from infoprune.model import VLM
 from tiny_current import CURRENT
-from tiny_models import TINY, build, examples
+from tiny_models import TINY, Tiny, build, examples
 
 ALL = [*TINY, *CURRENT]
 
@@ -23,7 +23,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "capability(name): what a family can do if the test passes; {tower} is filled in")
-    config.capabilities = {}
+    if path := config.getoption("--capabilities"):
+        config.pluginmanager.register(Capabilities(path))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,28 +33,44 @@ def pytest_runtest_makereport(item, call):
     marker = item.get_closest_marker("capability")
     if marker and (report.when == "call" or report.failed):
         tiny, tower = item.callspec.params["vlm"], item.callspec.params.get("tower")
-        record = item.config.capabilities.setdefault(tiny.name, describe(tiny))
-        record["capabilities"][marker.args[0].format(tower=tower)] = report.outcome
+        report.user_properties.append(("capability", [tiny.name, describe(tiny), marker.args[0].format(tower=tower), report.outcome]))
     return report
+
+
+class Capabilities:
+    """Gathers what the tests marked with a capability found, also from several processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, {}
+
+    def pytest_runtest_logreport(self, report):
+        for key, value in report.user_properties:
+            if key == "capability":
+                name, record, capability, outcome = value
+                self.found.setdefault(name, record | {"capabilities": {}})["capabilities"][capability] = outcome
+
+    def pytest_sessionfinish(self, session):
+        if not hasattr(session.config, "workerinput"):
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
 def describe(tiny):
     """Family and towers of a tiny model."""
     config: Any = tiny.config()
     towers = {"vision": config.vision_config.model_type, "text": config.get_text_config().model_type}
-    return {"family": config.model_type, **towers, "own_processor": not tiny.offline, "capabilities": {}}
-
-
-def pytest_sessionfinish(session):
-    if path := session.config.getoption("--capabilities"):
-        path.write_text(json.dumps(session.config.capabilities, indent=1) + "\n")
+    return {"family": config.model_type, **towers, "own_processor": not tiny.offline}
 
 
 @pytest.fixture(params=ALL, ids=[tiny.name for tiny in ALL])
 def vlm(request, monkeypatch) -> VLM:
     """Every declared family in turn."""
-    found = build(request.param)
-    if request.param.offline:  # only the processor's way back from disk is replaced, as its video part needs torchvision
+    return built(request.param, monkeypatch)
+
+
+def built(tiny: Tiny, monkeypatch) -> VLM:
+    """A tiny model that can be saved and loaded."""
+    found = build(tiny)
+    if tiny.offline:  # only the processor's way back from disk is replaced, as its video part needs torchvision
         monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: found.processor)
     return found
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from infoprune.calibrate import calibrate
+from infoprune.calibrate import calibrate, stream_name
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.packing import answer_logits, batches
 from infoprune.repair import _capture, _LeastSquares, _stacks, cut_and_repair_
@@ -32,7 +32,7 @@ def test_layers_are_replayed_as_the_model_runs_them(vlm, questions):
     read = {path: [] for path in layers}
     handles = [
         vlm.model.get_submodule(path).register_forward_pre_hook(
-            lambda m, args, kwargs, held=held: held.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda m, args, kwargs, held=held: held.append(args[0] if args else kwargs[stream_name(kwargs)]), with_kwargs=True
         )
         for path, held in read.items()
     ]

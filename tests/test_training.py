@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import infoprune
+from conftest import ALL, built
 from infoprune.criteria.heads import block_of, compensate
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
@@ -29,6 +30,15 @@ from tiny_models import examples
 
 QUICK = {"gate_steps": 8, "recovery_steps": 6, "images_per_step": 2, "evaluate_every": 3, "refresh": 3, "precision": "fp32"}
 QUICK |= {"checkpoint_every": 2, "examples": 6, "rank_multiple": 2, "heads": "trained", "flops": 0.7}
+
+
+# One family of every kind that training could tell apart: what its heads and layers are made of, and whether rows are shared.
+KINDS = ("llava-clip-llama-mha", "llava-dinov2-mistral-mqa", "idefics3", "gemma3", "qwen2.5-vl", "mllama")
+
+
+@pytest.fixture(params=[tiny for tiny in ALL if tiny.name in KINDS], ids=lambda tiny: tiny.name)
+def vlm(request, monkeypatch):
+    return built(request.param, monkeypatch)
 
 
 def blocks_of(vlm, questions):

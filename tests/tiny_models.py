@@ -84,11 +84,11 @@ def idefics2_processor() -> Idefics2Processor:
     return Idefics2Processor(images, tokenizer(), image_seq_len=3)
 
 
-def idefics3_processor() -> Idefics3Processor:
+def idefics3_processor(image_seq_len: int = 1) -> Idefics3Processor:
     image_processor = Idefics3ImageProcessorPil(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True, return_row_col_info=True
     )
-    return Idefics3Processor(image_processor, tokenizer(), image_seq_len=1)
+    return Idefics3Processor(image_processor, tokenizer(), image_seq_len=image_seq_len)
 
 
 def text_config(kind: str, heads: int, key_value_heads: int):
@@ -174,10 +174,10 @@ TINY = [
     Tiny(
         "smolvlm",
         lambda: SmolVLMConfig(
-            vision_config=SmolVLMVisionConfig(**VISION, intermediate_size=40), text_config=text_config("llama", 4, 2),
+            vision_config=SmolVLMVisionConfig(**(VISION | {"patch_size": 4}), intermediate_size=40), text_config=text_config("llama", 4, 2),
             image_token_id=IMAGE, scale_factor=2, pad_token_id=0,
         ),
-        idefics3_processor,
+        lambda: idefics3_processor(4),
     ),
 ]  # fmt: skip
 

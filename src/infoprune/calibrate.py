@@ -225,6 +225,11 @@ class _Options:
     split_tokens: bool
 
 
+def stream_name(kwargs: dict[str, Any]) -> str:
+    """What a layer that is called by keywords calls the residual stream."""
+    return "hidden_states" if "hidden_states" in kwargs else "hidden_state"
+
+
 def _differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
     # Parameters stay frozen, so the graph must start at activations: the inputs of each tower's first layer.
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -233,7 +238,8 @@ def _differentiate_from_first_layers(model: nn.Module, architecture: Architectur
 
         if args:
             return (leaf(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": leaf(kwargs["hidden_states"])}
+        name = stream_name(kwargs)
+        return args, kwargs | {name: leaf(kwargs[name])}
 
     for site in architecture.attention:
         if site.layer == 0:

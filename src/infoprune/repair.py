@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.calibrate import Statistics
+from infoprune.calibrate import Statistics, stream_name
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.modeling_infoprune import ConstantAttention
 from infoprune.packing import PackedBatch, answer_logits
@@ -118,7 +118,7 @@ def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], b
     kwargs: list[dict[str, Any]] = []
 
     def forward(*args: Any, **given: Any) -> torch.Tensor:
-        hidden = args[0] if args else given.pop("hidden_states")
+        hidden = args[0] if args else given.pop(stream_name(given))
         if len(args) > 1:  # positional after the hidden states: the attention mask, in every declared tower
             given["attention_mask"] = args[1]
         read.append(hidden)
