@@ -1,0 +1,94 @@
+"""What people do with a compressed checkpoint once they have it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, TorchAoConfig, pipeline
+
+import infoprune
+from infoprune.compress import compress
+from test_families import inputs_of
+
+
+@pytest.fixture
+def small(gqa_vlm, questions, tmp_path):
+    """A compressed checkpoint, model inputs, and its logits on them."""
+    result = compress(gqa_vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    folder = infoprune.save(result.vlm, tmp_path / "small", probe=result.probe)
+    inputs = inputs_of(gqa_vlm, questions)
+    with torch.no_grad():
+        return folder, inputs, result.vlm.model(**inputs).logits
+
+
+def loaded(folder, **options):
+    return AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+
+
+def test_pipeline(small, questions):
+    ask = pipeline("image-text-to-text", model=str(small[0]))
+    image = Image.open(questions[0].image).convert("RGB")
+    found = ask(text="<image> what shape ?", images=image, max_new_tokens=4)[0]["generated_text"]
+    assert found.startswith("<image> what shape ?")
+    assert len(found.split()) > 4
+
+
+@torch.no_grad()
+def test_device_map_dtype_and_base_model(small):
+    folder, inputs, logits = small
+    assert torch.equal(loaded(folder, device_map="auto")(**inputs).logits, logits)
+    assert loaded(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    base = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    assert type(base).__name__ == "InfoPruneLlavaModel"
+    inputs = inputs | {"use_cache": False}
+    hidden = base.eval()(**inputs).last_hidden_state
+    torch.testing.assert_close(loaded(folder).lm_head(hidden), logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_saved_again_in_shards(small, tmp_path, without_infoprune):
+    folder, inputs, logits = small
+    again = tmp_path / "again"
+    loaded(folder).save_pretrained(again, max_shard_size="20KB")
+    AutoProcessor.from_pretrained(folder).save_pretrained(again)
+    assert len(list(again.glob("model-*.safetensors"))) > 2
+    assert torch.equal(infoprune.load(again).model(**inputs).logits, logits)
+    torch.save({"inputs": inputs, "logits": logits}, tmp_path / "expected.pt")
+    assert without_infoprune(again, tmp_path / "expected.pt") == "ok"
+
+
+def test_lora_trains_saves_loads_and_merges(small, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, inputs, _ = small
+    model = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert any("gate_up_proj.lora_A" in name for name, _ in model.named_parameters())  # factors are adapted like any other linear
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        trained = model.eval()(**inputs).logits
+        again = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "adapter").eval()
+        torch.testing.assert_close(again(**inputs).logits, trained, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again.merge_and_unload()(**inputs).logits, trained, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_int8_after_compression(small, tmp_path, kind):
+    quantization = pytest.importorskip("torchao.quantization")
+    folder, inputs, logits = small
+    model = loaded(folder, quantization_config=TorchAoConfig(quant_type=getattr(quantization, kind)()))
+    found = model(**inputs).logits
+    assert 0 < float((found - logits).abs().max()) < 0.1 * float(logits.abs().max())
+    model.save_pretrained(tmp_path / "int8")
+    assert torch.equal(loaded(tmp_path / "int8")(**inputs).logits, found)
+    sizes = [sum(file.stat().st_size for file in where.glob("*.safetensors")) for where in (tmp_path / "int8", folder)]
+    assert sizes[0] < sizes[1]
