@@ -37,6 +37,11 @@ def source(name: str) -> str:
     return f"\n\n`{meta['command']}`, commit {commits}, {meta['date']}; {hardware}, {meta['threads']} threads; {versions}."
 
 
+def drop(row: dict[str, Any]) -> str:
+    """Paired drop with its interval."""
+    return f"{row['drop_points']:.2f} [{row['drop_ci95'][0]:.2f}, {row['drop_ci95'][1]:.2f}]"
+
+
 def demo() -> str:
     rows = []
     for row in load("demo")["rows"]:
@@ -49,7 +54,7 @@ def demo() -> str:
             f"{row['flops_ratio']:.3f}",
             f"{row['params'] / 1e6:.1f} M",
             f"{row['accuracy']:.2f}%",
-            "" if dense else f"{row['drop_points']:.2f} [{row['drop_ci95'][0]:.2f}, {row['drop_ci95'][1]:.2f}]",
+            "" if dense else drop(row),
             "" if dense else f"{row['kl_nats']:.4f}",
             *(f"{times[p]['median']:.1f}" + ("" if dense else f" ({row['speedup_' + p]:.2f}x)") for p in PARTS),
         ])  # fmt: skip
@@ -224,6 +229,15 @@ def families() -> str:
     return table(["family", "vision towers tested", "language models tested", *names], cells) + source("families")
 
 
+def quantise() -> str:
+    rows, meta = load("quantise")["rows"], load("quantise")["meta"]
+    cells = [
+        [row["name"], f"{row['bytes_on_disk'] / 1e6:.0f} MB", f"{row['accuracy']:.2f}%", drop(row), f"{row['kl_nats']:.4f}"] for row in rows
+    ]
+    text = f"\n\n{meta['num_questions']:,} test questions, {rows[0]['budget']:g} of the FLOPs kept, torchao {meta['torchao']}."
+    return table(["", "weights on disk", "accuracy", "drop from dense, points [95%]", "KL, nats"], cells) + text + source("quantise")
+
+
 def refused() -> str:
     from infoprune.families import REFUSED
 
@@ -234,6 +248,7 @@ def refused() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "refused": refused,
+    "quantise": quantise,
     "demo": demo,
     "ablation": ablation,
     "cost": cost,
