@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import infoprune
+from conftest import ALL
 from infoprune.architecture import AttentionSite
 from infoprune.calibrate import calibrate
 from infoprune.compress import compress
@@ -19,7 +20,7 @@ from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import resolve
 from infoprune.surgery import apply_
-from tiny_models import WORDS
+from tiny_models import WORDS, build
 
 
 def statistics_of(vlm, questions, **options):
@@ -65,14 +66,16 @@ def test_sites_cover_every_linear_of_the_layers(vlm):
     assert layers == len(vlm.architecture.attention) == len(vlm.architecture.ffn)
 
 
-def test_normalisation_over_all_heads_is_refused(gqa_vlm):
-    site = gqa_vlm.architecture.attention[0]
-    attention = gqa_vlm.model.get_submodule(site.path)
-    attention.q_norm = nn.LayerNorm(site.head_dim)
-    assert resolve(gqa_vlm.model).attention[0] == site
-    attention.q_norm = nn.LayerNorm(site.num_heads * site.head_dim)
-    with pytest.raises(infoprune.InfoPruneError, match="all heads together"):
-        resolve(gqa_vlm.model)
+def test_heads_that_are_normalised_together_stay(questions):
+    tiny = next(tiny for tiny in ALL if tiny.name == "internvl")
+    config = tiny.config()
+    config.vision_config.use_qk_norm = True
+    vlm = build(dataclasses.replace(tiny, config=lambda: config))
+    sites = vlm.architecture.attention
+    assert {(s.tower, s.min_units == s.num_units) for s in sites} == {("vision", True), ("text", False)}
+    result = compress(vlm, questions, flops=0.75, rank_multiple=2, examples=12)
+    assert result.flops_ratio <= 0.75
+    assert all("language_model" in path for path in result.vlm.plan.heads) and any("vision" in path for path in result.vlm.plan.ffn)
 
 
 @torch.no_grad()
@@ -153,7 +156,7 @@ def test_dropped_blocks_leave_their_mean(vlm, questions, tmp_path, compensate):
     check_generation(reloaded.model, inputs, static=static)
     first = next(s for s in vlm.architecture.attention if s.tower == "text" and s.layer == 0)
     bad = plan.model_copy(update={"heads": {first.path: HeadDecision(keep_units=(), num_units=first.num_units)}})
-    with pytest.raises(infoprune.InfoPruneError, match="first language layer"):
+    with pytest.raises(infoprune.InfoPruneError, match="needs 1: it is the first language layer"):
         bad.check(vlm.architecture)
 
 

@@ -90,8 +90,9 @@ class AttentionSite:
         names: The tower's declaration.
         num_heads, num_key_value_heads, head_dim: As in Transformers.
         hidden_size: Width of the residual stream.
-        stays: Whether one unit must be kept: where the declaration says so, and in the first language block of its kind, off which the
-            key/value cache reads the length of the context.
+        min_units: Units that must be kept. Mostly none: a block can be dropped whole. One where the declaration says so, and in the
+            first language block of its kind, off which the key/value cache reads the length of the context. All where a norm runs over
+            them.
     """
 
     path: str
@@ -102,7 +103,7 @@ class AttentionSite:
     num_key_value_heads: int
     head_dim: int
     hidden_size: int
-    stays: bool = False
+    min_units: int = 0
 
     @property
     def stack(self) -> str:
@@ -118,11 +119,6 @@ class AttentionSite:
     def num_units(self) -> int:
         """How many units the block has."""
         return self.num_heads if self.multi_query else self.num_key_value_heads
-
-    @property
-    def min_units(self) -> int:
-        """Units that must be kept: none, as a block can be dropped whole, or one."""
-        return 1 if self.stays else 0
 
     @property
     def unit_width(self) -> int:

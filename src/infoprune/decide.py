@@ -65,7 +65,7 @@ def solve_sites(
     """Eigenproblems and removal orders of every site that may be cut."""
     solved: list[SolvedSite] = []
     if options.heads != NONE:
-        sites = [site for site in architecture.attention if site.tower in options.towers]
+        sites = [s for s in architecture.attention if s.tower in options.towers and s.min_units < s.num_units]
         blocks = []
         for site in sites:
             out: Any = model.get_submodule(f"{site.path}.{site.names.out}")

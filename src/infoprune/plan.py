@@ -145,8 +145,8 @@ class CompressionPlan(_Strict):
                 raise PlanError(f"The plan counts {head.num_units} units in '{path}'; this model has {attention[path].num_units}.")
             if len(head.keep_units) < attention[path].min_units:
                 raise PlanError(
-                    f"The plan drops '{path}' whole. It must keep a unit: it is the first language layer of its kind, whose cache counts "
-                    "tokens, or cross-attention."
+                    f"The plan keeps {len(head.keep_units)} units of '{path}', which needs {attention[path].min_units}: it is the first "
+                    "language layer of its kind, whose cache counts tokens, or cross-attention, or a norm runs over all its heads."
                 )
         for path, decision in self.ffn.items():
             if path not in ffn:

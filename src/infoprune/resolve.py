@@ -6,6 +6,7 @@ A declaration that does not fit fails here and nowhere later.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -97,15 +98,18 @@ def _attention_site(model: nn.Module, path: str, tower: TowerName, layer: int, n
     query, key, value = (linear.out_features // parts for linear in projections * parts)
     head_dim = getattr(_module(model, path), "head_dim", None) or getattr(config, "head_dim", None) or query // config.num_attention_heads
     heads, key_value_heads = query // head_dim, key // head_dim
-    for norm in ("q_norm", "k_norm"):
-        weight = getattr(getattr(_module(model, path), norm, None), "weight", None)
-        if weight is not None and weight.numel() != head_dim:
-            raise UnsupportedModelError(f"'{path}.{norm}' normalises all heads together, so none of them can be removed.")
     if out.in_features != query or value != key or heads % key_value_heads:
         raise UnsupportedModelError(f"The projections of '{path}' do not have the shapes of grouped-query attention.")
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * (layer + 1)
     stays = names.stays or (tower == "text" and kinds[layer] not in kinds[:layer])
-    return AttentionSite(path, tower, layer, names, heads, key_value_heads, head_dim, projections[0].in_features, stays)
+    site = AttentionSite(path, tower, layer, names, heads, key_value_heads, head_dim, projections[0].in_features, int(stays))
+    return replace(site, min_units=site.num_units) if _normalised_together(_module(model, path), head_dim) else site
+
+
+def _normalised_together(attention: Any, head_dim: int) -> bool:
+    """Whether queries or keys of all heads share a norm, so that none can be removed without changing the others."""
+    weights = (getattr(getattr(attention, norm, None), "weight", None) for norm in ("q_norm", "k_norm"))
+    return any(weight is not None and weight.numel() != head_dim for weight in weights)
 
 
 def _ffn_site(model: nn.Module, path: str, tower: TowerName, layer: int, names: TowerDeclaration) -> FFNSite:
