@@ -159,18 +159,21 @@ def terms() -> str:
 
 
 def _groups(part: str, title: str) -> str:
-    """Rows of one part of the headline file, seeds together."""
+    """Rows of one part of the headline file, seeds together. Their own commits and processors are named: runs of several days share it."""
     rows = [r for r in load("headline")["rows"] if r.get("part") == part and "error" not in r]
     cells = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        found = [row for row in rows if row["name"] == name]
-        line = [name, str(len(found))]
+    for budget, name in dict.fromkeys((row["budget"], row["name"]) for row in rows):
+        found = [row for row in rows if (row["budget"], row["name"]) == (budget, name)]
+        line = [f"{1 / budget:.3g}x", name, str(len(found))]
         for key, form in (("accuracy", "{:.2f}%"), ("drop_points", "{:.2f}"), ("kl_nats", "{:.4f}")):
             values = [row[key] for row in found]
             spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
             line.append(form.format(sum(values) / len(values)) + spread)
         cells.append(line)
-    return table([title, "seeds", "accuracy", "drop, points", "KL, nats"], cells)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    questions = ", ".join(dict.fromkeys(f"{row['num_questions']:,}" for row in rows))
+    header = ["fewer FLOPs", title, "seeds", "accuracy", "drop, points", "KL, nats"]
+    return table(header, cells) + f"\n\n`python benchmarks/headline.py --parts {part}`, {questions} test questions; commit {commits}."
 
 
 def training_speed() -> str:
