@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import infoprune
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.errors import CheckpointError
+from infoprune.errors import CheckpointError, InfoPruneError
 from infoprune.export import export_dense
 from infoprune.surgery import apply_
 from test_families import dropping, inputs_of, plan_of, statistics_of
@@ -52,3 +53,16 @@ def test_biases_go_where_the_configuration_has_a_place(vlm, questions, tmp_path)
 def test_what_is_not_compressed_has_nothing_to_export(gqa_vlm, tmp_path):
     with pytest.raises(CheckpointError, match="nothing to make dense"):
         export_dense(gqa_vlm, tmp_path / "dense")
+
+
+@pytest.mark.parametrize("change", ["units", "family"])
+def test_a_plan_of_another_model_is_refused(gqa_vlm, questions, tmp_path, change):
+    compressed(gqa_vlm, questions, tmp_path / "small", plan_of(gqa_vlm))
+    plan = json.loads((tmp_path / "small" / "plan.json").read_text())
+    if change == "units":
+        next(head for head in plan["heads"].values() if head["num_units"] > 1)["keep_units"] = list(range(2))
+    else:
+        plan["model_type"] = "martian"
+    (tmp_path / "small" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InfoPruneError, match=r"not the one that its weights were cut by|is for a martian model"):
+        export_dense(infoprune.load(tmp_path / "small"), tmp_path / "dense")

@@ -18,7 +18,7 @@ from infoprune.errors import CheckpointError
 from infoprune.model import VLM, load
 from infoprune.modeling_infoprune import ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.plan import CompressionPlan, HeadDecision
-from infoprune.resolve import resolve
+from infoprune.resolve import family_of, resolve
 
 TOLERANCE = 1e-4  # of the largest logit
 FLAGS = {"attention": "attention_bias", "ffn": "mlp_bias"}  # what a configuration may call biases that its family usually goes without
@@ -37,7 +37,9 @@ def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notif
         notify: Called with one line for people.
 
     Raises:
-        CheckpointError: It is not compressed, the family has no place for a bias that compression added, or the written model differs.
+        CheckpointError: It is not compressed, its plan is of another model, the family has no place for a bias that compression added, or
+            the written model differs.
+        PlanError: Its plan does not fit the family.
     """
     if vlm.plan is None:
         raise CheckpointError(f"'{vlm.model_id}' is not a compressed checkpoint with its plan.json; there is nothing to make dense.")
@@ -67,8 +69,11 @@ def _stock(vlm: VLM) -> Any:
     """The stock model with the weights of the compressed one; biases are asked for in its configuration where they are needed."""
     assert vlm.plan is not None
     fields = {k: v for k, v in vlm.model.config.to_dict().items() if k not in ("model_type", "infoprune", "auto_map", "architectures")}
-    config = CONFIG_MAPPING[vlm.plan.model_type].from_dict(fields)
+    config = CONFIG_MAPPING[family_of(vlm.model).model_type].from_dict(fields)
     stock, architecture = _empty(config, vlm.model.dtype)
+    vlm.plan.check(architecture)
+    if vlm.plan.shapes() != vlm.model.config.infoprune:
+        raise CheckpointError(f"The plan.json of '{vlm.model_id}' is not the one that its weights were cut by; restore the original file.")
     state = _dense_state(vlm.model, stock, architecture, vlm.plan)
     lacking = [name for name, value in state.items() if name not in stock.state_dict() and bool(value.any())]
     if lacking:
