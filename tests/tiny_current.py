@@ -97,9 +97,9 @@ def _mllama():
     return transformers.MllamaProcessor(images, tokenizer(**NAMES, bos_token="<unk>"))
 
 
-def _qwen(family: str, name: str, patch: int):
+def _qwen(family: str, name: str):
     images = transformers.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32}, patch_size=patch, merge_size=2, temporal_patch_size=2
+        size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32}, patch_size=4, merge_size=2, temporal_patch_size=2
     )
     return processor_of(family, name, images, tokenizer(**NAMES), None)
 
@@ -260,9 +260,9 @@ CURRENT = [
         "qwen2-vl",
         lambda: _qwen_config(
             "qwen2_vl",
-            {"embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8, "spatial_merge_size": 2},
+            {"embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4, "spatial_merge_size": 2},
         ),
-        lambda: _qwen("qwen2_vl", "Qwen2VLProcessor", 8),
+        lambda: _qwen("qwen2_vl", "Qwen2VLProcessor"),
         offline=True,
     ),
     Tiny(
@@ -274,7 +274,7 @@ CURRENT = [
                 "spatial_merge_size": 2, "window_size": 8, "fullatt_block_indexes": [1],
             },
         ),
-        lambda: _qwen("qwen2_5_vl", "Qwen2_5_VLProcessor", 4),
+        lambda: _qwen("qwen2_5_vl", "Qwen2_5_VLProcessor"),
         offline=True,
     ),
     Tiny(
@@ -287,7 +287,7 @@ CURRENT = [
             },
             head_dim=8, num_hidden_layers=3,
         ),
-        lambda: _qwen("qwen3_vl", "Qwen3VLProcessor", 4),
+        lambda: _qwen("qwen3_vl", "Qwen3VLProcessor"),
         offline=True,
     ),
 ]  # fmt: skip

@@ -36,9 +36,8 @@ from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionCo
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from infoprune.data import Example
-from infoprune.model import VLM
-from infoprune.packing import PromptEncoder
-from infoprune.resolve import family_of, resolve
+from infoprune.model import VLM, prompt_encoder
+from infoprune.resolve import resolve
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 WORDS += ["what", "colour", "shape", "is", "the", "there", "a", "in", "image", "red", "blue", "circle", "square", "yes", "no", "?"]
@@ -192,8 +191,7 @@ def build(tiny: Tiny, seed: int = 0) -> VLM:
                 parameter.normal_(0, 0.1)
     processor = tiny.processor()
     model.generation_config.pad_token_id = 0
-    encoder = PromptEncoder(processor, model.config.image_token_id, family=family_of(model))
-    return VLM(model, processor, encoder, resolve(model), tiny.name)
+    return VLM(model, processor, prompt_encoder(model, processor), resolve(model), tiny.name)
 
 
 def examples(folder: Path, images: int = 6, seed: int = 0) -> list[Example]:

@@ -59,8 +59,8 @@ class FamilyDeclaration:
         vision, text: Paths of the towers inside the conditional-generation model.
         projector: Path of the module between them; it may lie inside the vision tower.
         vision_towers, text_towers: Supported tower declarations by the sub-config's ``model_type``.
-        shares_prefix: Whether questions on one image can share its tokens in one row: not where image tokens see the question, nor
-            where positions are not counted one by one.
+        shares_prefix: Whether questions on one image can share its tokens in one row: not where image tokens see the question.
+        positions: Method of the base model that makes positions of more than one dimension; ``None``: they are counted one by one.
         token_types: Name of a further input with one entry per token, such as its type; ``None``: there is none.
         answer_type: Its value on answer tokens; ``None``: that of the last prompt token.
     """
@@ -72,6 +72,7 @@ class FamilyDeclaration:
     vision_towers: dict[str, TowerDeclaration]
     text_towers: dict[str, TowerDeclaration]
     shares_prefix: bool = True
+    positions: str | None = None
     token_types: str | None = None
     answer_type: int | None = 0
 

@@ -87,12 +87,17 @@ def load(
         architecture = None
     else:
         architecture = resolve(model)
-    image_token = getattr(model.config, "image_token_id", None)
-    if image_token is None:
+    if getattr(model.config, "image_token_id", None) is None:
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
     model = model.to(device).eval()
-    encoder = PromptEncoder(processor, image_token, prompt_suffix, family=family_of(model))
-    return VLM(model, processor, encoder, architecture, str(source), plan)
+    return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan)
+
+
+def prompt_encoder(model: Any, processor: Any, prompt_suffix: str = "") -> PromptEncoder:
+    """The encoder of a dense or compressed model."""
+    family = family_of(model)
+    rope = getattr(model.model, family.positions) if family.positions else None
+    return PromptEncoder(processor, model.config.image_token_id, prompt_suffix, family=family, rope=rope)
 
 
 def _local_or_hub(source: str | Path) -> str | Path:

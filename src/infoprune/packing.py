@@ -1,15 +1,15 @@
 """Batches of questions with reference answers; questions on one image can share that image's tokens.
 
 A row holds the longest common prefix of its questions once (for the usual prompt: everything up to and including the image), then
-each question's remainder, one after another. A remainder sees the prefix and itself; positions restart after the prefix. For
-causal attention with rotary positions this is exact, and saves most of the work where an image has many questions. Rows of one
+each question's remainder, one after another. A remainder sees the prefix and itself, at the positions that it has in its own prompt. For
+causal attention this is exact, and saves most of the work where an image has many questions. Rows of one
 question each are given to the model as its own processor would: masks and positions are left to it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +32,13 @@ class Encoded:
         prompt: Ids of the prompt with image tokens expanded.
         answer: Ids of the answer and the end-of-sequence token.
         types: (tokens, ...) the family's further input per token of prompt and answer, if it has one.
+        positions: (dimensions, tokens) positions of prompt and answer, where the family does not count them one by one.
     """
 
     prompt: list[int]
     answer: list[int]
     types: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class PackedBatch:
 
     Attributes:
         inputs: Keyword arguments of the model's forward: ``input_ids`` (rows, length), the image tensors, and for packed rows
-            ``attention_mask`` (rows, 1, length, length) boolean and ``position_ids`` (rows, length), for rows of one question
-            ``attention_mask`` (rows, length) and what else the family's processor says about tokens.
+            ``attention_mask`` (rows, 1, length, length) boolean and ``position_ids`` (rows, length) or (dimensions, rows, length), for rows
+            of one question ``attention_mask`` (rows, length) and what else the family's processor says about tokens.
         valid: (rows, length) boolean, false on padding.
         image: (rows, length) boolean, true on image tokens.
         rows, columns: (targets,) where in the hidden states each answer token is predicted.
@@ -80,6 +82,8 @@ class PromptEncoder:
         suffix: Appended to each question, e.g. an instruction to answer in one word.
         answer_prefix: Put before the answer. ``None``: a space where the rendered prompt ends in neither space nor newline.
         family: The model's family; ``None``: one whose questions can share a prefix and whose tokens have no types.
+        rope: What makes the positions of a family that has :attr:`FamilyDeclaration.positions`: token ids, token types and the sizes of the
+            images to positions (dimensions, rows, tokens) and something else.
     """
 
     processor: Any
@@ -87,6 +91,7 @@ class PromptEncoder:
     suffix: str = ""
     answer_prefix: str | None = None
     family: FamilyDeclaration | None = None
+    rope: Callable[..., tuple[torch.Tensor, Any]] | None = None
     _eos: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +114,14 @@ class PromptEncoder:
         answer = self.processor.tokenizer(prefix + example.answer, add_special_tokens=False)["input_ids"]
         if not answer:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
-        return Encoded(prompt, [*answer, self._eos], self._types(inputs, len(answer)))
+        types = self._types(inputs, len(answer))
+        return Encoded(prompt, [*answer, self._eos], types, self._positions(inputs, [*prompt, *answer], types))
+
+    def _positions(self, inputs: dict[str, torch.Tensor], ids: list[int], types: torch.Tensor | None) -> torch.Tensor | None:
+        if self.rope is None or self.token_types is None or types is None:
+            return None
+        sizes = {name: value for name, value in inputs.items() if name.endswith("grid_thw")}
+        return self.rope(torch.tensor([ids]), **{self.token_types: types[None]}, **sizes)[0][:, 0]
 
     def _types(self, inputs: dict[str, torch.Tensor], answer: int) -> torch.Tensor | None:
         if self.family is None or self.family.token_types is None:
@@ -181,7 +193,8 @@ def pack_encoded(encoder: PromptEncoder, encoded: Sequence[Sequence[Encoded]], i
     else:
         same = segments[:, :, None] == segments[:, None, :]
         seen = (same | (segments[:, None, :] == 0)) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        inputs |= {"attention_mask": seen[:, None], "position_ids": _padded([x.positions for x in layouts], 0)}
+        positions = pad_sequence([layout.positions.T for layout in layouts], batch_first=True).movedim(-1, 0)
+        inputs |= {"attention_mask": seen[:, None], "position_ids": positions[0] if len(positions) == 1 else positions}
     offsets = itertools.accumulate((len(group) for group in encoded), initial=0)
     targets = [
         (row, *target[:2], offset + target[2]) for (row, layout), offset in zip(enumerate(layouts), offsets) for target in layout.targets
@@ -202,7 +215,7 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 class _Layout:
     ids: list[int]
     segments: list[int]
-    positions: list[int]
+    positions: torch.Tensor  # (dimensions, tokens)
     targets: list[tuple[int, int, int]]  # column, token id, question within the row
 
 
@@ -211,15 +224,16 @@ def _layout(group: Sequence[Encoded]) -> _Layout:
     # At least one prompt token stays outside the prefix, so that each question predicts its first answer token itself.
     shared = min(len(prompt) for prompt in prompts) - 1 if len(group) > 1 else 0
     prefix = next((i for i in range(shared) if any(p[i] != prompts[0][i] for p in prompts)), shared)
-    ids, segments, positions, targets = prompts[0][:prefix], [0] * prefix, list(range(prefix)), []
+    places = [torch.arange(len(item.prompt) + len(item.answer))[None] if item.positions is None else item.positions for item in group]
+    ids, segments, positions, targets = prompts[0][:prefix], [0] * prefix, [places[0][:, :prefix]], []
     for number, item in enumerate(group, start=1):
         tail = item.prompt[prefix:] + item.answer[:-1]  # the last answer token is predicted, never read
         first = len(ids) + len(item.prompt) - prefix - 1
         targets += [(first + i, token, number - 1) for i, token in enumerate(item.answer)]
         ids = ids + tail
         segments += [number] * len(tail)
-        positions += range(prefix, prefix + len(tail))
-    return _Layout(ids, segments, positions, targets)
+        positions.append(places[number - 1][:, prefix : prefix + len(tail)])
+    return _Layout(ids, segments, torch.cat(positions, 1), targets)
 
 
 def answer_logits(model: Any, batch: PackedBatch) -> torch.Tensor:

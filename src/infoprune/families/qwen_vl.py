@@ -26,7 +26,7 @@ def _qwen(model_type: str, vision: TowerDeclaration) -> FamilyDeclaration:
         projector="model.visual.merger",
         vision_towers={f"{model_type}_vision": vision},
         text_towers={f"{model_type}_text": LLAMA_STYLE},
-        shares_prefix=False,
+        positions="get_rope_index",
         token_types="mm_token_type_ids",
     )
 
