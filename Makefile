@@ -52,6 +52,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/quantise.py
+	$(BIN)/python benchmarks/graphs.py
 	$(BIN)/python benchmarks/tables.py
 
 # Hours; a stopped run goes on where it was.

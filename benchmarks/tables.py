@@ -241,6 +241,22 @@ def quantise() -> str:
     return table(["", "weights on disk", "accuracy", "drop from dense, points [95%]", "KL, nats"], cells) + text + source("quantise")
 
 
+def graphs() -> str:
+    rows, meta = load("graphs")["rows"], load("graphs")["meta"]
+    cells = []
+    for runtime in dict.fromkeys(row["runtime"] for row in rows):
+        dense, small = (next(r for r in rows if (r["runtime"], r["model"]) == (runtime, name)) for name in ("dense", "compressed"))
+        line = [runtime]
+        for part in ("prompt", "decode"):
+            was, now = (row["milliseconds"][part]["median"] for row in (dense, small))
+            line += [f"{was:.1f}", f"{now:.1f} ({was / now:.2f}x)"]
+        cells.append(line)
+    ratio = next(row["flops_ratio"] for row in rows if row["model"] == "compressed")
+    text = f"\n\n{ratio:.3f} of the FLOPs kept; {meta['answers_that_differ']} of {4 * meta['num_questions']} answers differ from PyTorch's."
+    header = ["runtime", "image and prompt, dense, ms", "compressed", "decode step, dense, ms", "compressed"]
+    return table(header, cells) + text + source("graphs")
+
+
 def refused() -> str:
     from infoprune.families import REFUSED
 
@@ -251,6 +267,7 @@ def refused() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "refused": refused,
+    "graphs": graphs,
     "quantise": quantise,
     "demo": demo,
     "ablation": ablation,

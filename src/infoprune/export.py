@@ -47,7 +47,7 @@ def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notif
     check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     stock = _stock(vlm)
     stock.generation_config = vlm.model.generation_config
-    probe = _probe(vlm)
+    probe = probe_inputs(vlm)
     expected = vlm.model(**probe).logits
     with written_aside(folder) as aside:
         stock.save_pretrained(aside)
@@ -60,7 +60,8 @@ def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notif
     return folder
 
 
-def _probe(vlm: VLM) -> dict[str, torch.Tensor]:
+def probe_inputs(vlm: VLM) -> dict[str, torch.Tensor]:
+    """A prompt about a noise image, to compare models on."""
     inputs = vlm.encoder.inputs([vlm.encoder.prompt("What is in the image?")], [Image.effect_noise((64, 48), 80).convert("RGB")])
     return {name: value.to(vlm.device) for name, value in inputs.items()}
 

@@ -16,20 +16,27 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A compressed checkpoint folder.")],
+    model: Annotated[str, typer.Argument(help="A compressed checkpoint folder; for onnx and openvino also a dense model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     to: Annotated[
-        str, typer.Option("--to", help="'dense': a stock checkpoint of the family, as large and as slow as the original.")
+        str,
+        typer.Option("--to", help="dense: a stock checkpoint of the family, as large and as slow as the original. onnx, openvino: graphs."),
     ] = "dense",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
     """Write compressed MODEL for tools that know its family but not infoprune."""
     from infoprune.errors import InfoPruneError
     from infoprune.export import export_dense
+    from infoprune.graphs import RUNTIMES, export_graphs
     from infoprune.model import load
 
-    if to != "dense":
-        raise InfoPruneError(f"Unknown format '{to}'. Known: dense.")
+    if to not in ("dense", *RUNTIMES):
+        raise InfoPruneError(f"Unknown format '{to}'. Known: dense, {', '.join(RUNTIMES)}.")
     progress = BarProgress()
-    folder = export_dense(load(model, notify=progress.note), output, overwrite=overwrite, notify=progress.note)
-    console.print(f"Wrote {folder}: the stock family, dense. It answers as the compressed model does, in the original's size and time.")
+    vlm = load(model, notify=progress.note)
+    if to == "dense":
+        folder = export_dense(vlm, output, overwrite=overwrite, notify=progress.note)
+        console.print(f"Wrote {folder}: the stock family, dense. It answers as the compressed model does, in the original's size and time.")
+        return
+    folder = export_graphs(vlm, output, to, overwrite=overwrite, notify=progress.note)
+    console.print(f"Wrote {folder}: graphs of vision tower, embedding, prefill and decode step. infoprune.graphs.Graphs runs them.")
