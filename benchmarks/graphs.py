@@ -2,7 +2,8 @@
 
     python benchmarks/graphs.py [--share S] [--repeats N]
 
-One test question, a batch of one, two threads; the models' rounds alternate. Checked: every runtime gives PyTorch's answers on 20 questions.
+One test question, a batch of one, two threads; the models' rounds alternate. Every runtime's answers to 20 questions are compared with
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     result = infoprune.compress(dense, "easy-vqa:train", flops=args.share)
     log(f"compressed to {result.flops_ratio:.3f} of the FLOPs")
     models = {"dense": dense, "compressed": result.vlm}
-    inputs = {name: value for name, value in prompt_inputs(dense.encoder, examples[0]).items()}
+    inputs = prompt_inputs(dense.encoder, examples[0])
     timers: dict[tuple[str, str], dict[str, Callable[[], Any]]] = {}
     differ = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,10 +57,8 @@ def main() -> None:
         for (name, runtime), parts in times.items()
     ]
     for row in rows:
-        log(
-            f"{row['model']}, {row['runtime']}: "
-            + ", ".join(f"{part} {value['median']:.1f} ms" for part, value in row["milliseconds"].items())
-        )
+        parts = ", ".join(f"{part} {value['median']:.1f} ms" for part, value in row["milliseconds"].items())
+        log(f"{row['model']}, {row['runtime']}: {parts}")
     write("graphs", rows, seeds=[0], data="easy-vqa:test", num_questions=CHECKED, answers_that_differ=differ, threads=THREADS)
 
 

@@ -222,7 +222,7 @@ class Graphs:
             raise InfoPruneError(f"The prompt has {int(image.sum())} image tokens, and the image {len(features)} features.")
         embeddings[image] = features
         tokens = input_ids.shape[1]
-        logits, *cache = self._run["prefill"]([embeddings, _causal(tokens).numpy(), np.arange(tokens)[None]])
+        logits, *cache = self._run["prefill"]([embeddings, np.tri(tokens, dtype=bool)[None, None], np.arange(tokens)[None]])
         return logits[0, -1], cache
 
     def decode(self, token: int, position: int, cache: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
