@@ -22,7 +22,7 @@ from infoprune.criteria.heads import (
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
 from infoprune.linalg import root_and_inverse, symmetric_power
 
-SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16)
+SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 
 
 def random_block(seed: int = 0, site: AttentionSite = SITE, duplicate: tuple[int, int] | None = None) -> tuple[Block, torch.Tensor]:
