@@ -8,6 +8,7 @@ Models are tiny and random, one per family and combination of towers, with the f
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,9 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "capabilities.json"
-        command = [sys.executable, "-m", "pytest", "-q", "tests/test_families.py", "--capabilities", str(found)]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        suites = ["tests/test_families.py", "tests/test_export.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *suites, "--capabilities", str(found)]
+        code = subprocess.run(command, cwd=ROOT, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if not found.is_file():
             sys.exit(f"The suite did not run to its end (status {code}).")
         records = json.loads(found.read_text())
