@@ -1,7 +1,7 @@
 """Trained heads and recovery on the demo model: how many fewer FLOPs, how much faster, at what loss on the whole test split.
 
     python benchmarks/headline.py [--parts curve arms ablation] [--shares S ...] [--seeds N ...]
-        [--arm-shares S ...] [--questions N]
+        [--arm-shares S ...] [--arms NAME ...] [--questions N]
 
 ``curve``: trained heads, low-rank FFNs and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs, and the same recovery of the uncut
 model. ``arms``: trained, training-free and random heads under the same FFN treatment and the same short recovery, three seeds, at
@@ -32,6 +32,7 @@ WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.2, 0.125, 0.5, 1.0)
 ARM_SHARES = (1 / 3.2, 0.125)
 SEEDS = (0, 1, 2)
+ARMS = {"trained": "trained", "training-free": "information-loss", "random": "random"}
 CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time"}
 ATTENTION = 1.28  # share of the attention's time that gates keep, over the share of the model's FLOPs
 UNCUT = {"heads": "none", "ffn": "none", "recovery": "full"}
@@ -57,8 +58,9 @@ class Run:
 
 
 def runs(
-    parts: list[str], shares: Sequence[float] = SHARES, seeds: Sequence[int] = SEEDS, arm_shares: Sequence[float] = ARM_SHARES
-) -> list[Run]:
+    parts: list[str], shares: Sequence[float] = SHARES, seeds: Sequence[int] = SEEDS, arm_shares: Sequence[float] = ARM_SHARES,
+    arms: Sequence[str] = tuple(ARMS),
+) -> list[Run]:  # fmt: skip
     found = []
     if "curve" in parts:
         found += [
@@ -66,12 +68,12 @@ def runs(
             for share in shares
         ]
     if "arms" in parts:
-        arms = {"trained": "trained", "training-free": "information-loss", "random": "random"}
         found += [
             Run("arms", name, share, seed, SHORT | {"heads": heads, "recovery": "full"})
             for share in arm_shares
             for seed in seeds
-            for name, heads in arms.items()
+            for name, heads in ARMS.items()
+            if name in arms
         ]
     if "ablation" in parts:
         cases = {"all terms": {}} | {f"without {term.removesuffix('_weight')}": {term: 0.0} for term in TERMS}
@@ -133,13 +135,14 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the curve")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the arms")
     parser.add_argument("--arm-shares", type=float, nargs="+", default=ARM_SHARES, help="of the arms")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     path = RESULTS / "headline.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     dense = infoprune.load("demo", notify=log)
     examples = whole_images("test", args.questions)
-    wanted = {run.folder.name: run for run in runs(args.parts, args.shares, args.seeds, args.arm_shares)}
+    wanted = {run.folder.name: run for run in runs(args.parts, args.shares, args.seeds, args.arm_shares, args.arms)}
     done = {row["folder"] for row in rows if row["num_questions"] == len(examples)}
     rows = [row for row in rows if row["folder"] not in wanted or row["folder"] in done]
     pending = []
