@@ -58,14 +58,10 @@ def _fail(message: str, status: int) -> None:
 
 
 def _quiet_libraries() -> None:
-    # Other libraries' bars and notices would drown ours; their errors still arrive as exceptions. Transformers imports torchao where it is
-    # installed, and torchao tells of every kernel that this machine can't load.
-    import torch
-
-    for name in ("torchao", "torch", torch.utils._pytree.__name__):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # Other libraries' bars and notices would drown ours; their errors still arrive as exceptions.
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
