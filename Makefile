@@ -24,11 +24,16 @@ demo: $(VENV)/installed
 	@echo "== dense and compressed on $(LIMIT) test questions"
 	$(BIN)/infoprune evaluate $(OUTPUT) --against demo --data easy-vqa:test --limit $(LIMIT)
 
-test: $(VENV)/installed
+# Apart from the rest: Transformers imports torchao wherever it finds it, and torchao tells of every kernel that this machine can't load.
+$(VENV)/torchao/installed: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check -q --upgrade --no-deps -c constraints.txt --target $(VENV)/torchao torchao
+	touch $@
+
+test: $(VENV)/installed $(VENV)/torchao/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # The families' suite once more, with the lowest version of Transformers that is supported.
 test-lowest: $(VENV)/installed
@@ -41,7 +46,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/pyright
 
-benchmarks: $(VENV)/installed
+benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/ffn.py
@@ -51,7 +56,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/families.py
-	$(BIN)/python benchmarks/quantise.py
+	PYTHONPATH=$(VENV)/torchao $(BIN)/python benchmarks/quantise.py
 	$(BIN)/python benchmarks/graphs.py
 	$(BIN)/python benchmarks/tables.py
 
