@@ -60,7 +60,8 @@ def main() -> None:
         packages = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout.split()
         log("asking")
         command = [python, "-c", ASK, str(args.folder.resolve()), str(example.image), vlm.encoder.prompt(example.question)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout)
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
+        found = json.loads(output.splitlines()[-1])  # libraries may print before
     log(f"there: {found['answer']!r} by {found['model']}; here: {here!r}; reference: {example.answer!r}")
     if found["answer"] != here:
         sys.exit("The answers differ.")

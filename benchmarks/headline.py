@@ -32,6 +32,7 @@ WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.2, 0.125, 0.5, 1.0)
 ARM_SHARES = (1 / 3.2, 0.125)
 SEEDS = (0, 1, 2)
+FILES = {"curve": "headline", "arms": "arms", "ablation": "terms"}  # result files
 ARMS = {"trained": "trained", "training-free": "information-loss", "random": "random"}
 CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time"}
 ATTENTION = 1.28  # share of the attention's time that gates keep, over the share of the model's FLOPs
@@ -138,11 +139,17 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
-    path = RESULTS / "headline.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     dense = infoprune.load("demo", notify=log)
     examples = whole_images("test", args.questions)
-    wanted = {run.folder.name: run for run in runs(args.parts, args.shares, args.seeds, args.arm_shares, args.arms)}
+    for part in args.parts:
+        measure(FILES[part], runs([part], args.shares, args.seeds, args.arm_shares, args.arms), dense, examples)
+
+
+def measure(file: str, wanted_runs: Sequence[Run], dense: infoprune.VLM, examples: list) -> None:
+    """Make, score and time what a result file lacks."""
+    path = RESULTS / f"{file}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    wanted = {run.folder.name: run for run in wanted_runs}
     done = {row["folder"] for row in rows if row["num_questions"] == len(examples)}
     rows = [row for row in rows if row["folder"] not in wanted or row["folder"] in done]
     pending = []
@@ -154,6 +161,7 @@ def main() -> None:
             rows.append({"method": f"infoprune:{run.name}", "budget": run.share, "folder": run.folder.name, "error": str(error),
                          "num_questions": len(examples)})  # fmt: skip
             log(f"{run.folder.name}: {error}")
+    facts = {"seeds": sorted({run.seed for run in wanted_runs}), "data": "easy-vqa:test", "num_questions": len(examples)}
     for start in range(0, len(pending), TOGETHER):
         chunk = pending[start : start + TOGETHER]
         log(f"scoring {len(examples)} questions with the dense model and {', '.join(run.folder.name for run in chunk)}")
@@ -162,9 +170,9 @@ def main() -> None:
         for run, model, score in zip(chunk, models, scores, strict=True):
             rows.append(row_of(run, model, quality.comparison(reference, score, examples)))
             log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")
-        write("headline", rows, seeds=[0, 1, 2], data="easy-vqa:test", num_questions=len(examples))
+        write(file, rows, **facts)
     time_curve(rows, dense, examples)
-    write("headline", rows, seeds=[0, 1, 2], data="easy-vqa:test", num_questions=len(examples))
+    write(file, rows, **facts)
 
 
 def time_curve(rows: list[dict[str, Any]], dense: infoprune.VLM, examples: list) -> None:

@@ -155,12 +155,12 @@ def arms() -> str:
 
 
 def terms() -> str:
-    return _groups("ablation", "objective")
+    return _groups("terms", "objective")
 
 
-def _groups(part: str, title: str) -> str:
-    """Rows of one part of the headline file, seeds together. Their own commits and processors are named: runs of several days share it."""
-    rows = [r for r in load("headline")["rows"] if r.get("part") == part and "error" not in r]
+def _groups(file: str, title: str) -> str:
+    """Rows with the same name and budget together, whatever their seeds."""
+    rows = [r for r in load(file)["rows"] if "error" not in r]
     cells = []
     for budget, name in dict.fromkeys((row["budget"], row["name"]) for row in rows):
         found = [row for row in rows if (row["budget"], row["name"]) == (budget, name)]
@@ -170,10 +170,9 @@ def _groups(part: str, title: str) -> str:
             spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
             line.append(form.format(sum(values) / len(values)) + spread)
         cells.append(line)
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     questions = ", ".join(dict.fromkeys(f"{row['num_questions']:,}" for row in rows))
     header = ["fewer FLOPs", title, "seeds", "accuracy", "drop, points", "KL, nats"]
-    return table(header, cells) + f"\n\n`python benchmarks/headline.py --parts {part}`, {questions} test questions; commit {commits}."
+    return table(header, cells) + f"\n\n{questions} test questions." + source(file)
 
 
 def training_speed() -> str:
