@@ -39,7 +39,7 @@ processor = AutoProcessor.from_pretrained(folder)
 inputs = processor(text=[prompt], images=[[Image.open(image).convert("RGB")]], return_tensors="pt")
 new = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1]:]
 answer = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-print(json.dumps({"model": type(model).__name__, "answer": answer, "refused": refused}))
+print("found " + json.dumps({"model": type(model).__name__, "answer": answer, "refused": refused}))
 """
 
 
@@ -61,7 +61,10 @@ def main() -> None:
         log("asking")
         command = [python, "-c", ASK, str(args.folder.resolve()), str(example.image), vlm.encoder.prompt(example.question)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
-        found = json.loads(output.splitlines()[-1])  # libraries may print before
+        lines = [line.removeprefix("found ") for line in output.splitlines() if line.startswith("found ")]  # libraries print, too
+        if len(lines) != 1:
+            sys.exit(f"The new environment printed no answer but: {output}")
+        found = json.loads(lines[0])
     log(f"there: {found['answer']!r} by {found['model']}; here: {here!r}; reference: {example.answer!r}")
     if found["answer"] != here:
         sys.exit("The answers differ.")

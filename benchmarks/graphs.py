@@ -26,6 +26,8 @@ from infoprune.graphs import Graphs, export_graphs
 
 THREADS = 2
 CHECKED = 20
+Parts = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]  # by name: what to prepare untimed, and what to time
+Timers = dict[tuple[str, str], Parts]
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
     log(f"compressed to {result.flops_ratio:.3f} of the FLOPs")
     models = {"dense": dense, "compressed": result.vlm}
     inputs = prompt_inputs(dense.encoder, examples[0])
-    timers: dict[tuple[str, str], dict[str, Callable[[], Any]]] = {}
+    timers: Timers = {}
     differ = 0
     with tempfile.TemporaryDirectory() as scratch:
         for name, vlm in models.items():
@@ -63,29 +65,38 @@ def main() -> None:
 
 
 @torch.no_grad()
-def torch_parts(vlm: infoprune.VLM, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
-    """Whole prompt (image included) and one further token."""
-    model, tokens = vlm.model, inputs["input_ids"].shape[1]
+def torch_parts(vlm: infoprune.VLM, inputs: dict[str, torch.Tensor]) -> Parts:
+    """Whole prompt (image included), and one further token behind it."""
+    model = vlm.model
 
     @torch.no_grad()
     def prompt() -> Any:
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
-    held = [prompt().past_key_values]
+    held: list[Any] = []
+
+    def fill() -> None:
+        held[:] = [prompt().past_key_values]
 
     @torch.no_grad()
     def decode() -> None:
         model(input_ids=inputs["input_ids"][:, -1:], past_key_values=held[0], use_cache=True, logits_to_keep=1)
-        held[0].crop(tokens)
 
-    return {"prompt": prompt, "decode": decode}
+    return {"prompt": (nothing, prompt), "decode": (fill, decode)}
 
 
-def graph_parts(graphs: Graphs, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
+def nothing() -> None:
+    pass
+
+
+def graph_parts(graphs: Graphs, inputs: dict[str, torch.Tensor]) -> Parts:
     """The same for graphs."""
     ids, pixels = inputs["input_ids"].numpy(), inputs["pixel_values"].numpy()
     _, cache = graphs.prefill(ids, pixels)
-    return {"prompt": lambda: graphs.prefill(ids, pixels), "decode": lambda: graphs.decode(int(ids[0, -1]), ids.shape[1], cache)}
+    return {
+        "prompt": (nothing, lambda: graphs.prefill(ids, pixels)),
+        "decode": (nothing, lambda: graphs.decode(int(ids[0, -1]), ids.shape[1], cache)),
+    }
 
 
 def answer(vlm: infoprune.VLM, example: infoprune.Example) -> list[int]:
@@ -99,14 +110,16 @@ def graph_answer(graphs: Graphs, vlm: infoprune.VLM, example: infoprune.Example)
     return graphs.generate(inputs["input_ids"].numpy(), inputs["pixel_values"].numpy(), 8)
 
 
-def measure(timers: dict[tuple[str, str], dict[str, Callable[[], Any]]], repeats: int) -> dict[tuple[str, str], dict[str, Any]]:
+def measure(timers: Timers, repeats: int) -> dict[tuple[str, str], dict[str, Any]]:
     """Median and quartiles in milliseconds, all models in turn, the order alternating."""
     samples: dict[Any, list[float]] = {(key, part): [] for key, parts in timers.items() for part in parts}
     for number in range(repeats + 3):
         keys = list(timers) if number % 2 == 0 else list(timers)[::-1]
         for key in keys:
-            for part, run in timers[key].items():
+            for part, (prepare, run) in timers[key].items():
+                prepare()
                 run()
+                prepare()
                 start = time.perf_counter()
                 run()
                 if number >= 3:
