@@ -35,7 +35,7 @@ try:
 except ValueError as error:
     refused = str(error).splitlines()[0]
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-processor = AutoProcessor.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(text=[prompt], images=[[Image.open(image).convert("RGB")]], return_tensors="pt")
 new = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1]:]
 answer = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
