@@ -33,7 +33,7 @@ try:
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
     raise SystemExit("loaded without its code")
 except ValueError as error:
-    refused = str(error).splitlines()[0]
+    refused = type(error).__name__
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(text=[prompt], images=[[Image.open(image).convert("RGB")]], return_tensors="pt")
@@ -57,7 +57,9 @@ def main() -> None:
         wanted = [f"torch=={torch.__version__.partition('+')[0]}", f"transformers=={transformers.__version__}", "pillow"]
         subprocess.run([python, "-m", "pip", "install", "-q", wanted[0]], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
-        packages = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout.split()
+        packages = subprocess.run(
+            [python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True
+        ).stdout.split()
         log("asking")
         command = [python, "-c", ASK, str(args.folder.resolve()), str(example.image), vlm.encoder.prompt(example.question)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
