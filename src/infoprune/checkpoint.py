@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from infoprune import modeling_infoprune as modeling
-from infoprune.errors import CheckpointError, InfoPruneError
+from infoprune.errors import CheckpointError
 from infoprune.families import FAMILIES
 from infoprune.model import VLM, load
 
@@ -116,9 +117,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside = Path(scratch) / folder.name
         try:
             yield aside
-        except InfoPruneError:
-            raise
-        except Exception as error:  # the safetensors library reports a full disk as its own error type
+        except (OSError, SafetensorError) as error:  # the safetensors library reports a full disk as its own error type
             raise CheckpointError(
                 f"The checkpoint could not be written to {folder}: {error}. Is the disk full? Nothing was kept."
             ) from error

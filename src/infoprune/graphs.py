@@ -79,6 +79,8 @@ def export_graphs(
         UnsupportedModelError: The family's language model reads more than embeddings and positions, or its tower more than pixels.
         CheckpointError: A package is missing, or what the runtime answers differs from PyTorch.
     """
+    if to not in RUNTIMES:
+        raise InfoPruneError(f"Unknown format '{to}'. Known: {', '.join(RUNTIMES)}.")
     _require("onnxscript", RUNTIMES[to])
     folder = Path(folder).expanduser()
     check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
@@ -101,7 +103,8 @@ def _require(*packages: str) -> None:
     from importlib.util import find_spec
 
     if missing := [package for package in packages if find_spec(package) is None]:
-        raise CheckpointError(f"This needs {' and '.join(missing)}: pip install 'infoprune[onnx]'.")
+        extra = "openvino" if "openvino" in packages else "onnx"
+        raise CheckpointError(f"This needs {' and '.join(missing)}: pip install 'infoprune[{extra}]'.")
 
 
 def _check_supported(vlm: VLM, probe: dict[str, torch.Tensor]) -> None:
@@ -200,7 +203,12 @@ class Graphs:
 
     def __post_init__(self) -> None:
         _require(self.runtime)
-        self._facts = json.loads((self.folder / "graphs.json").read_text(encoding="utf-8"))
+        try:
+            self._facts = json.loads((self.folder / "graphs.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder} holds no graphs that can be read ({error}). Write them with 'infoprune export'."
+            ) from error
         make = {"onnxruntime": _onnxruntime, "openvino": _openvino}[self.runtime]
         self._run = {name: make(self._file(name), self.threads) for name in GRAPHS}
 
@@ -236,8 +244,10 @@ class Graphs:
         """Greedy answer, without the end-of-sequence token."""
         logits, cache = self.prefill(input_ids, pixel_values)
         answer: list[int] = []
-        while len(answer) < max_new_tokens and int(logits.argmax()) != self._facts["eos_token_id"]:
+        while int(logits.argmax()) != self._facts["eos_token_id"]:
             answer.append(int(logits.argmax()))
+            if len(answer) == max_new_tokens:
+                break
             logits, cache = self.decode(answer[-1], input_ids.shape[1] + len(answer) - 1, cache)
         return answer
 
