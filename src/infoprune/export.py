@@ -19,6 +19,7 @@ from infoprune.model import VLM, load
 from infoprune.modeling_infoprune import ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.plan import CompressionPlan, HeadDecision
 from infoprune.resolve import family_of, resolve
+from infoprune.surgery import kept_places
 
 TOLERANCE = 1e-4  # of the largest logit
 FLAGS = {"attention": "attention_bias", "ffn": "mlp_bias"}  # what a configuration may call biases that its family usually goes without
@@ -139,14 +140,7 @@ def _attention(block: Any, stock: nn.Module, site: AttentionSite, decision: Head
     found = {name: torch.zeros(p.shape, device=reference.device, dtype=reference.dtype) for name, p in stock.named_parameters()}
     if isinstance(block, ConstantAttention):
         return found | {f"{names.out}.bias": block.bias.detach()}
-    width, head = site.unit_width, site.head_dim
-    columns = torch.cat([torch.arange(u * width, (u + 1) * width) for u in decision.keep_units])
-    keys = torch.cat([torch.arange(u * head, (u + 1) * head) for u in decision.keep_units])
-    places = {names.query: columns}
-    if names.qkv:
-        places = {names.qkv: torch.cat([columns + part * site.num_units * width for part in range(3)])}
-    elif not site.multi_query:
-        places |= {names.key: keys, names.value: keys}
+    columns, places = kept_places(site, decision.keep_units)
     for name, value in block.state_dict().items():
         linear = name.rpartition(".")[0]
         if name == f"{names.out}.weight":

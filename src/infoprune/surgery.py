@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
     names = site.names
     old = {name: getattr(attention, name) for name in (*names.projections, names.out)}
     kept = list(decision.keep_units)
-    columns = torch.tensor([c for u in kept for c in range(u * site.unit_width, (u + 1) * site.unit_width)], dtype=torch.long)
+    columns, rows = kept_places(site, kept)
     if decision.compensate:
         weight, correction = compensate(block_of(site, statistics, old[names.out].weight.cpu()), kept)
     else:
@@ -91,7 +91,7 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
     if not kept:
         _set_bias(getattr(parent, name), old[names.out].bias, correction)
         return
-    for name, index in _rows(site, columns, kept).items():
+    for name, index in rows.items():
         new = getattr(attention, name)
         new.weight.copy_(old[name].weight[index])
         if new.bias is not None:
@@ -102,15 +102,19 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
         _set_bias(out, old[names.out].bias, correction)
 
 
-def _rows(site: AttentionSite, columns: torch.Tensor, kept: list[int]) -> dict[str, torch.Tensor]:
-    """Which rows of the input projections stay, by name."""
-    names = site.names
+def kept_places(site: AttentionSite, kept: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Where the units ``kept`` are in the dense block: columns of the output projection, and rows of the input projections by name."""
+    names, columns = site.names, _places(kept, site.unit_width)
     if names.qkv:
-        return {names.qkv: torch.cat([columns + part * site.num_units * site.unit_width for part in range(3)])}
+        return columns, {names.qkv: torch.cat([columns + part * site.num_units * site.unit_width for part in range(3)])}
     if site.multi_query:
-        return {names.query: columns}
-    key_rows = torch.cat([torch.arange(u * site.head_dim, (u + 1) * site.head_dim) for u in kept])
-    return {names.query: columns, names.key: key_rows, names.value: key_rows}
+        return columns, {names.query: columns}
+    keys = _places(kept, site.head_dim)
+    return columns, {names.query: columns, names.key: keys, names.value: keys}
+
+
+def _places(units: Sequence[int], width: int) -> torch.Tensor:
+    return torch.tensor([place for unit in units for place in range(unit * width, (unit + 1) * width)], dtype=torch.long)
 
 
 def _set_bias(linear: Any, original: torch.Tensor | None, correction: torch.Tensor | None) -> None:
