@@ -1,10 +1,10 @@
-"""One image, one question, one answer."""
+"""One image, one question, and the answers that people gave."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -19,12 +19,18 @@ class Example:
     Attributes:
         image: Path of the image file; examples with equal paths share their image's tokens when packed.
         question: What is asked, without image markers.
-        answer: The reference answer, without surrounding white space.
+        answer: The reference answer, without surrounding white space: what training aims at and exact match compares with.
+        id: The question's id in its data set, unique there; ``None`` where the data has none.
+        answers: All that people answered, where a benchmark's metric weighs several; empty: ``answer`` alone.
+        kinds: Names and values by which figures are broken down, e.g. ``{"answer_type": "yes/no"}``.
     """
 
     image: Path
     question: str
     answer: str
+    id: str | None = None
+    answers: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def load_image(self) -> Image.Image:
         """Read the image as RGB.
