@@ -235,12 +235,12 @@ def _learn_heads(
     vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, probe: dict[str, torch.Tensor],
     options: CompressionOptions, run: TrainingRun,
 ) -> LearnedHeads:  # fmt: skip
-    """Gates start from the training-free losses, and by default get the share of the attention's cost that the allocation gives it."""
+    """Gates start from the training-free choice under the same cost, by default with the share that the allocation gives attention."""
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     target = run.options.attention_share or attention_share(solved, decisions, workload)
     costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe))
-    return run.learn_heads(vlm, sites, blocks, costs, target, unit_percentiles(solved, workload), compensated=options.compensate)
+    return run.learn_heads(vlm, sites, blocks, costs, target, unit_percentiles(solved, costs, target), compensated=options.compensate)
 
 
 def _check_gates(

@@ -22,6 +22,7 @@ from infoprune.options import NONE, TRAINED, CompressionOptions
 from infoprune.plan import FFNDecision, HeadDecision, max_rank
 from infoprune.spectrum import ks_distance, rank_for_ks
 from infoprune.surgery import factorizations
+from infoprune.training.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -153,20 +154,35 @@ def attention_share(solved: list[SolvedSite], decisions: Decisions, workload: Wo
     return kept / sum(attention_flops(site, site.num_units, workload) for site in blocks)
 
 
-def unit_percentiles(solved: list[SolvedSite], workload: Workload) -> list[float]:
-    """Place of every unit, block by block, among all units by marginal loss per FLOP: 0 for the first to go, near 1 for the last.
+def unit_percentiles(solved: list[SolvedSite], costs: Costs, target: float) -> list[float]:
+    """Place of every unit, block by block, among all units: 0 for the first to go, near 1 for the last.
 
-    Units that must stay come last.
+    First come those that go in the cheapest set-wise information loss that meets the budget, then the others, each kind by marginal loss
+    per cost; units that must stay come last.
+
+    Args:
+        solved: Sites; their attention blocks are those of ``costs``, in its order.
+        costs: What blocks and units cost.
+        target: Share of their dense cost that remains.
+
+    Raises:
+        BudgetError: What must stay takes more.
     """
-    worth = []
-    for item in solved:
-        if isinstance(item.site, AttentionSite):
-            assert item.removal is not None
-            losses, cost = item.removal.losses, _dense_cost(item.site, workload) / item.site.num_units
-            own = [math.inf] * item.site.num_units
-            for place, unit in enumerate(item.removal.order):
-                own[unit] = (losses[place + 1] - losses[place]) * item.tokens / cost
-            worth += own
+    blocks = [
+        (item.site, item.removal, item.tokens) for item in solved if isinstance(item.site, AttentionSite) and item.removal is not None
+    ]
+    groups = [
+        [Option(costs.block(number, site.num_units - gone), loss * tokens, gone) for gone, loss in enumerate(removal.losses)]
+        for number, (site, removal, tokens) in enumerate(blocks)
+    ]
+    chosen = allocate(groups, target * costs.dense * (1 + 1e-9))
+    worth: list[tuple[bool, float]] = []
+    for (site, removal, _), group, option in zip(blocks, groups, chosen, strict=True):
+        own = [(True, math.inf)] * site.num_units
+        for place, unit in enumerate(removal.order):
+            saved = max(group[place].cost - group[place + 1].cost, 1e-30)
+            own[unit] = (place >= option.choice, (group[place + 1].loss - group[place].loss) / saved)
+        worth += own
     order = sorted(range(len(worth)), key=lambda index: worth[index])
     percentiles = [0.0] * len(worth)
     for place, index in enumerate(order):

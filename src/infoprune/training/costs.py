@@ -41,6 +41,11 @@ class Costs:
         """With all units."""
         return float(self.fixed.sum() + self.unit.sum())
 
+    def block(self, number: int, units: int) -> float:
+        """Cost of one block with ``units`` of its units."""
+        step = float(self.unit[self.owner == number][0])
+        return (float(self.fixed[number]) + units * step) if units or self.always[number] else 0.0
+
     def share(self, open_: torch.Tensor) -> torch.Tensor:
         """Expected share of the dense cost when units are open with independent probabilities ``open_`` (units,), float64.
 

@@ -18,12 +18,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from scipy.optimize import root_scalar
 from torch import nn
 
 from infoprune.architecture import AttentionSite
+from infoprune.training.costs import Costs
 
 STRETCH_LOW, STRETCH_HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
-INITIAL = 1.5  # open with probability 0.96
 # P(z != 0) = sigmoid(a - b ln(-low / high)), so a gate is more likely open than not above this a.
 OPEN_SHIFT = -TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)
 
@@ -54,6 +55,29 @@ def deterministic_gate(log_alpha: torch.Tensor) -> torch.Tensor:
     return (torch.sigmoid(log_alpha) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
 
+def start_locations(percentiles: torch.Tensor, spread: float, costs: Costs, target: float) -> torch.Tensor:
+    """Locations a = spread (percentile - 1/2) + shift, the shift being such that the expected cost is the target from the first step.
+
+    Training then moves gates against each other within the budget. Gates that all start open have to be driven there first, by a penalty
+    that for most of the training outweighs what the data say.
+
+    Args:
+        percentiles: (units of all blocks,) place of each unit in a ranking, 0 for the first to go.
+        spread: How far the first and the last start apart; 0: all equal.
+        costs: Of the units.
+        target: Share of their dense cost, in (0, 1].
+    """
+    centred = (percentiles.double() - 0.5) * spread
+    far = spread + 30.0  # beyond it all gates are open, or all shut
+
+    def excess(shift: float) -> float:
+        return float(costs.share(open_probability(centred + shift))) - target
+
+    if excess(far) <= 0 or excess(-far) >= 0:  # everything may stay, or even what must stay is too much, which binarising will say
+        return (centred + (far if excess(far) <= 0 else -far)).float()
+    return (centred + root_scalar(excess, bracket=(-far, far), xtol=1e-9).root).float()
+
+
 class HeadGates(nn.Module):
     """One gate per unit of every gated block.
 
@@ -63,7 +87,7 @@ class HeadGates(nn.Module):
         values: The gates in force, by path; ``None``: all open, the dense model.
     """
 
-    def __init__(self, sites: list[AttentionSite], initial: float | torch.Tensor = INITIAL) -> None:
+    def __init__(self, sites: list[AttentionSite], initial: float | torch.Tensor = 0.0) -> None:
         super().__init__()
         self.sites = sites
         self.log_alpha = nn.Parameter(torch.zeros(sum(site.num_units for site in sites)) + initial)

@@ -1,14 +1,15 @@
-"""Training-based head pruning: train gates under the objective and the budget, then choose what stays, exactly within the budget."""
+"""Training-based head pruning: train gates under the objective and the budget, choose what stays exactly within it, on validation data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from infoprune.architecture import AttentionSite
 from infoprune.criteria.heads import Block
 from infoprune.data import Example
 from infoprune.errors import BudgetError, PlanError
@@ -24,8 +25,35 @@ from infoprune.training.structure import BlockStructure, dense_structure, leave_
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
 
 
+@dataclass
+class BestGates:
+    """The validated choice with the least loss so far.
+
+    Attributes:
+        open: (units of all blocks,) 1 for the units to keep.
+        loss: Data terms of the objective on the validation questions, nats per answer token.
+        step: Updates before it; 0: the training-free choice that gates start from.
+        losses: All validations, by step.
+    """
+
+    open: torch.Tensor
+    loss: float = float("inf")
+    step: int = -1
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def update(self, open_: torch.Tensor, loss: float, step: int) -> None:
+        """Take a validation into account."""
+        self.losses[step] = loss
+        if loss < self.loss:
+            self.open, self.loss, self.step = open_, loss, step
+
+
 class GateStage:
-    """The stage that trains gates; its model stays dense, and is its own teacher with all gates open."""
+    """The stage that trains gates; its model stays dense, and is its own teacher with all gates open.
+
+    Sampled gates that train well may still binarise badly, and the choice that they start from is a good one, so what is kept is
+    decided on validation questions: the units that the gates would keep at the start, every so many steps, and at the end.
+    """
 
     name = "gates"
 
@@ -37,15 +65,19 @@ class GateStage:
         costs: Costs,
         target: float,
         options: TrainingOptions,
+        validation: Callable[[], Iterable[PackedBatch]],
         *,
         compensated: bool,
         seed: int,
+        autocast: bool = False,
         extra: dict[str, torch.nn.Parameter] | None = None,
         without_extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
         cache: VisionCache | None = None,
     ) -> None:
         self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
         self.compensated, self.seed, self.cache, self.without_extra = compensated, seed, cache, without_extra
+        self.validation, self.autocast = validation, autocast
+        self.best = BestGates(torch.ones_like(gates.log_alpha, device="cpu"))
         self.steps = options.gate_steps
         self.budget = objective.Budget(target)
         self.dense = {path: dense_structure(block) for path, block in blocks.items()}
@@ -63,13 +95,10 @@ class GateStage:
         """Constant: the budget's multipliers need gates that can still move at the end."""
         return self.options.gate_rate
 
-    def warmed(self, step: int) -> float:
-        """Progress of the warm-up, in [0, 1]."""
-        length = self.options.warmup * self.steps
-        return min(1.0, (step + 1) / length) if length >= 1 else 1.0
-
     def begin(self, step: int) -> None:
         """Refresh what calibration tells, and name this step's draw of the gates; each backward pass samples it anew."""
+        if step == 0:
+            self.validate(step)
         if step % self.options.refresh == 0:
             self.refresh(self.gates.log_alpha.detach().clone())
             self.trajectory.append(deterministic_gate(self.gates.log_alpha.detach()).tolist())
@@ -82,10 +111,8 @@ class GateStage:
         for path, z in self.gates.by_site(deterministic_gate(log_alpha)).items():
             if path in before and torch.equal(before[path], z):  # nothing moved
                 continue
-            found = structure_of(self.blocks[path], self.dense[path], z, compensated=self.compensated)
-            self.structures[path] = found
-            if self.compensated:
-                self.gates.compensate_(path, found.coefficient, found.mean)
+            self.structures[path] = structure_of(self.blocks[path], self.dense[path], z, compensated=self.compensated)
+        self._compensate()
 
     def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
         """Cross-entropy and distillation."""
@@ -104,31 +131,67 @@ class GateStage:
 
     def shared_terms(self, step: int) -> Terms:
         """Rate, KS and budget, functions of the gates alone."""
-        o, progress, sampled = self.options, self.warmed(step), self.gates.sample_(self._draw)
+        o, sampled = self.options, self.gates.sample_(self._draw)
         cost = self.costs.to(self.gates.log_alpha.device).share(open_probability(self.gates.log_alpha).double())
         return {
-            "rate": (o.rate_weight * progress, objective.relative_rate(self.structures, sampled)),
+            "rate": (o.rate_weight, objective.relative_rate(self.structures, sampled)),
             "ks": (o.ks_weight, objective.mean_ks(self.structures, sampled)),
-            "budget": (1.0, self.budget.penalty(cost, progress).float()),
+            "budget": (1.0, self.budget.penalty(cost).float()),
             "cost": (0.0, cost.float()),
         }
 
     def end(self, step: int, values: dict[str, float]) -> bool:
-        """Ascend the multipliers; gates never stop early, their budget must converge."""
-        self.budget.ascend(values["cost"], self.warmed(step), self.options.multiplier_rate)
-        values |= {"target": self.budget.at(self.warmed(step)), "mu_1": self.budget.linear, "mu_2": self.budget.quadratic}
+        """Ascend the multipliers and validate now and then; gates never stop early, their budget must converge."""
+        self.budget.ascend(values["cost"], self.options.multiplier_rate)
+        values |= {"mu_1": self.budget.linear, "mu_2": self.budget.quadratic}
+        if (step + 1) % self.options.evaluate_every == 0 or step + 1 == self.steps:
+            values["validation"] = self.validate(step + 1)
         return False
 
+    @torch.no_grad()
+    def validate(self, step: int) -> float:
+        """Data terms of the objective, per answer token of the validation questions, with the gates that binarising leaves open."""
+        kept = binarise(self.gates, self.costs, self.budget.target)
+        close_(self.gates, self.blocks, kept, compensated=self.compensated)
+        o, total, targets = self.options, 0.0, 0
+        for batch in self.validation():
+            with torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=self.autocast):
+                logits = answer_logits(self.model, batch)
+                with self.gates.opened(), self.without_extra():
+                    teacher = answer_logits(self.model, batch)
+            total += o.cross_entropy_weight * float(objective.cross_entropy(logits, batch.targets))
+            total += o.distillation_weight * float(objective.distillation(logits, teacher, o.distillation_temperature))
+            targets += len(batch.targets)
+        self._compensate()
+        if len(self.parameters) > 1:  # weights train along, so earlier choices were validated with other ones
+            self.best.loss = float("inf")
+        self.best.update(torch.cat([z.cpu() for z in gates_of(self.gates.sites, kept).values()]), total / targets, step)
+        return total / targets
+
+    def _compensate(self) -> None:
+        if self.compensated:
+            for path, found in self.structures.items():
+                self.gates.compensate_(path, found.coefficient, found.mean)
+
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        """Units to keep by path: the best validated choice."""
+        return {path: z.nonzero().flatten().tolist() for path, z in self.gates.by_site(self.best.open).items()}
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Multipliers, costs (measured ones differ from run to run), gates of the last refresh, and those of all refreshes for the plot."""
+        """Multipliers, costs (measured ones differ from run to run), gates of the last refresh, those of all refreshes, the best choice."""
         assert self.refreshed_at is not None
         meta = {"linear": self.budget.linear, "quadratic": self.budget.quadratic, "trajectory": self.trajectory}
-        return {"refreshed_at": self.refreshed_at, "fixed": self.costs.fixed, "unit": self.costs.unit}, meta
+        meta |= {"best": [self.best.loss, self.best.step], "losses": list(self.best.losses.items())}
+        tensors = {"refreshed_at": self.refreshed_at, "fixed": self.costs.fixed, "unit": self.costs.unit, "best": self.best.open}
+        return tensors, meta
 
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """See :meth:`state`."""
         self.budget.linear, self.budget.quadratic, self.trajectory = meta["linear"], meta["quadratic"], meta["trajectory"]
         self.costs = replace(self.costs, fixed=tensors["fixed"], unit=tensors["unit"])
+        loss, step = meta["best"]
+        self.best = BestGates(tensors["best"], loss, step, dict(meta["losses"]))
         self.refresh(tensors["refreshed_at"].to(self.gates.log_alpha.device))
 
 
@@ -149,7 +212,7 @@ def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[in
     budget = target * costs.dense
     spent = costs.dense
     for index in torch.argsort(gates.log_alpha.detach().cpu(), stable=True).tolist():
-        if spent <= budget:
+        if spent <= budget * (1 + 1e-9):
             break
         block = owner[index]
         if left[block] > gates.sites[block].min_units:
@@ -162,19 +225,26 @@ def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[in
     return {path: part.nonzero().flatten().tolist() for path, part in gates.by_site(flat).items()}
 
 
+def gates_of(sites: Sequence[AttentionSite], kept: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Gates at exactly 0 and 1, by path."""
+    return {site.path: torch.tensor([float(unit in kept[site.path]) for unit in range(site.num_units)]) for site in sites}
+
+
+def close_(gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], *, compensated: bool) -> None:
+    """Put gates at exactly 0 and 1 in force, with the compensation for the units that stay."""
+    gates.values = {path: z.to(gates.log_alpha.device) for path, z in gates_of(gates.sites, kept).items()}
+    if compensated:
+        for path, units in kept.items():
+            gates.compensate_(path, leave_one_out(blocks[path], units), blocks[path].mean)
+
+
 @torch.no_grad()
 def masked_logits(
     model: Any, gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], batch: PackedBatch, *, compensated: bool
 ) -> torch.Tensor:
     """Answer logits of the dense model with gates at exactly 0 and 1, compensation set for the units that stay."""
     with gates.attached(model):
-        for site in gates.sites:
-            z = torch.zeros(site.num_units)
-            z[kept[site.path]] = 1.0
-            if compensated:
-                block = blocks[site.path]
-                gates.compensate_(site.path, leave_one_out(block, kept[site.path]), block.mean)
-            gates.values = (gates.values or {}) | {site.path: z.to(gates.log_alpha.device)}
+        close_(gates, blocks, kept, compensated=compensated)
         return answer_logits(model, batch)
 
 

@@ -77,17 +77,13 @@ class Budget:
     linear: float = 0.0
     quadratic: float = 100.0
 
-    def at(self, progress: float) -> float:
-        """Target at ``progress`` in [0, 1] of the warm-up, from everything down to ``target``."""
-        return 1 - (1 - self.target) * min(progress, 1.0)
-
-    def penalty(self, cost: torch.Tensor, progress: float) -> torch.Tensor:
+    def penalty(self, cost: torch.Tensor) -> torch.Tensor:
         """mu_1 (c - c*) + mu_2 (c - c*)^2 at the expected cost share ``cost``."""
-        excess = cost - self.at(progress)
+        excess = cost - self.target
         return self.linear * excess + self.quadratic * excess.square()
 
-    def ascend(self, cost: float, progress: float, rate: float) -> None:
+    def ascend(self, cost: float, rate: float) -> None:
         """One step of gradient ascent on both multipliers; the linear one may turn negative and pull the cost up to the target."""
-        excess = cost - self.at(progress)
+        excess = cost - self.target
         self.linear += rate * excess
         self.quadratic += rate * excess**2

@@ -21,8 +21,8 @@ class TrainingOptions:
         recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights but embeddings and language head) or ``none``.
         gate_steps: Updates of the gates (``heads=trained``).
         gate_rate: Learning rate of the gates' locations.
-        gate_prior: How far apart the gates start: locations are 1.5 plus this times (percentile of the unit's information loss per FLOP
-            less a half). 0: all equal.
+        gate_prior: How far apart the gates start: locations are this times the unit's percentile in the training-free choice, shifted so
+            that the expected cost is the budget. 0: all equal.
         gate_cost: What gates pay for: ``flops``, or ``time``, the seconds that blocks take on this machine in one forward pass. Time
             makes whole blocks go on short inputs; the model's FLOPs budget is met by the FFNs either way.
         attention_share: Share of the attention's cost that gates keep; ``None``: what the training-free allocation gives attention.
@@ -33,7 +33,6 @@ class TrainingOptions:
         hidden_weight: Recovery: coefficient of the hidden-state distillation, the relative squared distance at a few depths.
         rate_weight: Coefficient beta of the gated heads' information rate relative to the dense model's.
         ks_weight: Coefficient kappa of the mean KS distance between gated and dense block spectra.
-        warmup: Share of the gates' steps over which beta and the budget reach their full value.
         refresh: Steps between refreshes of spectra, directions and compensation.
         multiplier_rate: Ascent rate of the budget's Lagrange multipliers.
         recovery_steps: Updates of recovery; fewer if it stops early.
@@ -44,7 +43,7 @@ class TrainingOptions:
         questions_per_image: At most so many questions of an image in one update.
         validation: Data to stop early on; ``None``: one training image in twenty, which then serves nothing else.
         validation_questions: At most so many.
-        evaluate_every: Steps between validations.
+        evaluate_every: Steps between validations; gates are validated as the units that they would keep, at the start and the end too.
         patience: Validations without improvement before recovery stops; 0: never.
         checkpoint_every: Steps between checkpoints of the training state.
         precision: ``fp32``, ``bf16`` (autocast) or ``auto``: bf16 where the hardware multiplies it faster.
@@ -54,7 +53,7 @@ class TrainingOptions:
     recovery: Literal["none", "lora", "full"] = "none"
     gate_steps: int = 100
     gate_rate: float = 0.1
-    gate_prior: float = 2.0
+    gate_prior: float = 6.0
     gate_cost: Literal["flops", "time"] = "flops"
     attention_share: float | None = None
     gate_lora: int = 0
@@ -64,7 +63,6 @@ class TrainingOptions:
     hidden_weight: float = 1.0
     rate_weight: float = 0.05
     ks_weight: float = 0.1
-    warmup: float = 0.4
     refresh: int = 10
     multiplier_rate: float = 0.3
     recovery_steps: int = 200
@@ -113,7 +111,5 @@ class TrainingOptions:
                 raise InfoPruneError(f"{name} must not be negative, but is {getattr(self, name)}.")
         if self.attention_share is not None and not 0 < self.attention_share <= 1:
             raise InfoPruneError(f"attention_share must be above 0 and at most 1, not {self.attention_share}.")
-        if not 0 <= self.warmup < 1:
-            raise InfoPruneError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}.")
         if not (self.cross_entropy_weight or self.distillation_weight):
             raise InfoPruneError("With cross_entropy_weight and distillation_weight both 0 nothing tells training what the task needs.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from infoprune.data import Example, load_examples, subset
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.freeze import frozen
 from infoprune.model import VLM, load
+from infoprune.packing import PackedBatch, batches
 from infoprune.progress import Progress
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
-from infoprune.training.gates import INITIAL, HeadGates, deterministic_gate
-from infoprune.training.heads import GateStage, binarise
+from infoprune.training.gates import HeadGates, deterministic_gate, start_locations
+from infoprune.training.heads import BestGates, GateStage
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, layer_weights
@@ -39,6 +40,7 @@ class LearnedHeads:
         gates: Test-time gates by path at the end.
         trajectory: Test-time gates of all units, in the order of ``gates``, at every refresh.
         cost_share: Expected share of the attention's cost at the end, and what was aimed at.
+        best: The validated choice that is kept, and what the others scored.
     """
 
     kept: dict[str, list[int]]
@@ -46,12 +48,13 @@ class LearnedHeads:
     gates: dict[str, list[float]]
     trajectory: list[list[float]]
     cost_share: tuple[float, float]
+    best: BestGates
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
         return self.trained.as_dict() | {
             "gates": self.gates, "cost_share": self.cost_share[0], "target_share": self.cost_share[1], "history": self.trained.history,
-            "trajectory": self.trajectory,
+            "trajectory": self.trajectory, "validation": self.best.losses, "kept_of_step": self.best.step,
         }  # fmt: skip
 
 
@@ -88,12 +91,12 @@ class TrainingRun:
         *,
         compensated: bool,
     ) -> LearnedHeads:
-        """Train gates on ``sites`` down to ``target`` of their dense cost, starting from ``prior``, a percentile per unit.
+        """Train gates on ``sites`` under ``target`` of their dense cost, starting from ``prior``, a percentile per unit.
 
         With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
         """
         options, model = self.options, vlm.model
-        gates = HeadGates(list(sites), INITIAL + options.gate_prior * (torch.tensor(prior) - 0.5)).to(vlm.device)
+        gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target)).to(vlm.device)
         extra: dict[str, Any] = {}
         wrapper = None
         with frozen(model):
@@ -103,15 +106,17 @@ class TrainingRun:
                 extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
             elif all(site.tower == "text" for site in sites):
                 extra = {"cache": VisionCache(model)}
-            stage = GateStage(model, gates, blocks, costs, target, options, compensated=compensated, seed=self.seed, **extra)
+            stage = GateStage(
+                model, gates, blocks, costs, target, options, lambda: self._validation(vlm), compensated=compensated, seed=self.seed,
+                autocast=self._autocast(vlm), **extra,
+            )  # fmt: skip
             with gates.attached(model):
                 trained = self._train(stage, vlm)
         if wrapper is not None:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
-        kept = binarise(gates, stage.costs, target)
         expected = trained.history[-1]["cost"] if trained.history else 1.0
-        return LearnedHeads(kept, trained, values, stage.trajectory, (expected, target))
+        return LearnedHeads(stage.kept, trained, values, stage.trajectory, (expected, target), stage.best)
 
     def agreed(self, costs: Costs) -> Costs:
         """The mean of what all processes measured, so that all train on the same."""
@@ -147,6 +152,10 @@ class TrainingRun:
         if self.work is not None and self.processes.index == 0:
             save(vlm, self.work.path / CUT, extra=report)
         self.processes.wait()
+
+    def _validation(self, vlm: VLM) -> Iterator[PackedBatch]:
+        share = can_share_prefix(vlm)
+        return (batch.to(vlm.device) for batch, _ in batches(vlm.encoder, self.validation, share_prefix=share))
 
     def _autocast(self, vlm: VLM) -> bool:
         return wants_bfloat16(self.options.precision, vlm.device)
