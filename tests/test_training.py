@@ -12,12 +12,13 @@ import torch
 
 import infoprune
 from conftest import ALL, built
-from infoprune.criteria.heads import block_of, compensate
+from infoprune.criteria.heads import Removal, block_of, compensate
+from infoprune.decide import SolvedSite, unit_percentiles
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import answer_logits, batches
 from infoprune.training import objective
-from infoprune.training.costs import flop_costs, time_costs
+from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
 from infoprune.training.heads import binarise, check_agreement, masked_logits
@@ -28,7 +29,15 @@ from infoprune.training.structure import dense_structure, leave_one_out, structu
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
 
-QUICK = {"gate_steps": 8, "recovery_steps": 6, "images_per_step": 2, "evaluate_every": 3, "refresh": 3, "precision": "fp32"}
+QUICK = {
+    "gate_steps": 8,
+    "recovery_steps": 6,
+    "images_per_step": 2,
+    "gate_images_per_step": 2,
+    "evaluate_every": 3,
+    "refresh": 3,
+    "precision": "fp32",
+}
 QUICK |= {"checkpoint_every": 2, "examples": 6, "rank_multiple": 2, "heads": "trained", "flops": 0.7}
 
 
@@ -285,12 +294,31 @@ def test_gates_start_at_the_budget_in_the_order_of_the_ranking(vlm):
     assert float(open_probability(start_locations(percentiles, 6.0, costs, 1.0)).min()) > 0.999
 
 
+def test_units_are_ranked_by_the_cheapest_choice_within_the_budget(gqa_vlm):
+    sites = list(gqa_vlm.architecture.attention)[:3]
+    units = sites[0].num_units
+    orders = [list(range(site.num_units)) for site in sites]
+    # the first block's units cost least nats one by one, but only with the last one does its large fixed cost go
+    losses = [[0.0, *(0.1 * k for k in range(1, units + 1))], [0.0, *(1.0 * k for k in range(1, sites[1].num_units + 1))]]
+    losses.append([0.0, *(9.0 * k for k in range(1, sites[2].num_units + 1))])
+    solved = [SolvedSite(s, 1.0, Removal(order, loss)) for s, order, loss in zip(sites, orders, losses, strict=True)]
+    owner = torch.tensor([number for number, s in enumerate(sites) for _ in range(s.num_units)])
+    fixed = torch.tensor([100.0, 1.0, 1.0], dtype=torch.float64)
+    costs = Costs(fixed, torch.ones(len(owner), dtype=torch.float64), owner, torch.tensor([False] * 3))
+    whole = costs.dense - costs.block(0, units)
+    percentiles = torch.tensor(unit_percentiles(solved, costs, whole / costs.dense))
+    assert percentiles[owner == 0].max() < percentiles[owner > 0].min()
+    gates = HeadGates(sites, start_locations(percentiles, 6.0, costs, whole / costs.dense))
+    kept = binarise(gates, costs, whole / costs.dense)
+    assert kept == {sites[0].path: [], **{s.path: list(range(s.num_units)) for s in sites[1:]}}
+
+
 def test_gates_start_from_the_training_free_choice_and_keep_the_better_one(gqa_vlm, questions):
     given = QUICK | {"gate_steps": 4, "evaluate_every": 2}
     free = infoprune.compress(gqa_vlm, hold_out(questions, 0)[0], **given | {"heads": "information-loss"})
     unmoved = infoprune.compress(gqa_vlm, questions, **given | {"gate_rate": 1e-9})  # gates that can't move keep what they start from
     assert unmoved.vlm.plan.heads == free.vlm.plan.heads
-    moved = infoprune.compress(gqa_vlm, questions, **given | {"gate_rate": 3.0})
+    moved = infoprune.compress(gqa_vlm, questions, **given | {"gate_rate": 3.0, "gate_prior": 6.0})
     heads = moved.training["heads"]
     assert list(heads["validation"]) == [0, 2, 4]
     assert heads["kept_of_step"] == min(heads["validation"], key=heads["validation"].get)

@@ -8,19 +8,24 @@ from typing import Literal
 from infoprune.errors import InfoPruneError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-RATES = {"full": 2e-4, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
+POSITIVE = """gate_steps gate_rate gate_images_per_step refresh multiplier_rate recovery_steps recovery_rate lora_rank images_per_step
+    questions_per_image validation_questions evaluate_every checkpoint_every distillation_temperature"""
+NOT_NEGATIVE = "gate_prior gate_lora cross_entropy_weight distillation_weight hidden_weight rate_weight ks_weight patience"
+RATES = {"full": 5e-4, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How gates and recovery train.
 
-    A *step* is one update on ``images_per_step`` images with all their questions.
+    A *step* is one update on a few images with all their questions.
 
     Attributes:
         recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights but embeddings and language head) or ``none``.
         gate_steps: Updates of the gates (``heads=trained``).
         gate_rate: Learning rate of the gates' locations.
+        gate_images_per_step: Images of one update of the gates, over all processes: fewer than recovery's, since an update draws its
+            gates once, and that draw is most of the noise.
         gate_prior: How far apart the gates start: locations are this times the unit's percentile in the training-free choice, shifted so
             that the expected cost is the budget. 0: all equal.
         gate_cost: What gates pay for: ``flops``, or ``time``, the seconds that blocks take on this machine in one forward pass. Time
@@ -39,7 +44,7 @@ class TrainingOptions:
         recovery_rate: Peak learning rate of recovery; ``None``: :data:`RATES`. For ``full`` it is relative: a tensor's rate is this times
             the typical magnitude of its entries. Repaired models are sensitive to it.
         lora_rank: Rank of recovery's LoRA.
-        images_per_step: Images of one update, over all processes.
+        images_per_step: Images of one update of recovery, over all processes.
         questions_per_image: At most so many questions of an image in one update.
         validation: Data to stop early on; ``None``: one training image in twenty, which then serves nothing else.
         validation_questions: At most so many.
@@ -52,8 +57,9 @@ class TrainingOptions:
 
     recovery: Literal["none", "lora", "full"] = "none"
     gate_steps: int = 100
-    gate_rate: float = 0.1
-    gate_prior: float = 6.0
+    gate_rate: float = 0.3
+    gate_images_per_step: int = 4
+    gate_prior: float = 30.0
     gate_cost: Literal["flops", "time"] = "flops"
     attention_share: float | None = None
     gate_lora: int = 0
@@ -92,21 +98,10 @@ class TrainingOptions:
                 raise InfoPruneError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
         if unknown := sorted(set(self.trackers) - set(TRACKERS)):
             raise InfoPruneError(f"Unknown trackers {', '.join(unknown)}. Known: {', '.join(TRACKERS)}.")
-        positive = ("gate_steps", "gate_rate", "recovery_steps", "recovery_rate", "lora_rank", "images_per_step", "questions_per_image")
-        positive += ("refresh", "validation_questions", "evaluate_every", "checkpoint_every", "distillation_temperature", "multiplier_rate")
-        for name in positive:
+        for name in POSITIVE.split():
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise InfoPruneError(f"{name} must be above 0, not {value}.")
-        for name in (
-            "gate_lora",
-            "gate_prior",
-            "cross_entropy_weight",
-            "distillation_weight",
-            "hidden_weight",
-            "rate_weight",
-            "ks_weight",
-            "patience",
-        ):
+        for name in NOT_NEGATIVE.split():
             if getattr(self, name) < 0:
                 raise InfoPruneError(f"{name} must not be negative, but is {getattr(self, name)}.")
         if self.attention_share is not None and not 0 < self.attention_share <= 1:

@@ -111,7 +111,7 @@ class TrainingRun:
                 autocast=self._autocast(vlm), **extra,
             )  # fmt: skip
             with gates.attached(model):
-                trained = self._train(stage, vlm)
+                trained = self._train(stage, vlm, options.gate_images_per_step)
         if wrapper is not None:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
@@ -132,7 +132,7 @@ class TrainingRun:
             else:
                 parameters = layer_weights(student.model, teacher.architecture)
             stage = RecoveryStage(student, teacher, parameters, self.validation, options, autocast=self._autocast(student))
-            trained = self._train(stage, student)
+            trained = self._train(stage, student, options.images_per_step)
             stage.keep_best_()
         if wrapper is not None:
             wrapper.merge_and_unload()
@@ -160,10 +160,10 @@ class TrainingRun:
     def _autocast(self, vlm: VLM) -> bool:
         return wants_bfloat16(self.options.precision, vlm.device)
 
-    def _train(self, stage: Any, vlm: VLM) -> Trained:
+    def _train(self, stage: Any, vlm: VLM, images_per_step: int) -> Trained:
         rows = rows_of(self.examples, self.options.questions_per_image, share_prefix=can_share_prefix(vlm))
         return train(
-            stage, Stream(rows, self.options.images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),
+            stage, Stream(rows, images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),
             processes=self.processes, progress=self.progress, work=self.work, checkpoint_every=self.options.checkpoint_every,
         )  # fmt: skip
 
