@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from infoprune.decide import SolvedSite, unit_percentiles
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import answer_logits, batches
+from infoprune.progress import SILENT
 from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
@@ -25,6 +28,7 @@ from infoprune.training.heads import binarise, check_agreement, masked_logits
 from infoprune.training.loop import one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, layer_weights, relative_groups, typical_magnitude
+from infoprune.training.run import TrainingRun
 from infoprune.training.structure import dense_structure, leave_one_out, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
@@ -520,15 +524,33 @@ def test_killed_and_run_again(checkpoint, jsonl, tmp_path):
     assert json.loads((killed / "report.json").read_text())["training"]["recovery"]["steps"] == 30
 
 
+def test_a_model_is_spread_over_processes_and_comes_back():
+    script = str(Path(__file__).with_name("spread_over_processes.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("spread") == 2
+
+
+def test_spread_models_need_equal_parts_of_a_step():
+    run = TrainingRun(TrainingOptions(shard=True), [], [], 0, SimpleNamespace(count=3, index=0), SILENT)
+    with pytest.raises(InfoPruneError, match="equal parts"):
+        run._train(None, None, 8)
+    with pytest.raises(InfoPruneError, match="shard"):
+        TrainingOptions(shard=True, gate_lora=2)
+
+
 def test_two_processes_get_the_result_of_one(checkpoint, jsonl, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, spread = tmp_path / "one", tmp_path / "two", tmp_path / "spread"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no"]
-    for arguments in (command(checkpoint, jsonl, one), [*launch, *command(checkpoint, jsonl, two)]):
+    shared = [*launch, *command(checkpoint, jsonl, two)], [*launch, *command(checkpoint, jsonl, spread), "--shard"]
+    for arguments in (command(checkpoint, jsonl, one), *shared):
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = tensors(one), tensors(two)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+    expected = tensors(one)
+    for found in (tensors(two), tensors(spread)):
+        assert expected.keys() == found.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)

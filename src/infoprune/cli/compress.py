@@ -55,6 +55,7 @@ def compress(
     ] = None,
     patience: Annotated[Optional[int], typer.Option(help="Validations without gain before recovery stops (default 0: never).")] = None,
     precision: Annotated[Optional[str], typer.Option(help="Of training: 'fp32', 'bf16' or 'auto' (default).")] = None,
+    shard: Annotated[Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes.")] = None,
     tracker: Annotated[Optional[list[str]], typer.Option(help="Experiment tracker: tensorboard, wandb, mlflow; repeatable.")] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
@@ -80,7 +81,7 @@ def compress(
         "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,
         "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
         "attention_share": attention_share, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
-        "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision,
+        "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision, "shard": shard,
         "trackers": tuple(tracker) if tracker else None,
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}

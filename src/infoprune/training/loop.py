@@ -13,12 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from infoprune.data import Example
 from infoprune.errors import CalibrationError, InfoPruneError
 from infoprune.packing import PackedBatch, PromptEncoder
 from infoprune.progress import Progress
 from infoprune.training.data import Stream, pack_rows
+from infoprune.training.sharding import as_part, whole
 from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, restore_optimizer_, save_state
 
 CLIP_NORM = 1.0
@@ -98,7 +100,8 @@ class Processes:
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if accelerator.distributed_type not in supported:
             raise InfoPruneError(
-                f"Training runs data parallel; {accelerator.distributed_type.value} is not supported. Use a plain multi-process launch."
+                f"Training does not run under {accelerator.distributed_type.value}. Use a plain multi-process launch; --shard spreads a "
+                "large model over its processes."
             )
         return cls(accelerator)
 
@@ -180,8 +183,8 @@ def train(
             progress.status({name: values[name] for name in values if name != "gradient"})
             advance(1)
             last = stop or step + 1 == stage.steps
-            if work is not None and processes.index == 0 and (last or (step + 1) % checkpoint_every == 0):
-                _save(stage, work, step + 1, last, result)
+            if work is not None and (last or (step + 1) % checkpoint_every == 0):
+                _save(stage, work if processes.index == 0 else None, step + 1, last, result)
             if stop:
                 break
     processes.wait()
@@ -195,16 +198,20 @@ def _resume(stage: Stage, work: WorkFolder | None) -> tuple[Trained, int]:
     tensors, meta = held
     with torch.no_grad():
         for name, parameter in stage.parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
+            parameter.copy_(as_part(tensors[f"parameter.{name}"], parameter))
     restore_optimizer_(stage.optimizer, stage.parameters, tensors, meta["step"])
     stage.restore({n.removeprefix("stage."): t for n, t in tensors.items() if n.startswith("stage.")}, meta["stage"])
     return Trained(meta["history"], meta["questions"], meta["seconds"]), stage.steps if meta["finished"] else meta["step"]
 
 
-def _save(stage: Stage, work: WorkFolder, step: int, finished: bool, result: Trained) -> None:
+def _save(stage: Stage, work: WorkFolder | None, step: int, finished: bool, result: Trained) -> None:
+    """Write the state, on the process that has ``work``; all of them put it together."""
     own, meta = stage.state()
     tensors = {f"parameter.{name}": value for name, value in stage.parameters.items()} | {f"stage.{n}": t for n, t in own.items()}
     tensors |= optimizer_tensors(stage.optimizer, stage.parameters)
+    tensors = {name: whole(value) for name, value in tensors.items()}
+    if work is None:
+        return
     run = {"history": result.history, "questions": result.questions, "seconds": result.seconds}
     save_state(work.file(stage.name), tensors, {"step": step, "finished": finished, "stage": meta, **run})
 
@@ -235,7 +242,7 @@ def _update(
     norm = nn.utils.clip_grad_norm_(list(stage.parameters.values()), CLIP_NORM)
     reduced = processes.sum(torch.stack(list(sums.values())))
     values = {name: float(value) for name, value in zip(sums, reduced, strict=True)}
-    values |= {name: float(value.detach()) for name, (_, value) in shared.items()} | {"gradient": float(norm)}
+    values |= {name: float(value.detach()) for name, (_, value) in shared.items()} | {"gradient": float(whole(norm))}
     if not torch.isfinite(torch.tensor(list(values.values()))).all():
         raise CalibrationError(f"Training {stage.name} met NaN or infinity at step {step}: {values}. Lower its learning rate.")
     stage.optimizer.step()
@@ -254,6 +261,8 @@ def _sum_gradients(parameters: dict[str, nn.Parameter], processes: Processes) ->
     if processes.count == 1:
         return
     for parameter in parameters.values():
+        if isinstance(parameter, DTensor):  # summed while the layer's backward pass ran
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad.copy_(processes.sum(parameter.grad))

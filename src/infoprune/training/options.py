@@ -52,6 +52,8 @@ class TrainingOptions:
         patience: Validations without improvement before recovery stops; 0: never.
         checkpoint_every: Steps between checkpoints of the training state.
         precision: ``fp32``, ``bf16`` (autocast) or ``auto``: bf16 where the hardware multiplies it faster.
+        shard: Spread the weights over the processes while gates and recovery train (:mod:`infoprune.training.sharding`), for models that
+            one device can't train. Without effect in a single process.
         trackers: Names of experiment trackers: tensorboard, wandb, mlflow.
     """
 
@@ -82,6 +84,7 @@ class TrainingOptions:
     patience: int = 0
     checkpoint_every: int = 50
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    shard: bool = False
     trackers: tuple[str, ...] = ()
 
     def rate(self, kind: str) -> float:
@@ -104,6 +107,8 @@ class TrainingOptions:
         for name in NOT_NEGATIVE.split():
             if getattr(self, name) < 0:
                 raise InfoPruneError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        if self.shard and self.gate_lora:
+            raise InfoPruneError("gate_lora trains weights of the gated model, which shard does not support. Leave out one of them.")
         if self.attention_share is not None and not 0 < self.attention_share <= 1:
             raise InfoPruneError(f"attention_share must be above 0 and at most 1, not {self.attention_share}.")
         if not (self.cross_entropy_weight or self.distillation_weight):

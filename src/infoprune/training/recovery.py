@@ -20,6 +20,7 @@ from infoprune.training import objective
 from infoprune.training.data import VisionCache
 from infoprune.training.loop import Terms, Totals, one_cycle
 from infoprune.training.options import TrainingOptions
+from infoprune.training.sharding import as_part, whole
 
 LEAST_MAGNITUDE = 1e-3  # Adafactor's epsilon_2: what starts at zero must be able to leave it
 NORMAL_MEDIAN = 0.6745  # median of |x| for a standard normal x
@@ -75,7 +76,7 @@ class RecoveryStage:
 
     def __init__(
         self, student: VLM, teacher: VLM, parameters: dict[str, nn.Parameter], validation: Sequence[Example], options: TrainingOptions,
-        *, autocast: bool,
+        *, autocast: bool, cache: VisionCache | None = None,
     ) -> None:  # fmt: skip
         assert teacher.architecture is not None
         self.student, self.teacher, self.parameters, self.validation, self.options = student, teacher, parameters, validation, options
@@ -83,7 +84,7 @@ class RecoveryStage:
         self.steps = options.recovery_steps
         scaled = relative_groups(parameters) if options.recovery == "full" else list(parameters.values())
         self.optimizer = torch.optim.AdamW(scaled, lr=options.rate(options.recovery), weight_decay=0.0)
-        self.cache = VisionCache(teacher.model)
+        self.cache = cache
         self.best = Best()
         self.best_parameters: dict[str, torch.Tensor] = {}
         self._hidden = [Hidden(vlm.model, teacher.architecture) for vlm in (student, teacher)] if options.hidden_weight else []
@@ -106,7 +107,8 @@ class RecoveryStage:
         if not (o.distillation_weight or o.hidden_weight):
             return terms
         with torch.no_grad(), self._take(1) as known:
-            taught = answer_logits(self.teacher.model, self.cache.replace(batch, [row[0].image for row in rows]))
+            known_images = batch if self.cache is None else self.cache.replace(batch, [row[0].image for row in rows])
+            taught = answer_logits(self.teacher.model, known_images)
         if o.distillation_weight:
             value = objective.distillation(logits, taught, o.distillation_temperature)
             terms["distillation"] = (o.distillation_weight, value / totals.targets)
@@ -165,7 +167,7 @@ class RecoveryStage:
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """See :meth:`state`."""
         self.best = Best(**meta)
-        self.best_parameters = {name: value.to(self.student.device) for name, value in tensors.items()}
+        self.best_parameters = {name: as_part(value, self.parameters[name]) for name, value in tensors.items()}
 
 
 def layer_weights(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
@@ -199,7 +201,7 @@ def typical_magnitude(tensor: torch.Tensor) -> float:
 
     Adafactor takes the root mean square; a few massive entries, of which biases and down projections have many, rule that one.
     """
-    return max(LEAST_MAGNITUDE, float(tensor.abs().float().median()) / NORMAL_MEDIAN)
+    return max(LEAST_MAGNITUDE, float(whole(tensor).abs().float().median()) / NORMAL_MEDIAN)
 
 
 def add_lora(model: Any, architecture: Architecture, rank: int, seed: int) -> tuple[Any, dict[str, nn.Parameter]]:

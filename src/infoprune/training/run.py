@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from infoprune.architecture import AttentionSite
 from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
 from infoprune.data import Example, load_examples, subset
+from infoprune.errors import InfoPruneError
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.freeze import frozen
 from infoprune.model import VLM, load
@@ -25,6 +27,7 @@ from infoprune.training.heads import BestGates, GateStage
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, layer_weights
+from infoprune.training.sharding import layer_paths, spread
 from infoprune.training.state import WorkFolder
 
 CUT = "cut"
@@ -104,14 +107,14 @@ class TrainingRun:
                 assert vlm.architecture is not None
                 wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed)
                 extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
-            elif all(site.tower == "text" for site in sites):
+            elif not self._spreads and all(site.tower == "text" for site in sites):
                 extra = {"cache": VisionCache(model)}
-            stage = GateStage(
-                model, gates, blocks, costs, target, options, lambda: self._validation(vlm), compensated=compensated, seed=self.seed,
-                autocast=self._autocast(vlm), **extra,
-            )  # fmt: skip
-            with gates.attached(model):
-                trained = self._train(stage, vlm, options.gate_images_per_step)
+            with self._spread(vlm, vlm) as working, gates.attached(working.model):
+                stage = GateStage(
+                    working.model, gates, blocks, costs, target, options, lambda: self._validation(vlm), compensated=compensated,
+                    seed=self.seed, autocast=self._autocast(vlm), **extra,
+                )  # fmt: skip
+                trained = self._train(stage, working, options.gate_images_per_step)
         if wrapper is not None:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
@@ -128,12 +131,15 @@ class TrainingRun:
         assert teacher.architecture is not None
         with frozen(teacher.model), frozen(student.model):
             if options.recovery == "lora":
-                wrapper, parameters = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
+                wrapper, _ = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
             else:
-                parameters = layer_weights(student.model, teacher.architecture)
-            stage = RecoveryStage(student, teacher, parameters, self.validation, options, autocast=self._autocast(student))
-            trained = self._train(stage, student, options.images_per_step)
-            stage.keep_best_()
+                layer_weights(student.model, teacher.architecture)
+            with self._spread(teacher, teacher) as known, self._spread(student, teacher) as learner:
+                parameters = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
+                cache = None if self._spreads else VisionCache(teacher.model)
+                stage = RecoveryStage(learner, known, parameters, self.validation, options, autocast=self._autocast(student), cache=cache)
+                trained = self._train(stage, learner, options.images_per_step)
+                stage.keep_best_()
         if wrapper is not None:
             wrapper.merge_and_unload()
         for parameter in student.model.parameters():
@@ -153,6 +159,21 @@ class TrainingRun:
             save(vlm, self.work.path / CUT, extra=report)
         self.processes.wait()
 
+    @property
+    def _spreads(self) -> bool:
+        return self.options.shard and self.processes.count > 1
+
+    @contextmanager
+    def _spread(self, vlm: VLM, dense: VLM) -> Iterator[VLM]:
+        """``vlm``, or where the options ask for it a copy of it that is spread over the processes, by the layers of ``dense``."""
+        if not self._spreads:
+            yield vlm
+            return
+        assert dense.architecture is not None
+        device = vlm.device
+        with spread(vlm.model, layer_paths(dense.architecture), device) as model:
+            yield replace(vlm, model=model)
+
     def _validation(self, vlm: VLM) -> Iterator[PackedBatch]:
         share = can_share_prefix(vlm)
         return (batch.to(vlm.device) for batch, _ in batches(vlm.encoder, self.validation, share_prefix=share))
@@ -161,6 +182,11 @@ class TrainingRun:
         return wants_bfloat16(self.options.precision, vlm.device)
 
     def _train(self, stage: Any, vlm: VLM, images_per_step: int) -> Trained:
+        if self._spreads and images_per_step % self.processes.count:
+            raise InfoPruneError(
+                f"Processes that share a model need equal parts of a step: {images_per_step} images can't be dealt out to "
+                f"{self.processes.count}. Change images_per_step or gate_images_per_step."
+            )
         rows = rows_of(self.examples, self.options.questions_per_image, share_prefix=can_share_prefix(vlm))
         return train(
             stage, Stream(rows, images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),

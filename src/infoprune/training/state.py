@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infoprune.errors import CheckpointError
+from infoprune.training.sharding import as_part
 
 
 @dataclass(frozen=True)
@@ -106,5 +107,5 @@ def restore_optimizer_(
     """Put Adam back to where :func:`optimizer_tensors` took it from, after ``step`` updates."""
     for name, parameter in parameters.items():
         if f"exp_avg.{name}" in tensors:
-            moments = {key: tensors[f"{key}.{name}"].to(parameter.device).clone() for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: as_part(tensors[f"{key}.{name}"], parameter).clone() for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
