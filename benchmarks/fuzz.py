@@ -1,6 +1,6 @@
 """Both modes of every benchmark's metric against their rules, written down a second time in another style, on generated answers.
 
-    python benchmarks/fuzz.py [--sets 100000]
+    python benchmarks/fuzz.py [--sets 100000] [--processes 2]
 
 A set is a prediction and what people answered: real turns of phrase, perturbed by what the rules treat specially (case, articles, numbers,
 commas, periods, apostrophes, white space, marks beside spaces, digits and letters outside ASCII). Scores must be equal, not close. Sets
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
+import os
 import random
 from collections.abc import Sequence
 from fractions import Fraction
@@ -81,13 +83,13 @@ def example(number: int, first: int, answers: list[str], rng: random.Random) -> 
     return Example(Path("image.jpg"), "what?", gold, id=str(number), answers=tuple(answers), kinds=kinds, extras=extras)
 
 
-def generated(sets: int) -> tuple[list[str], list[Example]]:
-    """Predictions and questions."""
-    rng = random.Random(SEED)
+def generated(batch: int) -> tuple[list[str], list[Example]]:
+    """Predictions and questions of one batch."""
+    rng = random.Random(SEED + batch)
     predictions, examples = [], []
-    for number in range(sets):
+    for number in range(batch * BATCH, (batch + 1) * BATCH):
         prediction, answers = answer_set(rng)
-        examples.append(example(number, number - number % BATCH, answers, rng))
+        examples.append(example(number, batch * BATCH, answers, rng))
         # GQA compares letter by letter; a prediction made of ten answers would hardly ever be right.
         predictions.append(examples[-1].answer if rng.random() < 0.2 else prediction)
     return predictions, examples
@@ -244,40 +246,50 @@ def literal_gqa(predictions: Sequence[str], examples: Sequence[Example], metric:
     return [1.0 if answer[e.id] == gold[e.id] else 0.0 for e in examples], further
 
 
-def compared(metric: str, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
-    """Disagreements of our metric with the rules above, over sets and over batches of sets."""
+def compared(metric: str, predictions: Sequence[str], examples: Sequence[Example]) -> tuple[list[int], bool, int]:
+    """Our metric beside the rules above on one batch: numbers of the sets that differ, whether a total does, scores above 0."""
     if metric == "textvqa/official":
         ten = [i for i, e in enumerate(examples) if len(e.answers) == 10]
         predictions, examples = [predictions[i] for i in ten], [examples[i] for i in ten]
-    wrong, wrong_totals, scored, batches = [], 0, 0, 0
-    for start in range(0, len(examples), BATCH):
-        p, e = predictions[start : start + BATCH], examples[start : start + BATCH]
-        ours = score_answers(p, e, metric)
-        if metric.startswith("gqa"):
-            values, further = literal_gqa(p, e, metric)
-        else:
-            values, further = [literal_score(a, x.answers, metric) for a, x in zip(p, e, strict=True)], {}
-        wrong += [start + i for i, value in enumerate(values) if value != ours.per_example[i]]
-        counted = [value for value, x in zip(values, e, strict=True) if metric != "gqa/official" or "balanced" not in x.kinds]
-        wrong_totals += literal_percent(counted, metric) != ours.overall or further != ours.further
-        scored += sum(value > 0 for value in values)
-        batches += 1
-    return {
-        "metric": metric, "sets": len(examples), "disagreements": len(wrong), "first_disagreements": wrong[:5], "totals": batches,
-        "disagreeing_totals": wrong_totals, "scored_above_0": scored,
-    }  # fmt: skip
+    ours = score_answers(predictions, examples, metric)
+    if metric.startswith("gqa"):
+        values, further = literal_gqa(predictions, examples, metric)
+    else:
+        values, further = [literal_score(a, x.answers, metric) for a, x in zip(predictions, examples, strict=True)], {}
+    wrong = [int(x.id or 0) for x, value, mine in zip(examples, values, ours.per_example, strict=True) if value != mine]
+    counted = [value for value, x in zip(values, examples, strict=True) if metric != "gqa/official" or "balanced" not in x.kinds]
+    return wrong, literal_percent(counted, metric) != ours.overall or further != ours.further, sum(value > 0 for value in values)
+
+
+def batch(number: int) -> dict[str, tuple[list[int], bool, int]]:
+    """Every metric on one batch of generated sets."""
+    predictions, examples = generated(number)
+    return {metric: compared(metric, predictions, examples) for metric in METRICS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=100_000)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    predictions, examples = generated(args.sets)
-    rows = []
-    for metric in METRICS:
-        rows.append(compared(metric, predictions, examples))
-        log(f"{metric}: {rows[-1]['disagreements']} of {rows[-1]['sets']} sets, {rows[-1]['disagreeing_totals']} totals disagree")
-        write("fuzz", rows, seeds=[SEED])
+    rows = {
+        metric: {"metric": metric, "disagreements": 0, "first": [], "totals": 0, "disagreeing_totals": 0, "above_0": 0}
+        for metric in METRICS
+    }
+    with multiprocessing.Pool(args.processes) as pool:
+        for number, found in enumerate(pool.imap(batch, range(args.sets // BATCH)), start=1):
+            for metric, (wrong, total_differs, above) in found.items():
+                row = rows[metric]
+                row["disagreements"] += len(wrong)
+                row["first"] = (row["first"] + wrong)[:5]
+                row["totals"] += 1
+                row["disagreeing_totals"] += total_differs
+                row["above_0"] += above
+            if number % 200 == 0:
+                log(
+                    f"{number * BATCH} sets: {sum(row['disagreements'] + row['disagreeing_totals'] for row in rows.values())} disagreements"
+                )
+    write("fuzz", [row | {"sets": args.sets} for row in rows.values()], seeds=[SEED])
 
 
 if __name__ == "__main__":
