@@ -17,7 +17,6 @@ import random
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from common import log, write
 from infoprune.data import Example
@@ -246,8 +245,8 @@ def literal_gqa(predictions: Sequence[str], examples: Sequence[Example], metric:
     return [1.0 if answer[e.id] == gold[e.id] else 0.0 for e in examples], further
 
 
-def compared(metric: str, predictions: Sequence[str], examples: Sequence[Example]) -> tuple[list[int], bool, int]:
-    """Our metric beside the rules above on one batch: numbers of the sets that differ, whether a total does, scores above 0."""
+def compared(metric: str, predictions: Sequence[str], examples: Sequence[Example]) -> tuple[int, list[int], bool, int]:
+    """Our metric beside the rules above on one batch: sets, numbers of those that differ, whether a total does, scores above 0."""
     if metric == "textvqa/official":
         ten = [i for i, e in enumerate(examples) if len(e.answers) == 10]
         predictions, examples = [predictions[i] for i in ten], [examples[i] for i in ten]
@@ -258,10 +257,11 @@ def compared(metric: str, predictions: Sequence[str], examples: Sequence[Example
         values, further = [literal_score(a, x.answers, metric) for a, x in zip(predictions, examples, strict=True)], {}
     wrong = [int(x.id or 0) for x, value, mine in zip(examples, values, ours.per_example, strict=True) if value != mine]
     counted = [value for value, x in zip(values, examples, strict=True) if metric != "gqa/official" or "balanced" not in x.kinds]
-    return wrong, literal_percent(counted, metric) != ours.overall or further != ours.further, sum(value > 0 for value in values)
+    total_differs = literal_percent(counted, metric) != ours.overall or further != ours.further
+    return len(examples), wrong, total_differs, sum(value > 0 for value in values)
 
 
-def batch(number: int) -> dict[str, tuple[list[int], bool, int]]:
+def batch(number: int) -> dict[str, tuple[int, list[int], bool, int]]:
     """Every metric on one batch of generated sets."""
     predictions, examples = generated(number)
     return {metric: compared(metric, predictions, examples) for metric in METRICS}
@@ -272,24 +272,19 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    rows = {
-        metric: {"metric": metric, "disagreements": 0, "first": [], "totals": 0, "disagreeing_totals": 0, "above_0": 0}
-        for metric in METRICS
-    }
+    counts = ("sets", "disagreements", "totals", "disagreeing_totals", "scored_above_0")
+    rows: dict[str, dict[str, int]] = {metric: dict.fromkeys(counts, 0) for metric in METRICS}
+    first: dict[str, list[int]] = {metric: [] for metric in METRICS}
     with multiprocessing.Pool(args.processes) as pool:
         for number, found in enumerate(pool.imap(batch, range(args.sets // BATCH)), start=1):
-            for metric, (wrong, total_differs, above) in found.items():
-                row = rows[metric]
-                row["disagreements"] += len(wrong)
-                row["first"] = (row["first"] + wrong)[:5]
-                row["totals"] += 1
-                row["disagreeing_totals"] += total_differs
-                row["above_0"] += above
+            for metric, (sets, wrong, total_differs, above) in found.items():
+                for name, value in zip(counts, (sets, len(wrong), 1, total_differs, above), strict=True):
+                    rows[metric][name] += value
+                first[metric] = (first[metric] + wrong)[:5]
             if number % 200 == 0:
-                log(
-                    f"{number * BATCH} sets: {sum(row['disagreements'] + row['disagreeing_totals'] for row in rows.values())} disagreements"
-                )
-    write("fuzz", [row | {"sets": args.sets} for row in rows.values()], seeds=[SEED])
+                differing = sum(row["disagreements"] + row["disagreeing_totals"] for row in rows.values())
+                log(f"{number * BATCH} sets, {differing} disagreements")
+    write("fuzz", [{"metric": metric} | row | {"first_disagreements": first[metric]} for metric, row in rows.items()], seeds=[SEED])
 
 
 if __name__ == "__main__":
