@@ -232,7 +232,8 @@ def literal_gqa(predictions: Sequence[str], examples: Sequence[Example], metric:
             table = tables.setdefault(group, {})
             table.setdefault(gold[e.id], [0, 0])[0] += 1
             table.setdefault(answer[e.id], [0, 0])[1] += 1
-    further = {name: literal_percent(values, metric) if values else 0.0 for name, values in scores.items()}
+    further = {name: literal_percent(values, metric) for name, values in scores.items() if values}
+    further.setdefault("consistency", 0.0)
     weighted, size = 0.0, 0
     for table in tables.values():
         distance, count = 0.0, 0

@@ -7,7 +7,6 @@ import importlib
 import io
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,31 +38,36 @@ def read(benchmark: Benchmark, source: str, split: str, problems: Problems, noti
     """
     store = ImageStore(_store_folder(source))
     notify(f"reading {benchmark.name} ({split}) from {source}; images go to {store.folder}")
-    name = benchmark.hub_splits.get(split, split)
+    there = benchmark.hub_splits.get(split, split)
     questions, images = benchmark.hub_configs(split)
     if images is None:
-        for row in _rows(source, questions, name):
+        for row in _rows(source, questions, there):
             example = benchmark.parsed(row, split, problems)
             if example is not None:
                 yield from _placed(example, _content(row), store, problems)
         return
-    examples = [e for e in (benchmark.parsed(row, split, problems) for row in _rows(source, questions, name)) if e is not None]
-    missing = {e.image.stem for e in examples if store.find(e.image.stem) is None}
-    if missing:
-        for row in _rows(source, images, name):
-            if row.get("id") in missing:
-                _kept(str(row["id"]), _content(row), store, problems)
-                missing.discard(row["id"])
-                if not missing:
-                    break
+    examples = [e for e in (benchmark.parsed(row, split, problems) for row in _rows(source, questions, there)) if e is not None]
+    wanted = {_image_id(example) for example in examples}
+    wanted -= {id for id in wanted if store.find(id) is not None}
+    for row in _rows(source, images, there) if wanted else ():
+        if row.get("id") in wanted:
+            wanted.discard(row["id"])
+            _kept(row["id"], _content(row), store, problems)
+            if not wanted:
+                break
     for example in examples:
         yield from _placed(example, None, store, problems)
 
 
 def _placed(example: Example, content: bytes | None, store: ImageStore, problems: Problems) -> Iterator[Example]:
-    path = store.find(example.image.stem) or _kept(example.image.stem, content, store, problems)
+    name = _image_id(example)
+    path = store.find(name) or _kept(name, content, store, problems)
     if path is not None:
         yield replace(example, image=path)
+
+
+def _image_id(example: Example) -> str:
+    return str(example.image).removesuffix(example.image.suffix)
 
 
 def _kept(name: str, content: bytes | None, store: ImageStore, problems: Problems) -> Path | None:
@@ -94,7 +98,7 @@ class ImageStore:
         Raises:
             DataError: The id is no file name, or the bytes are no image of a common format.
         """
-        if not re.fullmatch(r"\w[\w-]*", name):
+        if not re.fullmatch(r"\w[\w.-]*", name):
             raise DataError(f"'{name}' is no image id")
         try:
             with Image.open(io.BytesIO(content)) as image:
@@ -103,14 +107,12 @@ class ImageStore:
             raise DataError(f"{name} is not an image of a known format") from error
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"{name}{suffix}"
-        handle, aside = tempfile.mkstemp(dir=self.folder, prefix=".image-")
+        aside = self.folder / f".{target.name}-{os.getpid()}"
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(aside, target)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+            aside.write_bytes(content)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
         self._known[name] = target
         return target
 
@@ -126,19 +128,29 @@ def _store_folder(source: str) -> Path:
 
 def _rows(source: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
     """Rows of one split; images stay encoded."""
-    datasets = _datasets()
-    local = Path(source).expanduser()
-    folder = local / config if config is not None and (local / config).is_dir() else local
-    arguments = (str(folder), None) if local.is_dir() else (source, config)
+    datasets, local = _datasets(), Path(source).expanduser()
+    files: dict[str, list[str]] = _parquet_files(local, config) if local.is_dir() else {}
     with _told(source):
-        there = datasets.get_dataset_split_names(*arguments)
+        there = list(files) or datasets.get_dataset_split_names(source, config)
     if split not in there:
         raise DataError(f"{source} has no split '{split}'; it has {', '.join(map(str, there))}.")
     with _told(source):
-        stream = datasets.load_dataset(*arguments, split=split, streaming=True)
+        arguments = {"path": "parquet", "data_files": files} if files else {"path": source, "name": config}
+        stream = datasets.load_dataset(**arguments, split=split, streaming=True)
         if "image" in (stream.features or {}):
             stream = stream.cast_column("image", datasets.Image(decode=False))
         yield from stream
+
+
+def _parquet_files(folder: Path, config: str | None) -> dict[str, list[str]]:
+    """Files by split, as the hub names them: ``[CONFIG/][data/]SPLIT-00000-of-00001.parquet``."""
+    place = folder if config is None else folder / config
+    found: dict[str, list[str]] = {}
+    for path in sorted((*place.glob("*.parquet"), *place.glob("data/*.parquet"))):
+        found.setdefault(re.sub(r"-\d+-of-\d+.*", "", path.stem), []).append(str(path))
+    if not found:
+        raise DataError(f"{place} has no parquet files named as the hub names them, SPLIT-00000-of-00001.parquet.")
+    return found
 
 
 def _content(row: dict[str, Any]) -> bytes | None:

@@ -76,7 +76,7 @@ class ImageFolder:
 
     def _find(self, name: str) -> Path | None:
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
-            raise OutsideError(f"'{name}' leaves {self._places[0]}.")
+            raise OutsideError(f"'{name}' leaves {self._places[0]}")
         for path in (place / name for place in self._places):
             if path.is_file():
                 return self.inside(path)
@@ -90,7 +90,7 @@ class ImageFolder:
         """
         real = os.path.realpath(path)
         if os.path.commonpath([real, self._real]) != self._real:
-            raise OutsideError(f"{path} is a link to {real}, outside {self._places[0]}.")
+            raise OutsideError(f"'{path.name}' is a link to {real}, outside {self._places[0]}")
         return path
 
     def __str__(self) -> str:

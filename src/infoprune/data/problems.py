@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from infoprune.errors import DataError
 
-SHOWN, LONGEST = 3, 120  # cases shown of each kind, characters of a case
+SHOWN, LONGEST = 3, 200  # cases shown of each kind, characters of a case
 
 
 class Problems:

@@ -116,7 +116,7 @@ def _found(parsed: DataSpec, spec: str, default_split: str, problems: Problems, 
 
 
 def _has_parquet(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
+    return next(folder.rglob("*.parquet"), None) is not None
 
 
 def _distinct(examples: Iterable[Example], problems: Problems) -> Iterator[Example]:

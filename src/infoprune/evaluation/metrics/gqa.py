@@ -34,7 +34,7 @@ def official(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
     further, notes = {}, []
     for name, is_open in (("binary", False), ("open", True)):
         values = [value for _, e, value in chosen if "structural" in e.kinds and (e.kinds["structural"] == "query") == is_open]
-        if values:
+        if values:  # the script gives 0 to a kind that no question has
             further[name] = two_decimals_printed(values)
     for name, found in (
         ("consistency", consistency(examples, right, counted)),
