@@ -24,7 +24,7 @@ def test_jsonl_and_json(jsonl, questions, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no records"), ("{oops\n", "line 1"), ('{"image": "a.png", "question": "q"}\n', "answer"), ("[1]\n", "not an object"),
+        ("", "no records"), ("{oops\n", "line 1"), ('{"question": "q", "answer": "b"}\n', "image"), ("[1]\n", "not an object"),
         ('{"image": "a.png", "question": " ", "answer": "b"}\n', "question"),
     ],
 )  # fmt: skip

@@ -125,7 +125,7 @@ def compress(
     _dense_architecture(vlm)
     clock = _Clock()
     run: TrainingRun | None = None
-    pool = _pool(data, progress)
+    pool = _pool(data, options.skip_bad, progress)
     if options.heads == TRAINED or training.recovery != "none":
         run = _training_run(vlm, pool, data, options, training, work, progress)
         pool = run.examples
@@ -157,7 +157,7 @@ def _training_run(
     vlm: VLM, pool: list[Example], data: str | Sequence[Example], options: CompressionOptions, training: TrainingOptions,
     work: Path | None, progress: Progress,
 ) -> TrainingRun:  # fmt: skip
-    examples, validation = split(pool, training, options.seed, progress)
+    examples, validation = split(pool, training, options.seed, progress, skip_bad=options.skip_bad)
     processes = Processes.current(vlm.device, training.trackers, str(work or "."))
     folder = WorkFolder(work) if work is not None else None
     if folder is not None:
@@ -289,8 +289,12 @@ def apply_decisions(
     return replace(target, plan=plan)
 
 
-def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | None = None, *, progress: Progress = SILENT) -> VLM:
+def apply_plan(
+    vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | None = None, *, skip_bad: bool = False, progress: Progress = SILENT
+) -> VLM:
     """Cut ``vlm`` in place by an existing plan, calibrating on the data that the plan names unless ``data`` is given.
+
+    ``skip_bad`` goes on without bad records, see :func:`infoprune.data.load_examples`.
 
     Raises:
         PlanError: The plan does not fit this model, or names no data and none was given.
@@ -311,19 +315,21 @@ def apply_plan(vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | 
             else {}
         ),
     )
-    examples = calibration_examples(source, options.examples, options.seed, progress)
+    examples = calibration_examples(source, options.examples, options.seed, progress, skip_bad=skip_bad)
     inputs = _batches(vlm, examples)
     _cut(vlm, plan, _statistics(vlm, inputs, options, progress), inputs, progress)
     return replace(vlm, plan=plan)
 
 
-def calibration_examples(data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT) -> list[Example]:
+def calibration_examples(
+    data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT, *, skip_bad: bool = False
+) -> list[Example]:
     """The calibration sample: a few questions on each of as many images as that takes."""
-    return subset(_pool(data, progress), count, seed=seed, per_image=QUESTIONS_PER_IMAGE)
+    return subset(_pool(data, skip_bad, progress), count, seed=seed, per_image=QUESTIONS_PER_IMAGE)
 
 
-def _pool(data: str | Sequence[Example], progress: Progress) -> list[Example]:
-    pool = load_examples(data, default_split="train", notify=progress.note) if isinstance(data, str) else list(data)
+def _pool(data: str | Sequence[Example], skip_bad: bool, progress: Progress) -> list[Example]:
+    pool = load_examples(data, default_split="train", skip_bad=skip_bad, notify=progress.note) if isinstance(data, str) else list(data)
     if not pool:
         raise DataError("There are no calibration examples.")
     return pool
@@ -333,7 +339,7 @@ def calibration_statistics(
     vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
 ) -> tuple[Statistics, list[PackedBatch]]:
     """Moments of a dense model over the calibration sample, and the batches they came from."""
-    inputs = _batches(vlm, calibration_examples(data, options.examples, options.seed, progress))
+    inputs = _batches(vlm, calibration_examples(data, options.examples, options.seed, progress, skip_bad=options.skip_bad))
     return _statistics(vlm, inputs, options, progress), inputs
 
 

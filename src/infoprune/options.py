@@ -37,6 +37,7 @@ class CompressionOptions:
         rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
         floor: Least rank of a site, as a share of the rank it would have under uniform shares.
         seed: Seed of every draw.
+        skip_bad: Go on without bad records of the data, see :func:`infoprune.data.load_examples`.
     """
 
     flops: float | None = None
@@ -57,6 +58,7 @@ class CompressionOptions:
     rank_multiple: int = 8
     floor: float = 0.5
     seed: int = 0
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         if (self.flops is None) == (self.ks is None):

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import typer
+from rich.markup import escape
 
 from infoprune.cli.console import error_console
 
@@ -53,7 +54,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    error_console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    error_console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
 

@@ -24,7 +24,8 @@ def register(app: typer.Typer) -> None:
 def compress(
     model: Annotated[Optional[str], typer.Argument(help="'demo', a checkpoint folder, or a hub id.")] = None,
     data: Annotated[
-        Optional[str], typer.Option("--data", help="Calibration data: 'easy-vqa', or a .jsonl with image, question, answer.")
+        Optional[str],
+        typer.Option("--data", help="Calibration data: NAME[:SPLIT][@FOLDER or HUB-ID], or a .jsonl; NAME: easy-vqa, vqav2, textvqa, gqa."),
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")] = None,
     flops: Annotated[Optional[float], typer.Option(help="Share of the dense FLOPs that remains, e.g. 0.5.")] = None,
@@ -36,6 +37,7 @@ def compress(
     structure: Annotated[Optional[str], typer.Option(help="Gate and up: 'joint' (default), 'separate' or 'best'.")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
     examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 384).")] = None,
+    skip_bad: Annotated[Optional[bool], typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = None,
     repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: yes).")] = None,
     recovery: Annotated[Optional[str], typer.Option(help="Train after the cut: 'none' (default), 'lora' or 'full'.")] = None,
     gate_steps: Annotated[Optional[int], typer.Option(help="Updates of the gates, with --heads trained (default 100).")] = None,
@@ -82,7 +84,7 @@ def compress(
         "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
         "attention_share": attention_share, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
         "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision, "shard": shard,
-        "trackers": tuple(tracker) if tracker else None,
+        "trackers": tuple(tracker) if tracker else None, "skip_bad": skip_bad,
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}
     if flops is not None or ks is not None:  # the budget on the command line replaces the recipe's, whichever kind it is

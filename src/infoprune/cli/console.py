@@ -58,7 +58,7 @@ class BarProgress(Progress):
 
     def note(self, message: str) -> None:
         """See :class:`infoprune.progress.Progress`."""
-        error_console.print(message, highlight=False)
+        error_console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -16,10 +16,13 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint folder, or any supported model.")],
-    data: Annotated[str, typer.Option("--data", help="Evaluation data: 'easy-vqa' (test split), or a .jsonl file.")] = "easy-vqa",
+    data: Annotated[
+        str, typer.Option("--data", help="Evaluation data, as for compress; a benchmark's default split has public answers.")
+    ] = "easy-vqa",
     against: Annotated[Optional[str], typer.Option(help="The dense original, to compare with.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Use a random sample of this many questions.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed rounds; 0 skips timing.")] = 15,
     prompt_suffix: Annotated[str, typer.Option(help="Appended to every question.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
@@ -33,7 +36,8 @@ def evaluate(
     from infoprune.model import load
 
     progress = BarProgress()
-    examples = subset(infoprune.load_examples(data, default_split="test", notify=progress.note), limit, seed=seed)
+    loaded = infoprune.load_examples(data, default_split="test", skip_bad=skip_bad, notify=progress.note)
+    examples = subset(loaded, limit, seed=seed)
     models = [
         load(name, device=device, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
         for name in (model, against)

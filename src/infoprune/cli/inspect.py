@@ -18,9 +18,10 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub id.")],
-    data: Annotated[str, typer.Option("--data", help="Data to look at the model with: 'easy-vqa', or a .jsonl file.")] = "easy-vqa",
+    data: Annotated[str, typer.Option("--data", help="Data to look at the model with, as for compress.")] = "easy-vqa",
     examples: Annotated[int, typer.Option(help="Questions to run.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = False,
     plot: Annotated[Optional[Path], typer.Option(help="Write a picture of eRank, KS and spectra (.png, .svg or .pdf).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")] = False,
@@ -35,7 +36,7 @@ def inspect(
         raise InfoPruneError(f"Can't draw to '{plot}'; use one of {', '.join(PLOT_SUFFIXES)}.")
     progress = BarProgress()
     vlm = load(model, device=device, trust_remote_code=trust_remote_code, notify=progress.note)
-    found = examine(vlm, data, num_examples=examples, seed=seed, progress=progress)
+    found = examine(vlm, data, num_examples=examples, seed=seed, skip_bad=skip_bad, progress=progress)
     if plot is not None:
         draw(found, plot)
     if json_output:

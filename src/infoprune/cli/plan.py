@@ -45,6 +45,7 @@ def apply(
     model: Annotated[str, typer.Argument(help="The dense model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")],
     data: Annotated[Optional[str], typer.Option("--data", help="Calibration data; default: what the plan names.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
@@ -60,9 +61,9 @@ def apply(
     progress = BarProgress()
     vlm = infoprune.load(model, device=device, notify=progress.note)
     before = num_parameters(vlm.model)
-    cut = infoprune.apply_plan(vlm, loaded, data, progress=progress)
+    cut = infoprune.apply_plan(vlm, loaded, data, skip_bad=skip_bad, progress=progress)
     source = data or (loaded.calibration.data if loaded.calibration else "")
-    probe = prompt_inputs(cut.encoder, calibration_examples(source, 1, 0)[0])
+    probe = prompt_inputs(cut.encoder, calibration_examples(source, 1, 0, skip_bad=skip_bad)[0])
     infoprune.save(cut, output, probe={k: v.to(cut.device) for k, v in probe.items()}, overwrite=overwrite, notify=progress.note)
     after = num_parameters(cut.model)
     if json_output:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from infoprune.errors import DataError
+from infoprune.data.images import opened
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,12 @@ class Example:
     Attributes:
         image: Path of the image file; examples with equal paths share their image's tokens when packed.
         question: What is asked, without image markers.
-        answer: The reference answer, without surrounding white space: what training aims at and exact match compares with.
+        answer: The reference answer, without surrounding white space: what training aims at and exact match compares with. Empty where
+            there is no reference, as in test splits whose answers are kept secret; see :attr:`answered`.
         id: The question's id in its data set, unique there; ``None`` where the data has none.
-        answers: All that people answered, where a benchmark's metric weighs several; empty: ``answer`` alone.
+        answers: All that people answered, as they wrote it, where a benchmark's metric weighs several; empty: ``answer`` alone.
         kinds: Names and values by which figures are broken down, e.g. ``{"answer_type": "yes/no"}``.
+        extras: Lists of strings by name that the data set's own metric or prompt reads, e.g. ``{"ocr_tokens": ("stop",)}``.
     """
 
     image: Path
@@ -31,18 +33,21 @@ class Example:
     id: str | None = None
     answers: tuple[str, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict, compare=False)
+    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is a reference answer. Without one a question can be put to a model, but neither trained on nor scored."""
+        return bool(self.answer)
 
     def load_image(self) -> Image.Image:
         """Read the image as RGB.
 
         Raises:
-            DataError: The file is missing or is not an image.
+            DataError: The file is missing, is not an image, or has more pixels than Pillow's limit against decompression bombs.
         """
-        try:
-            with Image.open(self.image) as image:
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"Cannot read the image {self.image}: {error}. Check that the path is right and the file is whole.") from error
+        with opened(self.image) as image:
+            return image.convert("RGB")
 
 
 def subset(examples: Sequence[Example], count: int | None, *, seed: int, per_image: int | None = None) -> list[Example]:

@@ -1,89 +1,144 @@
-"""Turn a data specification (``easy-vqa:test``, ``my.jsonl``) into examples."""
+"""Turn a data specification (``vqav2:val@folder``, ``easy-vqa:test``, ``my.jsonl``) into examples."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from infoprune.data import easy_vqa, hub, own
+from infoprune.data.benchmark import Benchmark
 from infoprune.data.example import Example
+from infoprune.data.gqa import GQA
+from infoprune.data.images import unreadable
+from infoprune.data.problems import Problems
+from infoprune.data.textvqa import TEXTVQA
+from infoprune.data.vqav2 import VQAV2
 from infoprune.errors import DataError
 
-# The official training split has 4,000 images. The demo model never saw one in twenty of them: those are ``validation``, for choosing
-# and stopping; ``train`` is the rest.
-EASY_VQA_SPLITS = ("train", "validation", "test")
-VALIDATION_SHARE, VALIDATION_SEED = 20, 0
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (VQAV2, TEXTVQA, GQA)}
+EASY_VQA, OWN = "easy-vqa", "own"
+FORMS = f"'easy-vqa[:SPLIT]', a .jsonl or .json file, or one of {', '.join(BENCHMARKS)} as NAME[:SPLIT][@FOLDER or HUB-ID]"
 
 
-def load_examples(spec: str, *, default_split: str = "train", notify: Callable[[str], None] = lambda message: None) -> list[Example]:
+@dataclass(frozen=True)
+class DataSpec:
+    """A parsed specification.
+
+    Attributes:
+        name: ``easy-vqa``, a benchmark of :data:`BENCHMARKS`, or ``own`` for a file of the user's own.
+        split: As it was given; ``None``: none was.
+        source: Folder, hub id, or path of the user's file; ``None``: the default hub id.
+    """
+
+    name: str
+    split: str | None = None
+    source: str | None = None
+
+    @property
+    def benchmark(self) -> Benchmark | None:
+        """What reads it, where it is a benchmark; has its prompt, too."""
+        return BENCHMARKS.get(self.name)
+
+
+def parse_spec(spec: str) -> DataSpec:
+    """Parse ``NAME[:SPLIT][@SOURCE]``; what starts with no known name is a path.
+
+    Raises:
+        DataError: easy-vqa with a source, which it has of its own.
+    """
+    names = "|".join((EASY_VQA, *BENCHMARKS))
+    found = re.fullmatch(rf"({names})(?::([^@]*))?(?:@(.*))?", spec.strip(), flags=re.DOTALL)
+    if found is None:
+        return DataSpec(OWN, source=spec)
+    name, split, source = found.groups()
+    if name == EASY_VQA and source is not None:
+        raise DataError(f"easy-vqa comes from its own wheel, so '{spec}' can't name a source. Leave out '@{source}'.")
+    return DataSpec(name, split or None, source or None)
+
+
+def load_examples(
+    spec: str,
+    *,
+    default_split: str = "train",
+    skip_bad: bool = False,
+    unanswered: bool = False,
+    notify: Callable[[str], None] = lambda message: None,
+) -> list[Example]:
     """Load the examples that ``spec`` names.
 
     Args:
-        spec: ``easy-vqa`` or ``easy-vqa:SPLIT`` (train, validation, test), or the path of a ``.jsonl`` or ``.json`` file whose records have
-            ``image`` (a path, relative to the file), ``question`` and ``answer``.
-        default_split: The split when ``easy-vqa`` comes without one.
-        notify: Called with one line for people before a download.
+        spec: ``NAME[:SPLIT][@SOURCE]`` with NAME one of easy-vqa, vqav2, textvqa, gqa and SOURCE a folder with the files that the
+            benchmark's authors ship, or a hub id (default: lmms-lab's); or the path of a ``.jsonl`` or ``.json`` file whose records have
+            ``image`` (a path, relative to the file), ``question`` and ``answer`` or ``answers``, and may have ``id`` and ``kinds``.
+        default_split: ``train``, ``validation`` or ``test``: the purpose, where ``spec`` names no split.
+        skip_bad: Leave bad records out and say how many, instead of refusing the data.
+        unanswered: Take questions without a reference answer, too, as test splits have them: for result files, not for figures.
+        notify: Called with one line for people before a download, and with what was skipped.
 
     Raises:
-        DataError: Nothing there, nothing readable in it, or a record lacks a field.
+        DataError: Nothing there, nothing readable in it, or bad records: missing, unreadable or oversized images, paths that leave the
+            folder, malformed rows, ids that occur twice, questions and annotations that do not match; with counts and the first cases.
     """
-    name, _, split = spec.partition(":")
-    if name == "easy-vqa":
-        return _easy_vqa(split or default_split, notify)
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise DataError(f"No data at '{spec}'. Give 'easy-vqa', 'easy-vqa:test', or a .jsonl file with image, question and answer.")
-    examples = [_record(item, f"{path}, record {number}", path.parent) for number, item in enumerate(_read_json(path), start=1)]
-    if not examples:
-        raise DataError(f"{path} has no records. Each line needs image, question and answer.")
+    parsed = parse_spec(spec)
+    if parsed.name == EASY_VQA:
+        return easy_vqa.read(parsed.split or default_split, notify)
+    problems = Problems(spec)
+    examples = list(_distinct(_found(parsed, spec, default_split, problems, notify), problems))
+    broken = unreadable(example.image for example in examples)
+    for image, reason in broken.items():
+        problems.add("image that can't be read", f"{image.name}: {reason}")
+    examples = [example for example in examples if example.image not in broken]
+    if examples and not unanswered:
+        examples = _answered(examples, spec, problems)
+    if not examples and not problems.count:
+        raise DataError(f"{spec} has no records. {'Each needs image, question and answer.' if parsed.name == OWN else ''}".strip())
+    problems.settle(len(examples), skip_bad=skip_bad, notify=notify)
     return examples
 
 
-def _read_json(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path}: {error}") from error
-    try:
-        if path.suffix != ".jsonl":
-            loaded = json.loads(text)
-            if not isinstance(loaded, list):
-                raise DataError(f"{path} must hold a JSON list of records, one per question.")
-            return loaded
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    records = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not valid JSON: {error.msg}.") from error
-    return records
+def _found(parsed: DataSpec, spec: str, default_split: str, problems: Problems, notify: Callable[[str], None]) -> Iterator[Example]:
+    benchmark = parsed.benchmark
+    if benchmark is None:
+        path = Path(parsed.source or "").expanduser()
+        if not path.is_file():
+            raise DataError(f"No data at '{spec}'. Give {FORMS}.")
+        return own.read(path, problems)
+    split = benchmark.split(parsed.split, default_split)
+    source = parsed.source or benchmark.hub_id
+    folder = Path(source).expanduser()
+    if folder.is_dir() and (benchmark.splits(folder) or not _has_parquet(folder)):
+        return benchmark.read(folder, split, problems)
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise DataError(f"No folder at '{source}', and it is no hub id. Give {FORMS}.")
+    return hub.read(benchmark, source, split, problems, notify)
 
 
-def _record(item: Any, where: str, folder: Path) -> Example:
-    if not isinstance(item, dict):
-        raise DataError(f"{where} is not an object with image, question and answer.")
-    for field in ("image", "question", "answer"):
-        if not isinstance(item.get(field), str) or not item[field].strip():
-            raise DataError(f"{where} lacks a non-empty text field '{field}'.")
-    image = Path(item["image"])
-    return Example(image if image.is_absolute() else folder / image, item["question"].strip(), item["answer"].strip())
+def _has_parquet(folder: Path) -> bool:
+    return next(folder.rglob("*.parquet"), None) is not None
 
 
-def _easy_vqa(split: str, notify: Callable[[str], None]) -> list[Example]:
-    from infoprune.demo.sources import EASY_VQA, fetch
+def _distinct(examples: Iterable[Example], problems: Problems) -> Iterator[Example]:
+    seen: set[str] = set()
+    for example in examples:
+        if example.id is not None and example.id in seen:
+            problems.add("id that occurs twice", example.id)
+            continue
+        if example.id is not None:
+            seen.add(example.id)
+        yield example
 
-    if split not in EASY_VQA_SPLITS:
-        raise DataError(f"easy-vqa has no split '{split}'; it has {', '.join(EASY_VQA_SPLITS)}.")
-    folder = fetch(EASY_VQA, notify=notify) / ("test" if split == "test" else "train")
-    questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    examples = [Example(folder / "images" / f"{image}.png", question, answer) for question, answer, image in questions]
-    if split == "test":
-        return examples
-    images = list(dict.fromkeys(example.image for example in examples))
-    held_out = set(random.Random(VALIDATION_SEED).sample(images, len(images) // VALIDATION_SHARE))
-    return [example for example in examples if (example.image in held_out) == (split == "validation")]
+
+def _answered(examples: list[Example], spec: str, problems: Problems) -> list[Example]:
+    found = [example for example in examples if example.answered]
+    if not found:
+        raise DataError(
+            f"None of the {len(examples):,} questions of {spec} has a reference answer ('answer' or 'answers' in a file of your own). A "
+            "split whose answers are secret serves for a result file (unanswered=True), not for compression or figures; for other splits, "
+            "check that the file of annotations is there."
+        )
+    for example in examples:
+        if not example.answered:
+            problems.add("question without a reference answer", example.id or example.question)
+    return found

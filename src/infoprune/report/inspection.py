@@ -21,7 +21,9 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @torch.no_grad()
-def examine(vlm: VLM, data: str, *, num_examples: int = 64, seed: int = 0, progress: Progress = SILENT) -> dict[str, Any]:
+def examine(
+    vlm: VLM, data: str, *, num_examples: int = 64, seed: int = 0, skip_bad: bool = False, progress: Progress = SILENT
+) -> dict[str, Any]:
     """Scores of every head and spectra of every FFN, as plain numbers.
 
     Args:
@@ -29,13 +31,14 @@ def examine(vlm: VLM, data: str, *, num_examples: int = 64, seed: int = 0, progr
         data: Calibration data.
         num_examples: Questions to run.
         seed: Seed of their draw.
+        skip_bad: Go on without bad records of the data.
         progress: Shows the steps.
 
     Returns:
         ``attention``: per block ``erank``, ``ks``, ``rate``, ``conditional_rate`` and ``loss_nats`` (per example, after
         compensation) of each unit; ``ffn``: per block and linear the normalised spectrum, its eRank and the rank at KS 0.1.
     """
-    options = CompressionOptions(flops=1.0, heads="none", examples=num_examples, seed=seed)
+    options = CompressionOptions(flops=1.0, heads="none", examples=num_examples, seed=seed, skip_bad=skip_bad)
     statistics, _ = calibration_statistics(vlm, data, options, progress)
     architecture = vlm.architecture
     assert architecture is not None

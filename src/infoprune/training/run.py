@@ -194,7 +194,9 @@ class TrainingRun:
         )  # fmt: skip
 
 
-def split(pool: Sequence[Example], options: TrainingOptions, seed: int, progress: Progress) -> tuple[list[Example], list[Example]]:
+def split(
+    pool: Sequence[Example], options: TrainingOptions, seed: int, progress: Progress, *, skip_bad: bool = False
+) -> tuple[list[Example], list[Example]]:
     """Training and validation questions; no image is in both.
 
     Raises:
@@ -203,7 +205,7 @@ def split(pool: Sequence[Example], options: TrainingOptions, seed: int, progress
     if options.validation is None:
         train_part, validation = hold_out(pool, seed)
     else:
-        validation = load_examples(options.validation, default_split="validation", notify=progress.note)
+        validation = load_examples(options.validation, default_split="validation", skip_bad=skip_bad, notify=progress.note)
         seen = {example.image for example in validation}
         train_part = [example for example in pool if example.image not in seen]
     images = list(dict.fromkeys(e.image for e in subset(validation, options.validation_questions, seed=seed)))

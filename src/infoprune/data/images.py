@@ -1,0 +1,97 @@
+"""Image files that may come from anywhere: none outside the folder given, none that unpacks to more than Pillow's limit."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from infoprune.errors import DataError
+
+THREADS = 16  # reading headers waits for the disk, or for a network behind it
+
+
+class OutsideError(DataError):
+    """A path that leaves the folder it was given for."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The image, its header read and its pixels not yet.
+
+    Raises:
+        DataError: The file is missing, is not an image, is cut short (while its pixels are read), or has too many pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:  # Pillow only warns up to twice its limit
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} pixels are more than Pillow's limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
+                )
+            yield image
+    # Pillow's decoders raise these, too, on files that were damaged or made up.
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise DataError(f"Cannot read the image {path}: {error}. Check that the path is right and the file is whole.") from error
+
+
+def unreadable(paths: Iterable[Path]) -> dict[Path, str]:
+    """Which of the images can't be opened, and why; only headers are read."""
+
+    def complaint(path: Path) -> str | None:
+        try:
+            with opened(path):
+                return None
+        except DataError as error:
+            return str(error.__cause__)
+
+    distinct = list(dict.fromkeys(paths))
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
+        return {path: reason for path, reason in zip(distinct, pool.map(complaint, distinct), strict=True) if reason is not None}
+
+
+class ImageFolder:
+    """Where a data set's images lie: in its folder, or in the subfolders that its authors use."""
+
+    def __init__(self, root: Path, subfolders: Sequence[str] = ()) -> None:
+        self._real = os.path.realpath(root)
+        self._places = [root, *(root / name for name in subfolders if (root / name).is_dir())]
+        self._found: dict[str, Path | None] = {}
+
+    def find(self, name: str) -> Path | None:
+        """The image called ``name``, a path relative to the folder or one of its subfolders; ``None``: there is none.
+
+        Raises:
+            OutsideError: The name, or a link of that name, leads out of the folder.
+        """
+        if name not in self._found:
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def _find(self, name: str) -> Path | None:
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+            raise OutsideError(f"'{name}' leaves {self._places[0]}")
+        for path in (place / name for place in self._places):
+            if path.is_file():
+                return self.inside(path)
+        return None
+
+    def inside(self, path: Path) -> Path:
+        """``path`` itself, if it stays in the folder once links are followed.
+
+        Raises:
+            OutsideError: It does not.
+        """
+        real = os.path.realpath(path)
+        if os.path.commonpath([real, self._real]) != self._real:
+            raise OutsideError(f"'{path.name}' is a link to {real}, outside {self._places[0]}")
+        return path
+
+    def __str__(self) -> str:
+        return ", ".join(str(place) for place in self._places)

@@ -1,0 +1,76 @@
+"""Users' own data: a ``.jsonl`` or ``.json`` file of records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from infoprune.data.benchmark import Row, Text, complaint, most_frequent, read_json
+from infoprune.data.example import Example
+from infoprune.data.images import ImageFolder, OutsideError
+from infoprune.data.problems import Problems
+from infoprune.errors import DataError
+
+
+class _Record(Row):
+    image: Text
+    question: Text
+    answer: str = ""
+    answers: list[str] = Field(default_factory=list)
+    id: str | int | None = None
+    kinds: dict[str, str] = Field(default_factory=dict)
+
+
+def read(path: Path, problems: Problems) -> Iterator[Example]:
+    """Examples of a file whose records have ``image``, ``question``, ``answer`` or ``answers``, and may have ``id`` and ``kinds``.
+
+    Raises:
+        DataError: The file can't be read, or is no list.
+    """
+    images = ImageFolder(path.parent)
+    for where, item in _lines(path, problems) if path.suffix == ".jsonl" else _items(path):
+        try:
+            record = _Record.model_validate(item)
+            image = _image(record.image, images)
+        except ValidationError as error:
+            problems.add("malformed row", f"{where}: {complaint(error)}")
+        except OutsideError as error:
+            problems.add("image outside the folder", f"{where}: {error}")
+        else:
+            if image is None:
+                problems.add(f"image missing in {path.parent}", f"{where}: {record.image}")
+                continue
+            answer = record.answer.strip() or most_frequent(record.answers)
+            id = None if record.id is None else str(record.id)
+            yield Example(image, record.question, answer, id=id, answers=tuple(record.answers), kinds=record.kinds)
+
+
+def _image(name: str, images: ImageFolder) -> Path | None:
+    """An absolute path is the user's own choice; a relative one stays beside the file."""
+    path = Path(name)
+    return (path if path.is_file() else None) if path.is_absolute() else images.find(name)
+
+
+def _items(path: Path) -> Iterator[tuple[str, Any]]:
+    loaded = read_json(path)
+    if not isinstance(loaded, list):
+        raise DataError(f"{path} must hold a JSON list of records, one per question.")
+    for number, item in enumerate(loaded, start=1):
+        yield f"record {number}", item
+
+
+def _lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read {path}: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                problems.add("malformed row", f"line {number} is not valid JSON: {error}")
