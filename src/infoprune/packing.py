@@ -131,7 +131,7 @@ class PromptEncoder:
         return torch.cat([types, last.expand(answer, *types.shape[1:])])
 
     def inputs(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """What the model reads for rendered prompts and the image, or list of images, of each, padded to a common length and number of tiles."""
+        """What the model reads for rendered prompts with the image, or list of images, of each; lengths and numbers of tiles are padded."""
         listed = [_listed(image) for image in images]
         batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt")
         return {name: value for name, value in batch.items() if name != "labels"}
