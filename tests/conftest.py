@@ -96,7 +96,8 @@ def hub_environment(hub, tmp_path_factory):
 @pytest.fixture(scope="module")
 def upload(hub):
     """Call with a folder and a repository: uploads the folder as ``hf upload`` does."""
-    disabled, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    before = constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE
+    constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, False
     api = HfApi(endpoint=hub.endpoint, token="anyone")
 
     def upload(folder, repo):
@@ -105,7 +106,7 @@ def upload(hub):
         return repo
 
     yield upload
-    constants.HF_HUB_DISABLE_XET = disabled
+    constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = before
 
 
 @pytest.fixture(scope="module")

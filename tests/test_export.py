@@ -58,7 +58,7 @@ def test_the_refusal_names_the_command_that_avoids_it(checkpoint, jsonl, tmp_pat
     result = infoprune.compress(infoprune.load(checkpoint), str(jsonl), flops=0.8, rank_multiple=2, examples=12)
     small = infoprune.load(infoprune.save(result.vlm, tmp_path / "small"))
     with pytest.raises(CheckpointError, match="has no place") as refused:
-        export_dense(small, tmp_path / "dense")
+        export_dense(small, tmp_path / "stock")
     told = str(refused.value)
     assert "'compensate: false' and 'centred: false' into a file no-biases.yaml" in told
     command = shlex.split(told.splitlines()[-1])
@@ -71,7 +71,7 @@ def test_the_refusal_names_the_command_that_avoids_it(checkpoint, jsonl, tmp_pat
     assert done.exit_code == 0, done.output
     again = infoprune.load("DIR")
     assert again.plan.method["repair"] and again.plan.ffn and again.plan.budget == {"flops": 0.8}
-    stock = infoprune.load(export_dense(again, tmp_path / "dense"))
+    stock = infoprune.load(export_dense(again, tmp_path / "stock"))
     assert stock.architecture.family.model_type == "llava"
 
 
