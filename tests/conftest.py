@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi, constants
 from transformers import AutoProcessor
 
 from infoprune.model import VLM
+from local_hub import local_hub
 from tiny_current import CURRENT
 from tiny_models import TINY, Tiny, build, examples
 
@@ -22,7 +24,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "capability(name): what a family can do if the test passes; {tower} is filled in")
+    config.addinivalue_line("markers", "capability(*names): what a family can do if the test passes; {tower} is filled in")
     if path := config.getoption("--capabilities"):
         config.pluginmanager.register(Capabilities(path))
 
@@ -33,7 +35,8 @@ def pytest_runtest_makereport(item, call):
     marker = item.get_closest_marker("capability")
     if marker and (report.when == "call" or report.failed):
         tiny, tower = item.callspec.params["vlm"], item.callspec.params.get("tower")
-        report.user_properties.append(("capability", [tiny.name, describe(tiny), marker.args[0].format(tower=tower), report.outcome]))
+        for name in marker.args:
+            report.user_properties.append(("capability", [tiny.name, describe(tiny), name.format(tower=tower), report.outcome]))
     return report
 
 
@@ -76,12 +79,45 @@ def built(tiny: Tiny, monkeypatch) -> VLM:
 
 
 @pytest.fixture(scope="module")
-def without_infoprune(tmp_path_factory):
-    """Call with a checkpoint and a file of inputs and logits: one process without infoprune loads and compares, and answers in one line."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")), "HF_HUB_OFFLINE": "1"}
+def hub():
+    """A hub on this machine, empty at first."""
+    with local_hub() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def hub_environment(hub, tmp_path_factory):
+    """Environment of processes that know no other hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "anyone"}
+    return os.environ | own | {"HF_HUB_CACHE": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
+
+
+@pytest.fixture(scope="module")
+def upload(hub):
+    """Call with a folder and a repository: uploads the folder as ``hf upload`` does."""
+    before = constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE
+    constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, False
+    api = HfApi(endpoint=hub.endpoint, token="anyone")
+
+    def upload(folder, repo):
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+        return repo
+
+    yield upload
+    constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = before
+
+
+@pytest.fixture(scope="module")
+def without_infoprune(hub_environment):
+    """Call with a checkpoint (a folder, or a repository of ``hub``) and a file of inputs and logits.
+
+    One process without infoprune loads and compares, and answers in one line.
+    """
     script = Path(__file__).with_name("without_infoprune.py")
     with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=hub_environment
     ) as process:
         assert process.stdin and process.stdout
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +61,29 @@ def test_saved_again_in_shards(small, tmp_path, without_infoprune):
     assert torch.equal(infoprune.load(again).model(**inputs).logits, logits)
     torch.save({"inputs": inputs, "logits": logits}, tmp_path / "expected.pt")
     assert without_infoprune(again, tmp_path / "expected.pt") == "ok"
+
+
+def test_push_to_hub_takes_everything_along(small, tmp_path, hub, hub_environment, upload, without_infoprune):
+    folder, inputs, logits = small
+    (folder / "report.json").write_text("{}")
+    torch.save({"inputs": inputs, "logits": logits}, tmp_path / "expected.pt")
+    uploaded = upload(folder, "someone/uploaded")
+    files = {path: content for path, content in hub.repos[uploaded].items() if path != ".gitattributes"}
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = [sys.executable, Path(__file__).with_name("hub_user.py"), folder, "someone/pushed", uploaded, tmp_path / "expected.pt"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=hub_environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("report ")).removeprefix("report "))
+    plan = json.loads((folder / "plan.json").read_text())
+    assert report[uploaded] == {"same": True, "plan": plan, "processor": "LlavaProcessor"}
+    assert report["someone/pushed"] == {"same": True, "plan": False, "processor": "LlavaProcessor"}  # Transformers knows of no plan
+    pushed = hub.repos["someone/pushed"]
+    assert {"config.json", "model.safetensors", "modeling_infoprune.py", "generation_config.json", "processor_config.json"} <= pushed.keys()
+    assert pushed["modeling_infoprune.py"] == (folder / "modeling_infoprune.py").read_bytes()
+    for repo in (uploaded, "someone/pushed"):
+        maps = json.loads(hub.repos[repo]["config.json"])["auto_map"]
+        assert maps == json.loads((folder / "config.json").read_text())["auto_map"] and len(maps) == 3
+        assert without_infoprune(repo, tmp_path / "expected.pt") == "ok"
 
 
 def test_lora_trains_saves_loads_and_merges(small, tmp_path):

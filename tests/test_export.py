@@ -2,21 +2,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 import infoprune
-from infoprune.criteria.ffn import FFNOptions
+from infoprune.cli import compress as compress_verb
 from infoprune.errors import CheckpointError, InfoPruneError
 from infoprune.export import export_dense
 from infoprune.surgery import apply_
 from test_families import dropping, inputs_of, plan_of, statistics_of
 
 
-def compressed(vlm, questions, folder, plan, **options):
-    apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions), options=FFNOptions(**options))
+def compressed(vlm, questions, folder, plan):
+    apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions))
     return infoprune.load(infoprune.save(dataclasses.replace(vlm, plan=plan), folder))
 
 
@@ -26,8 +30,8 @@ def test_dense_export_is_a_stock_checkpoint_with_the_same_logits(vlm, questions,
     dense = {name: value.shape for name, value in vlm.model.state_dict().items()}
     plan = plan_of(vlm, compensate=False)
     gone = dropping(vlm, compensate=False).heads
-    plan = plan.model_copy(update={"heads": plan.heads | gone})
-    small = compressed(vlm, questions, tmp_path / "small", plan, centred=False)
+    plan = plan.model_copy(update={"heads": plan.heads | gone, "method": {"centred": False}})
+    small = compressed(vlm, questions, tmp_path / "small", plan)
     folder = export_dense(small, tmp_path / "dense")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     assert model.config.model_type == vlm.architecture.family.model_type and "InfoPrune" not in type(model).__name__
@@ -48,6 +52,27 @@ def test_biases_go_where_the_configuration_has_a_place(vlm, questions, tmp_path)
         return
     model = AutoModelForImageTextToText.from_pretrained(export_dense(small, tmp_path / "dense"), dtype=torch.float32).eval()
     torch.testing.assert_close(model(**inputs).logits, small.model(**inputs).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_the_refusal_names_the_command_that_avoids_it(checkpoint, jsonl, tmp_path, monkeypatch):
+    result = infoprune.compress(infoprune.load(checkpoint), str(jsonl), flops=0.8, rank_multiple=2, examples=12)
+    small = infoprune.load(infoprune.save(result.vlm, tmp_path / "small"))
+    with pytest.raises(CheckpointError, match="has no place") as refused:
+        export_dense(small, tmp_path / "stock")
+    told = str(refused.value)
+    assert "'compensate: false' and 'centred: false' into a file no-biases.yaml" in told
+    command = shlex.split(told.splitlines()[-1])
+    assert command[:3] == ["infoprune", "compress", str(checkpoint)]
+    monkeypatch.chdir(tmp_path)
+    Path("no-biases.yaml").write_text("compensate: false\ncentred: false\nrank_multiple: 2\nexamples: 12\n")
+    app = typer.Typer()
+    compress_verb.register(app)
+    done = CliRunner().invoke(app, command[2:])
+    assert done.exit_code == 0, done.output
+    again = infoprune.load("DIR")
+    assert again.plan.method["repair"] and again.plan.ffn and again.plan.budget == {"flops": 0.8}
+    stock = infoprune.load(export_dense(again, tmp_path / "stock"))
+    assert stock.architecture.family.model_type == "llava"
 
 
 def test_what_is_not_compressed_has_nothing_to_export(gqa_vlm, tmp_path):

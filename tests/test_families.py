@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import infoprune
 from conftest import ALL
@@ -16,6 +17,7 @@ from infoprune.calibrate import calibrate
 from infoprune.compress import compress
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.evaluation.cost import count_flops, count_workload, predicted_flops, prompt_inputs
+from infoprune.modeling_infoprune import ConstantAttention
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import resolve
@@ -236,14 +238,39 @@ def test_save_and_load_are_bit_identical(vlm, questions, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in reloaded.model.state_dict().items())
 
 
-@pytest.mark.capability("load without infoprune")
-def test_loads_without_infoprune_only_through_trust_remote_code(vlm, questions, tmp_path, without_infoprune):
+@pytest.mark.capability("load without infoprune", "push and load")
+def test_loads_without_infoprune_only_through_trust_remote_code(vlm, questions, tmp_path, without_infoprune, upload):
     inputs = inputs_of(vlm, questions)
     result = compress(vlm, questions, flops=0.8, rank_multiple=2, examples=12)
     folder = infoprune.save(result.vlm, tmp_path / "out")
     with torch.no_grad():
         torch.save({"inputs": inputs, "logits": result.vlm.model(**inputs).logits}, tmp_path / "expected.pt")
     assert without_infoprune(folder, tmp_path / "expected.pt") == "ok"
+    repo = upload(folder, f"someone/{vlm.model_id}")
+    assert without_infoprune(repo, tmp_path / "expected.pt") == "ok"
+
+
+@torch.no_grad()
+@pytest.mark.capability("per-layer geometry")
+def test_configuration_states_the_heads_of_every_layer(vlm, questions, tmp_path):
+    statistics = statistics_of(vlm, questions[:2], weighting="uniform", gradients=False)
+    plan = plan_of(vlm, compensate=False, ffn=False)
+    plan = plan.model_copy(update={"heads": plan.heads | dropping(vlm, compensate=False).heads})
+    apply_(vlm.model, vlm.architecture, plan, statistics)
+    folder = infoprune.save(dataclasses.replace(vlm, plan=plan), tmp_path / "out", probe=inputs_of(vlm, questions))
+    text = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    assert text.is_heterogeneous and text.allow_global_per_layer_attribute_access
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.config.get_text_config(decoder=True).to_dict()["per_layer_config"] == text.to_dict()["per_layer_config"]
+    for site in (s for s in vlm.architecture.attention if s.tower == "text"):
+        block, stated = model.get_submodule(site.path), text.per_layer_config[site.layer]
+        assert stated.head_dim == site.head_dim
+        found = stated.num_attention_heads, stated.num_key_value_heads
+        if isinstance(block, ConstantAttention):  # no heads, but no cache can be that small
+            assert found == ((1, 1) if site.multi_query else (site.num_heads // site.num_key_value_heads, 1))
+        else:
+            widths = (getattr(block, name).out_features for name in (site.names.query, site.names.key))
+            assert found == tuple(width // site.head_dim for width in widths)
 
 
 @pytest.mark.capability("generate")

@@ -24,6 +24,7 @@ from transformers import (
 from infoprune import modeling_infoprune as modeling
 from infoprune.errors import CheckpointError
 from infoprune.families import FAMILIES
+from infoprune.geometry import state_geometry_
 from infoprune.model import VLM, load
 
 TOLERANCE = 1e-4
@@ -35,6 +36,9 @@ def register() -> None:
         if model_type not in CONFIG_MAPPING:  # this version of Transformers does not know the family
             continue
         config, base, conditional = classes(model_type)
+        # Whatever saves or pushes a model from now on takes the code along.
+        for cls, auto in ((config, "AutoConfig"), (base, "AutoModel"), (conditional, "AutoModelForImageTextToText")):
+            cls.register_for_auto_class(auto)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, base, exist_ok=True)
         AutoModelForImageTextToText.register(config, conditional, exist_ok=True)
@@ -129,11 +133,14 @@ def written_aside(folder: Path) -> Iterator[Path]:
 def _write(vlm: VLM, folder: Path) -> None:
     assert vlm.plan is not None
     config_class, base, conditional = classes(vlm.plan.model_type)
-    config_class.register_for_auto_class()
-    conditional.register_for_auto_class("AutoModelForImageTextToText")
     fields = vlm.model.config.to_dict()
     fields.pop("model_type", None)
-    config = config_class.from_dict(fields | {"infoprune": vlm.plan.shapes(), "architectures": [conditional.__name__]})
+    # Transformers adds the configuration's class and the saved one by itself.
+    auto_map = {"AutoModel": f"{modeling.__name__.rpartition('.')[2]}.{base.__name__}"}
+    config = config_class.from_dict(
+        fields | {"infoprune": vlm.plan.shapes(), "architectures": [conditional.__name__], "auto_map": auto_map}
+    )
+    state_geometry_(config, vlm.plan, FAMILIES[vlm.plan.model_type].text)
     model = vlm.model
     dense_class, dense_config = type(model), model.config
     # The weights already have the plan's shapes; giving the object its final class for the time of the call spares a second copy of them.
@@ -144,10 +151,6 @@ def _write(vlm: VLM, folder: Path) -> None:
     finally:
         model.__class__, model.config = dense_class, dense_config
     vlm.processor.save_pretrained(folder)
-    path = folder / "config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    written.setdefault("auto_map", {})["AutoModel"] = f"{modeling.__name__.rpartition('.')[2]}.{base.__name__}"
-    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def _verify(vlm: VLM, folder: Path, probe: dict[str, torch.Tensor]) -> None:

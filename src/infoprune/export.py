@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.checkpoint import check_output_folder, written_aside
 from infoprune.errors import CheckpointError
+from infoprune.geometry import clear_geometry_
 from infoprune.model import VLM, load
 from infoprune.modeling_infoprune import ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.plan import CompressionPlan, HeadDecision
@@ -72,6 +74,7 @@ def _stock(vlm: VLM) -> Any:
     assert vlm.plan is not None
     fields = {k: v for k, v in vlm.model.config.to_dict().items() if k not in ("model_type", "infoprune", "auto_map", "architectures")}
     config = CONFIG_MAPPING[family_of(vlm.model).model_type].from_dict(fields)
+    clear_geometry_(config)
     stock, architecture = _empty(config, vlm.model.dtype)
     vlm.plan.check(architecture)
     if vlm.plan.shapes() != vlm.model.config.infoprune:
@@ -79,7 +82,7 @@ def _stock(vlm: VLM) -> Any:
     state = _dense_state(vlm.model, stock, architecture, vlm.plan)
     lacking = [name for name, value in state.items() if name not in stock.state_dict() and bool(value.any())]
     if lacking:
-        _ask_for_biases_(config, architecture, lacking)
+        _ask_for_biases_(config, architecture, lacking, vlm.plan)
         stock, _ = _empty(config, vlm.model.dtype)
     complete = {n: state.get(n, torch.zeros(p.shape, dtype=vlm.model.dtype, device=vlm.device)) for n, p in stock.state_dict().items()}
     stock.load_state_dict(complete, assign=True)
@@ -94,7 +97,7 @@ def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, Architecture]:
     return stock, resolve(stock)
 
 
-def _ask_for_biases_(config: Any, architecture: Architecture, lacking: list[str]) -> None:
+def _ask_for_biases_(config: Any, architecture: Architecture, lacking: list[str], plan: CompressionPlan) -> None:
     """Switch on the biases that ``lacking`` weights need.
 
     Raises:
@@ -111,11 +114,19 @@ def _ask_for_biases_(config: Any, architecture: Architecture, lacking: list[str]
             if getattr(part, FLAGS[kind], True):
                 raise CheckpointError(
                     f"No dense checkpoint of the family can hold this model: compression added a bias, '{names[0]}', for which the "
-                    f"configuration '{part.model_type}' has no place ({len(lacking)} in all). Compress with compensate: false and "
-                    "centred: false in a recipe, and without repair, or use the compressed checkpoint."
+                    f"configuration '{part.model_type}' has no place ({len(lacking)} in all). Compress the original again without them, "
+                    "with what else you asked for then: put the two lines 'compensate: false' and 'centred: false' into a file "
+                    f"no-biases.yaml and run\n{_without_biases(plan)}"
                 )
             setattr(part, FLAGS[kind], True)
             switched.add((site.tower, kind))
+
+
+def _without_biases(plan: CompressionPlan) -> str:
+    """The command that compresses as this plan did, by a recipe that adds no biases."""
+    data = plan.calibration.data if plan.calibration and plan.calibration.data != "examples" else "DATA"
+    budget = [text for name, value in plan.budget.items() for text in (f"--{name}", f"{value:g}")]
+    return shlex.join(["infoprune", "compress", plan.model_id, "--data", data, *budget, "--recipe", "no-biases.yaml", "-o", "DIR"])
 
 
 def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: CompressionPlan) -> dict[str, torch.Tensor]:
@@ -126,7 +137,7 @@ def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: Compr
             continue
         block = model.get_submodule(site.path)
         if isinstance(site, AttentionSite):
-            found = _attention(block, stock.get_submodule(site.path), site, plan.heads[site.path])
+            found = _attention(block, stock.get_submodule(site.path), site, plan.heads[site.path], model.device)
         else:
             found = _ffn(block, site)
         state = {name: value for name, value in state.items() if not name.startswith(f"{site.path}.")}
@@ -134,12 +145,11 @@ def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: Compr
     return state
 
 
-def _attention(block: Any, stock: nn.Module, site: AttentionSite, decision: HeadDecision) -> dict[str, torch.Tensor]:
+def _attention(block: Any, stock: nn.Module, site: AttentionSite, decision: HeadDecision, device: torch.device) -> dict[str, torch.Tensor]:
     names = site.names
-    reference = next(block.parameters())
-    found = {name: torch.zeros(p.shape, device=reference.device, dtype=reference.dtype) for name, p in stock.named_parameters()}
+    found = {name: torch.zeros(p.shape, device=device, dtype=p.dtype) for name, p in stock.named_parameters()}
     if isinstance(block, ConstantAttention):
-        return found | {f"{names.out}.bias": block.bias.detach()}
+        return found if block.bias is None else found | {f"{names.out}.bias": block.bias.detach()}
     columns, places = kept_places(site, decision.keep_units)
     for name, value in block.state_dict().items():
         linear = name.rpartition(".")[0]
@@ -158,7 +168,7 @@ def _ffn(block: Any, site: FFNSite) -> dict[str, torch.Tensor]:
         weight, bias = block.gate_up_proj.weight @ block.shared_proj.weight, block.gate_up_proj.bias
         for name, rows in zip((site.names.gate, site.names.up), weight.chunk(2), strict=True):
             found[f"{name}.weight"] = rows.clone()
-        for name, rows in zip((site.names.gate, site.names.up), bias.chunk(2), strict=True):
+        for name, rows in zip((site.names.gate, site.names.up), bias.chunk(2) if bias is not None else (), strict=bias is not None):
             found[f"{name}.bias"] = rows.clone()
     for name, module in block.named_children():
         if isinstance(module, LowRankLinear):

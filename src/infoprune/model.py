@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.hub import cached_file
 
 from infoprune.architecture import Architecture
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
@@ -19,6 +20,7 @@ from infoprune.plan import CompressionPlan
 from infoprune.resolve import COMPRESSED, family_of, resolve, supported
 
 DEMO = "demo"
+OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def load(
     model, processor = _from_pretrained(path, source, dtype, trust_remote_code)
     plan = None
     if str(model.config.model_type).startswith(COMPRESSED):
-        plan = CompressionPlan.read(Path(path)) if (Path(path) / "plan.json").is_file() else None
+        file = cached_file(str(path), "plan.json", **OPTIONAL)  # beside the weights, also on a hub
+        plan = CompressionPlan.read(Path(file)) if file else None
         architecture = None
     else:
         architecture = resolve(model)

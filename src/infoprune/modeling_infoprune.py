@@ -7,6 +7,8 @@ This one file is what the library runs and what is copied into every checkpoint,
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,11 +49,13 @@ class LowRankLinear(nn.Module):
 class LowRankGatedFFN(nn.Module):
     """A gated FFN whose gate and up projections share one rank-r map of the input: ``down(act(g) * u)``, (g, u) = gate_up(shared(x))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, rank: int, act_fn: nn.Module, down_proj: nn.Module) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, rank: int, act_fn: nn.Module, down_proj: nn.Module, *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.hidden_size, self.intermediate_size, self.rank = hidden_size, intermediate_size, rank
         self.shared_proj = nn.Linear(hidden_size, rank, bias=False)
-        self.gate_up_proj = nn.Linear(rank, 2 * intermediate_size)
+        self.gate_up_proj = nn.Linear(rank, 2 * intermediate_size, bias=bias)
         self.act_fn = act_fn
         self.down_proj = down_proj
 
@@ -62,19 +66,19 @@ class LowRankGatedFFN(nn.Module):
 
 
 class ConstantAttention(nn.Module):
-    """What is left of an attention block that was dropped whole: its mean output, the same at every position.
+    """What is left of an attention block that was dropped whole: its mean output, the same at every position; without bias, nothing.
 
     ``alone``: the block returned nothing beside its output.
     """
 
-    def __init__(self, hidden_size: int, *, alone: bool = False) -> None:
+    def __init__(self, hidden_size: int, *, alone: bool = False, bias: bool = True) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
         self.alone = alone
 
     def constant(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) -> (..., hidden_size)."""
-        return self.bias.expand_as(hidden_states).clone()
+        return torch.zeros_like(hidden_states) if self.bias is None else self.bias.expand_as(hidden_states).clone()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
         """(..., hidden_size) -> (..., hidden_size), and no attention weights."""
@@ -105,7 +109,7 @@ def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compen
     attention: Any = getattr(parent, name)
     if keep == 0:
         out = getattr(attention, _name(attention, _OUT_PROJECTIONS))
-        constant = ConstantAttention(out.out_features, alone=hasattr(attention, _FUSED))
+        constant = ConstantAttention(out.out_features, alone=hasattr(attention, _FUSED), bias=out.bias is not None or compensated)
         setattr(parent, name, constant.to(device=out.weight.device, dtype=out.weight.dtype))
         return
     out_name = _name(attention, _OUT_PROJECTIONS)
@@ -134,8 +138,13 @@ def _shrink_(attention: nn.Module, name: str, keep: int, of: int) -> None:
     setattr(attention, name, _like(linear, linear.in_features, linear.out_features * keep // of, linear.bias is not None))
 
 
-def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, int]) -> None:
-    """Give the FFN ``parent.name`` factorised linears of the stated ranks, with uninitialised weights."""
+def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, Any]) -> None:
+    """Give the FFN ``parent.name`` factorised linears of the stated ranks, with uninitialised weights.
+
+    Centring puts means into biases, so centred factors have one, as is the rule; ``centred: False`` among the ranks leaves biases as they
+    were.
+    """
+    centred = ranks.get("centred", True)
     ffn: Any = getattr(parent, name)
     up_name, down_name = _name(ffn, _UP_PROJECTIONS), _name(ffn, _DOWN_PROJECTIONS)
     reference = getattr(ffn, up_name).weight
@@ -144,11 +153,13 @@ def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, int]) -> None:
     for key, target in targets.items():
         if key in ranks:
             dense = getattr(ffn, target)
-            setattr(ffn, target, LowRankLinear(dense.in_features, dense.out_features, ranks[key]).to(**factory))
+            bias = centred or dense.bias is not None
+            setattr(ffn, target, LowRankLinear(dense.in_features, dense.out_features, ranks[key], bias=bias).to(**factory))
     if "joint_rank" in ranks:
         up = getattr(ffn, up_name)
         down = getattr(ffn, down_name)
-        joint = LowRankGatedFFN(up.in_features, up.out_features, ranks["joint_rank"], ffn.act_fn, nn.Identity()).to(**factory)
+        bias = centred or up.bias is not None
+        joint = LowRankGatedFFN(up.in_features, up.out_features, ranks["joint_rank"], ffn.act_fn, nn.Identity(), bias=bias).to(**factory)
         joint.down_proj = down
         setattr(parent, name, joint)
 
@@ -179,12 +190,25 @@ def _configuration(dense: Any) -> Any:
     return type(f"{PREFIX}{dense.__name__}", (dense,), body | {"__module__": __name__, "__doc__": f"Compressed {dense.__name__}."})
 
 
+@contextmanager
+def _uniform(config: Any) -> Iterator[None]:
+    """Hide what the configuration says of single layers: stock modules are made alike, and take on the plan's shapes afterwards."""
+    text = config.get_text_config(decoder=True)
+    layers = text.to_dict().get("per_layer_config")
+    text.per_layer_config = None
+    try:
+        yield
+    finally:
+        text.per_layer_config = layers
+
+
 def _model(dense: Any) -> Any:
     """A model, with or without its language head, that takes on the shapes in its configuration."""
     prefix = "" if GenerationMixin in dense.__mro__ else "model."
 
     def __init__(self: Any, config: Any) -> None:
-        dense.__init__(self, config)
+        with _uniform(config):
+            dense.__init__(self, config)
         shape_(self, config.infoprune or {}, prefix)
         self.post_init()
 

@@ -97,16 +97,16 @@ class PromptEncoder:
     def __post_init__(self) -> None:
         self._eos = self.processor.tokenizer.eos_token_id
 
-    def prompt(self, question: str) -> str:
-        """The prompt text of one question, with one image marker."""
+    def prompt(self, question: str, *, images: int = 1) -> str:
+        """The prompt text of one question, with a marker for each of its images in front."""
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question + self.suffix}]
+            content = [{"type": "image"}] * images + [{"type": "text", "text": question + self.suffix}]
             return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return f"{self.processor.image_token}{question}{self.suffix}"
+        return f"{self.processor.image_token * images}{question}{self.suffix}"
 
     def encode(self, example: Example, image: Any) -> Encoded:
-        """Ids of one example; ``image`` is its loaded image."""
-        text = self.prompt(example.question)
+        """Ids of one example; ``image`` is its loaded image, or a list of them."""
+        text = self.prompt(example.question, images=len(_listed(image)))
         inputs = self.inputs([text], [image])
         prompt = inputs["input_ids"][0].tolist()
         ends = text + self.processor.tokenizer.decode(prompt[-1:])  # some processors append a line break to the text
@@ -131,8 +131,9 @@ class PromptEncoder:
         return torch.cat([types, last.expand(answer, *types.shape[1:])])
 
     def inputs(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """What the model reads for rendered prompts with one image each, padded to a common length and number of tiles."""
-        batch = self.processor(text=list(texts), images=[[image] for image in images], padding=True, return_tensors="pt")
+        """What the model reads for rendered prompts with the image, or list of images, of each; lengths and numbers of tiles are padded."""
+        listed = [_listed(image) for image in images]
+        batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt")
         return {name: value for name, value in batch.items() if name != "labels"}
 
     @property
@@ -146,9 +147,13 @@ class PromptEncoder:
         return None if self.family is None else self.family.token_types
 
     def image_inputs(self, images: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Image tensors of several images, padded to a common number of tiles by the processor."""
-        batch = self.inputs([self.prompt("") for _ in images], images)
+        """Image tensors of several images, or lists of them, padded to a common number of tiles by the processor."""
+        batch = self.inputs([self.prompt("", images=len(_listed(image))) for image in images], images)
         return {name: value for name, value in batch.items() if name not in TOKEN_INPUTS}
+
+
+def _listed(image: Any) -> list[Any]:
+    return image if isinstance(image, list) else [image]
 
 
 def batches(

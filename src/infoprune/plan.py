@@ -155,9 +155,10 @@ class CompressionPlan(_Strict):
 
     def shapes(self) -> dict[str, Any]:
         """What a checkpoint's config carries so that the model can be rebuilt: kept units and ranks by path."""
+        biases = {} if self.method.get("centred", True) else {"centred": False}
         return {
             "heads": {path: {"keep": len(d.keep_units), "of": d.num_units, "compensated": d.compensate} for path, d in self.heads.items()},
-            "ffn": {path: d.model_dump(exclude_none=True) for path, d in self.ffn.items()},
+            "ffn": {path: d.model_dump(exclude_none=True) | biases for path, d in self.ffn.items()},
         }
 
 

@@ -98,8 +98,7 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
             new.bias.copy_(old[name].bias[index])
     out = getattr(attention, names.out)
     out.weight.copy_(weight)
-    if out.bias is not None:
-        _set_bias(out, old[names.out].bias, correction)
+    _set_bias(out, old[names.out].bias, correction)
 
 
 def kept_places(site: AttentionSite, kept: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -118,6 +117,8 @@ def _places(units: Sequence[int], width: int) -> torch.Tensor:
 
 
 def _set_bias(linear: Any, original: torch.Tensor | None, correction: torch.Tensor | None) -> None:
+    if linear.bias is None:  # neither had the dense linear one, nor was anything centred or compensated
+        return
     linear.bias.zero_()
     for part in (original, correction):
         if part is not None:
@@ -133,7 +134,7 @@ def factorize_ffn_(model: nn.Module, site: FFNSite, decision: FFNDecision, stati
     names = site.names
     dense = {key: getattr(old, key) for key in (names.gate, names.up, names.down) if key}
     solved = factorizations(site, statistics, dense, options, decision)
-    shape_ffn_(parent, name, decision.model_dump(exclude_none=True))
+    shape_ffn_(parent, name, decision.model_dump(exclude_none=True) | {"centred": options.centred})
     new: Any = getattr(parent, name)
     targets = {"gate_rank": names.gate, "up_rank": names.up, "down_rank": names.down}
     for rank_name, factorization in solved.items():

@@ -1,0 +1,1 @@
+"""Plugins through which other tools use infoprune."""
