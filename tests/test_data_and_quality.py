@@ -8,7 +8,8 @@ import pytest
 import infoprune
 from infoprune.data import subset
 from infoprune.errors import DataError
-from infoprune.evaluation.quality import Quality, generated_answers, paired_drop, score
+from infoprune.evaluation.generation import generate_answers
+from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.runner import evaluate
 from tiny_models import examples
 
@@ -57,10 +58,10 @@ def test_subset_is_reproducible_and_spreads(questions):
 
 def test_scoring_agrees_with_generate(vlm, questions):
     """Teacher-forced scoring says of every question what greedy generation does, also where the model is right."""
-    answers = generated_answers(vlm, questions, max_new_tokens=4)
+    answers = generate_answers(vlm, questions, max_new_tokens=4)
     relabelled = [infoprune.Example(q.image, q.question, a) for q, a in zip(questions, answers, strict=True) if a]
     mixed = [*questions, *relabelled]
-    expected = [a == e.answer for a, e in zip(generated_answers(vlm, mixed, max_new_tokens=4), mixed, strict=True)]
+    expected = [a == e.answer for a, e in zip(generate_answers(vlm, mixed, max_new_tokens=4), mixed, strict=True)]
     scored = score([vlm], mixed)[0].correct
     # Scoring also asks for the end of the answer, which a random model rarely gives after so few tokens.
     assert all(not s or e for s, e in zip(scored, expected, strict=True))

@@ -131,7 +131,7 @@ class _Rows:
 
 @torch.no_grad()
 def batched_answers(vlm: VLM, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
-    """Answers by the family's own batched ``generate``, one question a row; image features are computed once per image where it takes them."""
+    """Answers by the family's own batched ``generate``, one question a row, and one pass of an image through the tower if possible."""
     images = {example.image: example.load_image() for example in examples}
     texts = [vlm.encoder.prompt(example.question) for example in examples]
     tokenizer = vlm.processor.tokenizer

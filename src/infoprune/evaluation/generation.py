@@ -6,10 +6,10 @@ processes, gives the answers of an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -25,7 +25,6 @@ from infoprune.training.loop import Processes, wants_bfloat16
 MAX_NEW_TOKENS = 16
 IMAGES_PER_BATCH = 8
 QUESTIONS_PER_ROW = 16
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def generate_answers(
@@ -75,12 +74,22 @@ def generate_answers(
     return answers
 
 
-def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
-    """The precision to load a model in for generation; ``auto``: half where CUDA is used, bfloat16 if it can, else float32."""
-    if precision == "fp16" or (precision == "auto" and device.type == "cuda" and not wants_bfloat16("auto", device)):
-        return torch.float16
-    bfloat16 = wants_bfloat16(precision, device) if device.type == "cuda" else precision == "bf16"
-    return torch.bfloat16 if bfloat16 else torch.float32
+def dtype_for(precision: str, device: torch.device) -> torch.dtype:
+    """The precision to load a model in.
+
+    Args:
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: on CUDA bfloat16, or float16 where that is not supported; else float32.
+        device: Where the model is going to be.
+
+    Raises:
+        InfoPruneError: Another ``precision``.
+    """
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if wants_bfloat16("auto", device) else "fp16"
+    if precision not in known:
+        raise InfoPruneError(f"There is no precision '{precision}'; choose auto, {', '.join(known)}.")
+    return known[precision]
 
 
 def _answer_all(
@@ -146,7 +155,7 @@ def batches(examples: Sequence[Example], images_per_batch: int, *, share_prefix:
 
 
 @contextmanager
-def _append(file: AnswerFile | None, processes: Processes) -> Iterator:
+def _append(file: AnswerFile | None, processes: Processes) -> Iterator[Callable[[dict[int, str]], Any]]:
     if file is None:
         yield lambda answers: None
         return

@@ -49,7 +49,7 @@ class AnswerFile:
             return None
         answers, size = self._read(self.path)
         if len(answers) < len(self.examples) or size < self.path.stat().st_size:
-            raise DataError(f"{self.path} is damaged: {len(answers)} of {len(self.examples)} answers can be read. Delete it to start again.")
+            raise DataError(f"{self.path} is damaged: {len(answers)} of {len(self.examples)} answers can be read. Delete it to ask again.")
         return [answers[index] for index in range(len(self.examples))]
 
     def resumed(self) -> dict[int, str]:
@@ -179,8 +179,9 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    if hasattr(tensor, "__tensor_flatten__"):  # quantised weights are made of several tensors
-        for part in tensor.__tensor_flatten__()[0]:
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:  # quantised weights are made of several tensors
+        for part in flatten()[0]:
             _add(digest, part, getattr(tensor, part))
     else:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
