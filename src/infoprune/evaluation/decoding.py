@@ -9,7 +9,7 @@ finished image. ``generate`` itself prepares and applies what a checkpoint's gen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from infoprune.data import Example
 from infoprune.model import VLM
 from infoprune.packing import TOKEN_INPUTS, PackedBatch, logits_at, pack_encoded, visible
 
-GREEDY = {"do_sample": False, "num_beams": 1}
+GREEDY = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
 
 
 @torch.no_grad()
@@ -43,87 +43,68 @@ def packed_answers(vlm: VLM, groups: Sequence[Sequence[Example]], max_new_tokens
     # Padding is masked, but a repetition penalty counts what it sees: fill up with a token that the prompt has anyway.
     ids = torch.tensor([prompt[-1:] * (length - len(prompt)) + prompt for prompt in prompts], device=vlm.device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=vlm.device)
-    sequences = vlm.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=mask.cumsum(-1),  # for generate's own bookkeeping; the forward passes take those of the packed rows
-        past_key_values=DynamicCache(config=vlm.model.config.get_text_config()),
-        max_new_tokens=max_new_tokens,
-        custom_generate=_decoder(batch),
-        **GREEDY,
+    decoder = PackedDecoder(batch, DynamicCache(config=vlm.model.config.get_text_config()))
+    places = mask.cumsum(-1)  # for generate's own bookkeeping; the forward passes take those of the packed rows
+    vlm.model.generate(
+        input_ids=ids, attention_mask=mask, position_ids=places, max_new_tokens=max_new_tokens, custom_generate=decoder, **GREEDY
     )
-    return _texts(vlm, sequences[:, length:])
+    return _texts(vlm, decoder.answers)
 
 
-def _decoder(batch: PackedBatch) -> Callable[..., torch.Tensor]:
-    """A decoding loop for ``generate``: the rows of ``input_ids`` are the questions of ``batch``, each alone."""
-
-    def decode(
-        model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
-    ) -> torch.Tensor:
-        state, cache = _Rows(batch), inputs["past_key_values"]
-        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        pad = generation_config._pad_token_tensor
-        options = {"past_key_values": cache, "use_cache": True}
-        logits = logits_at(model, batch.inputs, batch.rows, batch.columns, **options).float()
-        while True:
-            tokens = logits_processor(input_ids, logits).argmax(-1)
-            tokens = tokens if pad is None else torch.where(unfinished, tokens, pad)
-            input_ids = torch.cat([input_ids, tokens[:, None]], -1)
-            unfinished &= ~stopping_criteria(input_ids, None)
-            if not unfinished.any():
-                return input_ids
-            alive = unfinished.nonzero()[:, 0]
-            kept = state.keep(alive)
-            if kept is not None:
-                cache.batch_select_indices(kept)
-            logits[alive] = logits_at(model, *state.append(alive, tokens[alive]), **options).float()
-
-    return decode
-
-
-class _Rows:
-    """Whose token each cached one is, and where each question goes on.
+class PackedDecoder:
+    """The decoding loop that ``generate`` is given.
 
     Attributes:
-        segments: (rows, cached) as in :class:`~infoprune.packing.PackedBatch`.
-        row: (questions,) the row of each question.
-        segment: (questions,) its number in the row.
-        position: (dimensions, questions) the position of its next token.
+        answers: Token ids of the answer to each question, up to and including what ended it.
     """
 
-    def __init__(self, batch: PackedBatch) -> None:
-        self.segments, self.row = batch.segments, batch.rows
-        self.segment = batch.segments[batch.rows, batch.columns]
+    def __init__(self, batch: PackedBatch, cache: DynamicCache) -> None:
+        self.answers: list[list[int]] = [[] for _ in range(batch.num_questions)]
+        self._batch, self._cache = batch, cache
+        self._segments, self._row = batch.segments, batch.rows  # of the cached tokens (rows, cached), and of each question
+        self._segment = batch.segments[batch.rows, batch.columns]
         positions = batch.inputs["position_ids"]
         self._flat = positions.ndim == 2
-        self.position = (positions[None] if self._flat else positions)[:, batch.rows, batch.columns] + 1
+        self._position = (positions[None] if self._flat else positions)[:, batch.rows, batch.columns] + 1  # of each question's next token
 
-    def keep(self, alive: torch.Tensor) -> torch.Tensor | None:
-        """Rows to keep, those of the questions ``alive``; ``None``: all of them."""
-        kept = self.row[alive].unique()
-        if len(kept) == len(self.segments):
-            return None
-        self.segments = self.segments[kept]
-        self.row = torch.searchsorted(kept, self.row)  # those of finished questions are not used again
-        return kept
+    def __call__(self, model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> torch.Tensor:
+        """Answer every question; the rows of ``input_ids`` are their prompts, each alone."""
+        options = {"past_key_values": self._cache, "use_cache": True}
+        logits = logits_at(model, self._batch.inputs, self._batch.rows, self._batch.columns, **options).float()
+        alive = torch.arange(len(input_ids), device=input_ids.device)
+        while True:
+            tokens = logits_processor(input_ids, logits).argmax(-1)
+            input_ids = torch.cat([input_ids, tokens[:, None]], -1)
+            for question, token in zip(alive.tolist(), tokens[alive].tolist(), strict=True):
+                self.answers[question].append(token)
+            alive = alive[~stopping_criteria(input_ids, None)[alive]]
+            if not len(alive):
+                return input_ids
+            self._drop_rows(alive)
+            logits[alive] = logits_at(model, *self._appended(alive, tokens[alive]), **options).float()
 
-    def append(self, alive: torch.Tensor, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    def _drop_rows(self, alive: torch.Tensor) -> None:
+        kept = self._row[alive].unique()
+        if len(kept) < len(self._segments):
+            self._cache.batch_select_indices(kept)
+            self._segments = self._segments[kept]
+            self._row = torch.searchsorted(kept, self._row)  # those of finished questions are not used again
+
+    def _appended(self, alive: torch.Tensor, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         """Inputs of a forward pass over one more token of each question ``alive``, and the rows and columns where these are."""
-        rows = self.row[alive]
+        rows = self._row[alive]
         columns = (rows[:, None] == rows[None, :]).tril(-1).sum(-1)  # earlier questions in the same row
-        shape = (len(self.segments), int(columns.max()) + 1)
-        ids = tokens.new_zeros(shape)
-        segments = self.segments.new_full(shape, -1)
-        positions = self.position.new_zeros(len(self.position), *shape)
+        shape = (len(self._segments), int(columns.max()) + 1)
+        ids, segments = tokens.new_zeros(shape), self._segments.new_full(shape, -1)
+        positions = self._position.new_zeros(len(self._position), *shape)
         ids[rows, columns] = tokens
-        segments[rows, columns] = self.segment[alive]
-        positions[:, rows, columns] = self.position[:, alive]
-        self.segments = torch.cat([self.segments, segments], -1)
-        self.position[:, alive] += 1
+        segments[rows, columns] = self._segment[alive]
+        positions[:, rows, columns] = self._position[:, alive]
+        self._segments = torch.cat([self._segments, segments], -1)
+        self._position[:, alive] += 1
         inputs = {
             "input_ids": ids,
-            "attention_mask": visible(segments, self.segments)[:, None],
+            "attention_mask": visible(segments, self._segments)[:, None],
             "position_ids": positions[0] if self._flat else positions,
         }
         return inputs, rows, columns
@@ -171,5 +152,5 @@ def _on(vlm: VLM, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
 
 
-def _texts(vlm: VLM, tokens: torch.Tensor) -> list[str]:
+def _texts(vlm: VLM, tokens: Any) -> list[str]:
     return [text.strip() for text in vlm.processor.batch_decode(tokens, skip_special_tokens=True)]

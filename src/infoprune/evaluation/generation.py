@@ -6,10 +6,9 @@ processes, gives the answers of an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -60,17 +59,17 @@ def generate_answers(
     if max_new_tokens < 1 or images_per_batch < 1:
         raise InfoPruneError(f"An answer needs at least one token and a batch one image, not {max_new_tokens} and {images_per_batch}.")
     processes = processes or Processes()
-    file = None
-    if record is not None:
-        file = AnswerFile(Path(record), fingerprint(vlm, examples, max_new_tokens=max_new_tokens), examples)
-    answers = file.finished() if file is not None else None
-    if answers is not None:
-        progress.note(f"The answers are read from {record}.")
-    else:
+    if record is None:
+        return _answer_all(vlm, examples, max_new_tokens, images_per_batch, None, processes, progress)
+    file = AnswerFile(Path(record), fingerprint(vlm, examples, max_new_tokens=max_new_tokens), examples)
+    answers = file.finished()
+    if answers is None:
         answers = _answer_all(vlm, examples, max_new_tokens, images_per_batch, file, processes, progress)
-    if file is not None and processes.index == 0:
-        file.tidy() if file.path.exists() else file.finish(answers)
-    processes.wait()
+        if processes.index == 0:
+            file.finish(answers)
+        processes.wait()
+    else:
+        progress.note(f"The answers are read from {record}.")
     return answers
 
 
@@ -109,7 +108,8 @@ def _answer_all(
     own = pending[processes.index :: processes.count]
     if known:
         progress.note(f"{len(known)} of {len(examples)} questions were answered by an interrupted run.")
-    with progress.task("answering", sum(len(group) for batch in own for group in batch)) as advance, _append(file, processes) as append:
+    append = file.appender(processes.index) if file is not None else None
+    with progress.task("answering", sum(len(group) for batch in own for group in batch)) as advance:
         for batch in own:
             groups = [[examples[index] for index in group] for group in batch]
             with _out_of_memory(images_per_batch):
@@ -118,7 +118,8 @@ def _answer_all(
                 else:
                     texts = batched_answers(vlm, [example for group in groups for example in group], max_new_tokens)
             new = dict(zip((index for group in batch for index in group), texts, strict=True))
-            append(new)
+            if append is not None:
+                append(new)
             known |= new
             advance(len(new))
     if processes.count > 1:
@@ -152,15 +153,6 @@ def batches(examples: Sequence[Example], images_per_batch: int, *, share_prefix:
         found[-1].append(group)
         room -= needed
     return found
-
-
-@contextmanager
-def _append(file: AnswerFile | None, processes: Processes) -> Iterator[Callable[[dict[int, str]], Any]]:
-    if file is None:
-        yield lambda answers: None
-        return
-    with file.appending(processes.index) as append:
-        yield append
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -60,33 +60,35 @@ class AnswerFile:
         """
         return {index: answer for part in self._parts() for index, answer in self._read(part)[0].items()}
 
-    @contextmanager
-    def appending(self, process: int) -> Iterator[Callable[[dict[int, str]], None]]:
-        """The function that is yielded puts answers by index into this process's part, durably. A line cut short by a crash is dropped."""
+    def appender(self, process: int) -> Callable[[dict[int, str]], None]:
+        """A function that puts answers by index into this process's part, durably; a line there that a crash cut short is dropped.
+
+        Raises:
+            DataError: The part can't be written.
+        """
         part = self.path.with_name(f"{self.path.name}.{process}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
         size = self._read(part)[1] if part.exists() else 0
-        with part.open("ab") as file:
+        with _writing(part, "ab") as file:
             file.truncate(size)
-
-            def append(lines: Sequence[bytes]) -> None:
-                file.write(b"".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
-
             if size == 0:
-                append([_line(self.header)])
-            yield lambda answers: append([self._answer(*item) for item in answers.items()])
+                file.write(_line(self.header))
+
+        def append(answers: dict[int, str]) -> None:
+            with _writing(part, "ab") as file:
+                file.writelines(self._answer(*item) for item in answers.items())
+
+        return append
 
     def finish(self, answers: Sequence[str]) -> None:
-        """Put the final file into place and remove the parts."""
+        """Put the final file into place and remove the parts.
+
+        Raises:
+            DataError: It can't be written.
+        """
         aside = self.path.with_name(f"{self.path.name}.partial")
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with _writing(aside, "wb") as file:
             file.write(_line(self.header))
             file.writelines(self._answer(*item) for item in enumerate(answers))
-            file.flush()
-            os.fsync(file.fileno())
         aside.replace(self.path)
         self.tidy()
 
@@ -132,6 +134,19 @@ class AnswerFile:
             return f"{path} is not a file of answers. Give another name, or move that file away."
         differs = sorted(key for key in {*held, *self.header} if held.get(key) != self.header.get(key))
         return f"{path} holds answers that differ in {', '.join(differs)}. Give another name, or delete that file to ask again."
+
+
+@contextmanager
+def _writing(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    """An open file, on the disk for good when the block is left."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"Cannot write answers to {path}: {error}. Those that were recorded before are kept.") from error
 
 
 def _line(value: dict[str, Any]) -> bytes:
