@@ -19,6 +19,8 @@ from infoprune.evaluation import generation
 from infoprune.evaluation.decoding import batched_answers
 from infoprune.evaluation.generation import batches, dtype_for, generate_answers
 from infoprune.evaluation.record import AnswerFile, weights_digest
+from infoprune.surgery import apply_
+from test_families import dropping, statistics_of
 from tiny_models import TINY, WORDS, build
 
 FEW = {"max_new_tokens": 6, "images_per_batch": 2}
@@ -74,14 +76,27 @@ def test_answers_do_not_depend_on_the_way_to_them(gqa_vlm, mixed):
     assert generate_answers(gqa_vlm, mixed) == expected
 
 
+def test_a_compressed_model_without_some_blocks_answers(gqa_vlm, mixed):
+    statistics = statistics_of(gqa_vlm, mixed)
+    apply_(gqa_vlm.model, gqa_vlm.architecture, dropping(gqa_vlm, compensate=True), statistics)
+    speaking(gqa_vlm)
+    assert generate_answers(gqa_vlm, mixed, **FEW) == one_by_one(gqa_vlm, mixed, 6)
+
+
 @pytest.mark.parametrize("name", ["llava-siglip-qwen2-gqa", "gemma3", "paligemma"])
 def test_an_image_passes_the_tower_once(mixed, monkeypatch, name):
-    vlm, seen = built(next(tiny for tiny in ALL if tiny.name == name), monkeypatch), []
+    vlm, seen, prepared = built(next(tiny for tiny in ALL if tiny.name == name), monkeypatch), [], []
+    preprocess = type(vlm.processor.image_processor).preprocess
+    monkeypatch.setattr(
+        type(vlm.processor.image_processor), "preprocess", lambda *args, **kw: prepared.append(1) or preprocess(*args, **kw)
+    )
     vlm.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len((args or tuple(kwargs.values()))[0])), with_kwargs=True
     )
     generate_answers(vlm, mixed, max_new_tokens=2, images_per_batch=6)
     assert sum(seen) == 6
+    if name.startswith("llava"):
+        assert len(prepared) == 6 + 1  # once for the prompts of each image, and all of them together for the tower
 
 
 @pytest.mark.parametrize("name", ["llava-siglip-qwen2-gqa", "gemma3", "qwen2.5-vl"])

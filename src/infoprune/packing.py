@@ -8,8 +8,10 @@ question each are given to the model as its own processor would: masks and posit
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +148,16 @@ class PromptEncoder:
         batch = self.processor(text=list(texts), images=[[image] for image in images], padding=True, return_tensors="pt")
         return {name: value for name, value in batch.items() if name != "labels"}
 
+    @contextmanager
+    def one_image(self) -> Iterator[None]:
+        """All that is encoded inside the block is about one image: the processor prepares it once, not for every question."""
+        prepares = self.processor.image_processor
+        self.processor.image_processor = _Remembering(prepares)
+        try:
+            yield
+        finally:
+            self.processor.image_processor = prepares
+
     @property
     def shares_prefix(self) -> bool:
         """Whether questions on one image can share a row."""
@@ -160,6 +172,32 @@ class PromptEncoder:
         """Image tensors of several images, padded to a common number of tiles by the processor."""
         batch = self.inputs([self.prompt("") for _ in images], images)
         return {name: value for name, value in batch.items() if name not in TOKEN_INPUTS}
+
+
+class _Remembering:
+    """Stands in for an image processor that is asked for the same again and again."""
+
+    def __init__(self, prepares: Any) -> None:
+        self._prepares, self._found = prepares, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._prepares, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self._found is None:
+            self._found = self._prepares(*args, **options)
+        return copy.deepcopy(self._found)  # processors take things out of it
+
+
+def encode_groups(
+    groups: Sequence[Sequence[Example]], images: Sequence[Any], encoder: PromptEncoder, *, answers: bool
+) -> list[list[Encoded]]:
+    """Questions by group, each group about one image, with or without their reference answers."""
+    found = []
+    for group, image in zip(groups, images, strict=True):
+        with encoder.one_image():
+            found.append([encoder.encode(e, image) if answers else encoder.encode_question(e.question, image) for e in group])
+    return found
 
 
 def batches(
@@ -186,8 +224,7 @@ def batches(
 def pack(encoder: PromptEncoder, groups: Sequence[Sequence[Example]]) -> PackedBatch:
     """One row per group of examples that share an image."""
     images = [group[0].load_image() for group in groups]
-    encoded = [[encoder.encode(example, image) for example in group] for group, image in zip(groups, images, strict=True)]
-    return pack_encoded(encoder, encoded, encoder.image_inputs(images))
+    return pack_encoded(encoder, encode_groups(encoder, groups, images, answers=True), encoder.image_inputs(images))
 
 
 def pack_encoded(

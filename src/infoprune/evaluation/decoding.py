@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from infoprune.data import Example
 from infoprune.model import VLM
-from infoprune.packing import TOKEN_INPUTS, PackedBatch, logits_at, pack_encoded, visible
+from infoprune.packing import TOKEN_INPUTS, PackedBatch, encode_groups, logits_at, pack_encoded, visible
 
 GREEDY = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
 
@@ -35,7 +35,7 @@ def packed_answers(vlm: VLM, groups: Sequence[Sequence[Example]], max_new_tokens
         max_new_tokens: Longest answer.
     """
     images = [group[0].load_image() for group in groups]
-    encoded = [[vlm.encoder.encode_question(e.question, image) for e in group] for group, image in zip(groups, images, strict=True)]
+    encoded = encode_groups(vlm.encoder, groups, images, answers=False)
     batch = pack_encoded(vlm.encoder, encoded, vlm.encoder.image_inputs(images), always=True)
     batch = replace(batch, inputs=_on(vlm, batch.inputs)).to(vlm.device)
     prompts = [item.prompt for group in encoded for item in group]
