@@ -190,7 +190,7 @@ class _Remembering:
 
 
 def encode_groups(
-    groups: Sequence[Sequence[Example]], images: Sequence[Any], encoder: PromptEncoder, *, answers: bool
+    encoder: PromptEncoder, groups: Sequence[Sequence[Example]], images: Sequence[Any], *, answers: bool
 ) -> list[list[Encoded]]:
     """Questions by group, each group about one image, with or without their reference answers."""
     found = []
