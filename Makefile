@@ -49,6 +49,8 @@ lint: $(VENV)/installed
 benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/runner.py
+	$(BIN)/python benchmarks/crash.py
 	$(BIN)/python benchmarks/ffn.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/tail.py
