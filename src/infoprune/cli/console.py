@@ -42,7 +42,7 @@ class BarProgress(Progress):
                 nonlocal done_so_far, told
                 done_so_far += done
                 seconds = time.monotonic() - started
-                if told is not None and seconds // self.SECONDS > told and done_so_far < total:
+                if told is not None and seconds // self.SECONDS > told and 0 < done_so_far < total:
                     told = seconds // self.SECONDS
                     left = round(seconds * (total - done_so_far) / done_so_far / 60, 1)
                     error_console.print(f"  {done_so_far}/{total}  {left} min left", highlight=False)
