@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import infoprune
 from conftest import ALL, built
 from infoprune.data import Example
 from infoprune.errors import DataError, InfoPruneError
 from infoprune.evaluation import generation
 from infoprune.evaluation.decoding import batched_answers
 from infoprune.evaluation.generation import batches, dtype_for, generate_answers
+from infoprune.evaluation.quality import exact_match
 from infoprune.evaluation.record import AnswerFile, weights_digest
 from infoprune.surgery import apply_
 from test_families import dropping, statistics_of
@@ -171,7 +173,7 @@ def test_the_record_says_what_was_asked(recorded):
     assert sorted(part.splitlines()) == sorted(whole.splitlines())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_crash_at_any_byte_leaves_nothing_wrong(recorded, tmp_path, data):
     vlm, questions, whole, part = recorded
@@ -268,25 +270,24 @@ generation.generate_answers(infoprune.load(sys.argv[1]), infoprune.load_examples
 
 
 def test_killed_shared_and_alone(checkpoint, jsonl, tmp_path):
-    """A run that is killed and goes on in two processes leaves the file of one process that nothing disturbs, and the same figures."""
+    """A run that is killed and goes on in two processes leaves the file of one process that nothing disturbs."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    examples = infoprune.load_examples(str(jsonl))
+    answers = generate_answers(infoprune.load(checkpoint), examples, record=alone, images_per_batch=2)
     killed = subprocess.run([sys.executable, "-c", KILLED, checkpoint, jsonl, shared], env=environment, capture_output=True)
     assert killed.returncode == -9, killed.stderr[-2000:]
     assert len((tmp_path / "shared.jsonl.0.part").read_text().splitlines()) == 7 and not shared.exists()
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no"]
-    results = []
-    for record, start in ((alone, []), (shared, launch)):
-        command = [*start, "-m", "infoprune", "evaluate", checkpoint, "--data", jsonl, "--generate", "--answers", record]
-        command += ["--images-per-batch", "2", "--repeats", "0", "--json"]
-        done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(done.stdout))
-    assert "answered by an interrupted run" in done.stderr
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "-m", "infoprune", "evaluate", checkpoint, "--data", jsonl, "--generate", "--answers", shared]
+    command += ["--images-per-batch", "2", "--repeats", "0", "--json"]
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("6 of 18 questions were answered by an interrupted run") == 1  # one process speaks
     assert alone.read_bytes() == shared.read_bytes()
-    assert results[0]["models"][0]["accuracy"] == results[1]["models"][0]["accuracy"]
-    assert (results[0]["answers"], results[0]["prompt"]) == ("generated", "<image>what colour is the circle ?")
+    result = json.loads(done.stdout)
+    assert result["models"][0]["accuracy"] == 100 * exact_match(answers, examples).mean()
+    assert (result["answers"], result["prompt"]) == ("generated", "<image>what colour is the circle ?")
     assert not list(tmp_path.glob("*.part*"))
 
 
