@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,14 +169,13 @@ def fingerprint(vlm: VLM, examples: Sequence[Example], **settings: Any) -> dict[
     """
     sizes = {example.image: example.image.stat().st_size for example in examples if example.image.is_file()}
     asked = [(example.id, example.image.name, sizes.get(example.image), example.question) for example in examples]
-    generation = vlm.model.generation_config.to_diff_dict()
     images = getattr(vlm.processor, "image_processor", None)
     return {
         "format": FORMAT,
         "model": weights_digest(vlm.model),
-        "configuration": _digest(_without_origin(vlm.model.config.to_dict())),
+        "configuration": _digest(vlm.model.config.to_dict()),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
-        "generation": _digest(_without_origin(generation)),
+        "generation": _digest(vlm.model.generation_config.to_diff_dict()),
         "processor": _digest(images.to_dict() if images is not None else None),
         "prompt": vlm.encoder.prompt("{question}"),
         "data": _digest(asked),
@@ -203,11 +203,16 @@ def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    def told(item: Any) -> str:
+        return re.sub(r" at 0x[0-9a-f]+", "", str(item))  # the same in every process
+
+    return hashlib.sha256(json.dumps(_without_origin(value), sort_keys=True, default=told).encode()).hexdigest()[:16]
 
 
 def _without_origin(value: Any) -> Any:
     """A configuration without the traces of where and by what it was saved."""
+    if isinstance(value, (list, tuple)):
+        return [_without_origin(item) for item in value]
     if not isinstance(value, dict):
         return value
     return {str(key): _without_origin(item) for key, item in value.items() if key not in ("_name_or_path", "transformers_version")}
