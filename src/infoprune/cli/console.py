@@ -82,7 +82,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
     compared = result.get("comparison")
     table = Table(
         title=f"{records[0]['num_questions']:,} questions, {records[0]['flops']['answer_tokens']} answer tokens each",
-        caption=f"answers {result['answers']}, exact match; prompt: {escape(repr(result['prompt']))}",
+        caption=f"answers {result['answers']} in {result['dtype']}, exact match; prompt: {escape(repr(result['prompt']))}",
     )
     table.add_column("")
     for name in ("dense", "compressed") if compared else (records[0]["model"],):

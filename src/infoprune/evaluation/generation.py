@@ -24,6 +24,7 @@ from infoprune.training.loop import Processes, wants_bfloat16
 MAX_NEW_TOKENS = 16
 IMAGES_PER_BATCH = 8
 QUESTIONS_PER_ROW = 16
+BATCHES_APART = 16  # that a process may be ahead of the others: these must not wait for it longer than process groups allow
 
 
 def generate_answers(
@@ -46,7 +47,8 @@ def generate_answers(
         max_new_tokens: Longest answer.
         images_per_batch: Images whose questions are answered together: lower it if memory runs out. Where questions can't share an image's
             keys and values, four times as many questions.
-        record: File for the answers. An interrupted run goes on from what it left beside it; a file that is finished is read.
+        record: File for the answers, where all processes see it. An interrupted run goes on from what it left beside it; a file that is
+            finished is read.
         processes: Who shares the work; every one of them gets all answers. ``None``: this process alone.
         progress: Shows how many are answered.
 
@@ -108,9 +110,10 @@ def _answer_all(
     own = pending[processes.index :: processes.count]
     if known:
         progress.note(f"{len(known)} of {len(examples)} questions were answered by an interrupted run.")
-    append = file.appender(processes.index) if file is not None else None
+    append = file.appender(processes.index) if file is not None else lambda answers: None
+    fresh: dict[int, str] = {}
     with progress.task("answering", sum(len(group) for batch in own for group in batch)) as advance:
-        for batch in own:
+        for number, batch in enumerate(own, start=1):
             groups = [[examples[index] for index in group] for group in batch]
             with _out_of_memory(images_per_batch):
                 if share:
@@ -118,14 +121,12 @@ def _answer_all(
                 else:
                     texts = batched_answers(vlm, [example for group in groups for example in group], max_new_tokens)
             new = dict(zip((index for group in batch for index in group), texts, strict=True))
-            if append is not None:
-                append(new)
-            known |= new
+            append(new)
+            fresh |= new
             advance(len(new))
-    if processes.count > 1:
-        from accelerate.utils import gather_object
-
-        known = {index: answer for part in gather_object([known]) for index, answer in part.items()}
+            if number % BATCHES_APART == 0 and number * processes.count <= len(pending):
+                processes.wait()
+    known |= {index: answer for part in _gathered(processes, fresh) for index, answer in part.items()}
     return [known[index] for index in range(len(examples))]
 
 
@@ -153,6 +154,14 @@ def batches(examples: Sequence[Example], images_per_batch: int, *, share_prefix:
         found[-1].append(group)
         room -= needed
     return found
+
+
+def _gathered(processes: Processes, own: dict[int, str]) -> list[dict[int, str]]:
+    if processes.count == 1:
+        return [own]
+    from accelerate.utils import gather_object
+
+    return gather_object([own])
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def evaluate(
         progress: Shows the steps.
 
     Returns:
-        ``models``: a record per model (dense first); ``prompt``: that of the first question; ``answers``: how they were judged;
-        ``comparison``: drop, KL, ratios and speed-ups, with ``against`` only.
+        ``models``: a record per model (dense first); ``dtype``: their precision; ``prompt``: that of the first question; ``answers``:
+        whether these were scored or generated; ``comparison``: drop, KL, ratios and speed-ups, with ``against`` only.
     """
     models = [vlm] if against is None else [against, vlm]
     family = family_of(vlm.model)
@@ -66,6 +66,7 @@ def evaluate(
         records.append(record | ({"milliseconds": times[index]} if timing else {}))
     result: dict[str, Any] = {
         "models": records,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "prompt": vlm.encoder.prompt(examples[0].question),
         "answers": "scored" if answers is None else "generated",
         "peak_rss_gb": peak_memory_gb(vlm.device),
@@ -88,9 +89,8 @@ def _judged(
     correct = [quality.exact_match(texts, examples) for texts in answers]
     if len(models) == 1:
         return [quality.Quality(right) for right in correct]
-    return [
-        replace(scored, correct=right) for scored, right in zip(quality.score(models, examples, progress=progress), correct, strict=True)
-    ]
+    scored = quality.score(models, examples, progress=progress)
+    return [replace(found, correct=right) for found, right in zip(scored, correct, strict=True)]
 
 
 def count_flops(vlm: VLM, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Flops:
