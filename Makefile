@@ -39,7 +39,7 @@ test: $(VENV)/installed $(VENV)/torchao/installed
 test-lowest: $(VENV)/installed
 	$(BIN)/pip install --disable-pip-version-check -q --upgrade --no-deps --target $(VENV)/lowest transformers==$(LOWEST)
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(LOWEST)", t.__version__'
-	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_families.py tests/test_export.py tests/test_repair.py
+	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_families.py tests/test_export.py tests/test_repair.py tests/test_generation.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
