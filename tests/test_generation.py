@@ -129,6 +129,7 @@ def test_bad_requests_are_refused(gqa_vlm, questions, tmp_path):
         generate_answers(gqa_vlm, questions[:3], record=questions[0].image / "answers.jsonl", **FEW)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=80), st.integers(1, 4), st.booleans())
 def test_batches_hold_every_question_once(asked, images, share):
     examples = [Example(Path(f"{image}.png"), "?" * length, "") for image, length in asked]
@@ -173,7 +174,7 @@ def test_the_record_says_what_was_asked(recorded):
     assert sorted(part.splitlines()) == sorted(whole.splitlines())
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_crash_at_any_byte_leaves_nothing_wrong(recorded, tmp_path, data):
     vlm, questions, whole, part = recorded
