@@ -39,7 +39,7 @@ test: $(VENV)/installed $(VENV)/torchao/installed
 test-lowest: $(VENV)/installed
 	$(BIN)/pip install --disable-pip-version-check -q --upgrade --no-deps --target $(VENV)/lowest transformers==$(LOWEST)
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(LOWEST)", t.__version__'
-	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_families.py tests/test_export.py tests/test_repair.py tests/test_refused.py
+	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_families.py tests/test_export.py tests/test_repair.py tests/test_refused.py tests/test_generation.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -49,6 +49,8 @@ lint: $(VENV)/installed
 benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/runner.py
+	$(BIN)/python benchmarks/crash.py
 	$(BIN)/python benchmarks/ffn.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/tail.py

@@ -36,8 +36,8 @@ import infoprune
 vlm = infoprune.load("demo")
 loaded = time.time()
 if sys.argv[1] == "dense":
-    from infoprune.evaluation.quality import generated_answers
-    generated_answers(vlm, infoprune.load_examples("easy-vqa:test")[:1])
+    from infoprune.evaluation.generation import generate_answers
+    generate_answers(vlm, infoprune.load_examples("easy-vqa:test")[:1])
 else:
     result = infoprune.compress(vlm, "easy-vqa:train", flops=float(sys.argv[1]), in_place=True, **json.loads(sys.argv[3]))
     seconds = time.time() - loaded

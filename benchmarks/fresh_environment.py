@@ -20,7 +20,7 @@ import transformers
 
 import infoprune
 from common import log, write
-from infoprune.evaluation.quality import generated_answers
+from infoprune.evaluation.generation import generate_answers
 
 ASK = """
 import importlib.util, json, sys
@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     example = infoprune.load_examples("easy-vqa:test")[0]
     vlm = infoprune.load(args.folder)
-    here = generated_answers(vlm, [example])[0]
+    here = generate_answers(vlm, [example])[0]
     with tempfile.TemporaryDirectory() as folder:
         log("making an environment with PyTorch, Transformers and Pillow")
         venv.create(folder, with_pip=True)

@@ -1,8 +1,9 @@
-"""Answers of the dense demo model by ``generate`` on the whole test split, beside the teacher-forced score that the other tables use.
+"""Generated answers of the dense demo model on the whole test split, beside the teacher-forced score that the other tables use.
 
     python benchmarks/generate.py [--also FOLDER ...]
 
-Both are exact match. Models and processors come from Transformers' auto classes, in float32, 32 questions to a batch.
+Both are exact match. Models and processors come from Transformers' auto classes, in float32; `runner.py` compares the answers with those
+of ``generate`` one by one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import infoprune
 from common import log, whole_images, write
 from infoprune.cli.console import BarProgress
 from infoprune.evaluation import quality
+from infoprune.evaluation.generation import generate_answers
 
 
 def main() -> None:
@@ -30,9 +32,9 @@ def main() -> None:
     for (name, model), scored in zip(models.items(), quality.score(list(models.values()), examples), strict=True):
         log(f"{name}: {scored.accuracy:.2f}% of {len(examples)} questions by scoring")
         start = time.perf_counter()
-        answers = quality.generated_answers(model, examples, progress=BarProgress())
+        answers = generate_answers(model, examples, progress=BarProgress())
         seconds = time.perf_counter() - start
-        right = [answer == example.answer for answer, example in zip(answers, examples, strict=True)]
+        right = quality.exact_match(answers, examples).tolist()
         same = sum(a == b for a, b in zip(right, scored.correct.tolist(), strict=True))
         rows.append({
             "method": name, "num_questions": len(examples), "accuracy": scored.accuracy, "disagreements": len(examples) - same,

@@ -93,6 +93,21 @@ def generate() -> str:
     return table(["model", "questions", "`generate`", "scored", "judged differently"], cells) + source("generate")
 
 
+def runner() -> str:
+    cells = [
+        [r["method"], r["questions_per_image"], f"{r['num_questions']:,}", f"{r['questions_per_second']:.1f}",
+         f"{r['speedup_questions_per_second']:.2f}x ({r['speedup_range'][0]:.2f} to {r['speedup_range'][1]:.2f})", f"{r['other_answers']}"]
+        for r in load("runner")["rows"]
+    ]  # fmt: skip
+    header = ["", "questions an image", "questions", "questions per second", "median speed-up (range)", "other answers"]
+    return table(header, cells) + source("runner")
+
+
+def crash() -> str:
+    cells = [[f"`{r['verb']}`", f"{r['moment']:.0%}", f"{r['answers_kept']}", r["outcome"]] for r in load("crash")["rows"]]
+    return table(["killed", "at", "answers kept", "outcome"], cells) + source("crash")
+
+
 def cost() -> str:
     rows = load("demo")["rows"]
     cells = [["load the dense model, answer once", "", f"{rows[0]['peak_rss_gb']:.2f} GB", f"{rows[0]['bytes_on_disk'] / 1e6:.0f} MB"]]
@@ -276,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tail": tail,
 }
 TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill, "generate": generate}
+TABLES |= {"runner": runner, "crash": crash}
 
 FILES = {
     "refused": "families",

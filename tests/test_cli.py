@@ -96,3 +96,21 @@ def test_interrupt_leaves_nothing(checkpoint, jsonl, tmp_path):
         assert "Interrupted" in rest
         assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".x-*"))
+
+
+def test_time_left_is_told_where_output_is_a_file(monkeypatch, capsys):
+    from infoprune.cli.console import BarProgress
+
+    monkeypatch.setattr(BarProgress, "SECONDS", 1e-9)
+    progress = BarProgress()
+    with progress.task("answering", 90) as advance:
+        advance(30)
+        advance(30)
+        advance(30)
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines() if "min left" in line] == ["30/90", "60/90"]
+    with progress.task("training", 75) as advance:
+        for _ in range(75):
+            progress.status({"loss": 0.5})
+            advance(1)
+    told = capsys.readouterr().err
+    assert told.count("loss 0.5") == 3 and "min left" not in told

@@ -8,7 +8,8 @@ import pytest
 import infoprune
 from infoprune.data import subset
 from infoprune.errors import DataError
-from infoprune.evaluation.quality import Quality, generated_answers, paired_drop, score
+from infoprune.evaluation.generation import generate_answers
+from infoprune.evaluation.quality import Quality, exact_match, paired_drop, score
 from infoprune.evaluation.runner import evaluate
 from tiny_models import examples
 
@@ -57,10 +58,10 @@ def test_subset_is_reproducible_and_spreads(questions):
 
 def test_scoring_agrees_with_generate(vlm, questions):
     """Teacher-forced scoring says of every question what greedy generation does, also where the model is right."""
-    answers = generated_answers(vlm, questions, max_new_tokens=4)
+    answers = generate_answers(vlm, questions, max_new_tokens=4)
     relabelled = [infoprune.Example(q.image, q.question, a) for q, a in zip(questions, answers, strict=True) if a]
     mixed = [*questions, *relabelled]
-    expected = [a == e.answer for a, e in zip(generated_answers(vlm, mixed, max_new_tokens=4), mixed, strict=True)]
+    expected = [a == e.answer for a, e in zip(generate_answers(vlm, mixed, max_new_tokens=4), mixed, strict=True)]
     scored = score([vlm], mixed)[0].correct
     # Scoring also asks for the end of the answer, which a random model rarely gives after so few tokens.
     assert all(not s or e for s, e in zip(scored, expected, strict=True))
@@ -84,9 +85,25 @@ def test_paired_interval_covers_the_drop_and_respects_clusters(tmp_path):
     assert high - low > 1.3 * independent
 
 
+def test_exact_match_ignores_white_space_only(questions):
+    assert exact_match(["red", " no\n", "Circle"], questions[:3]).tolist() == [True, True, False]
+
+
 def test_wilson_interval():
     low, high = Quality(np.array([True] * 97 + [False] * 3)).accuracy_ci95
     assert (low, high) == pytest.approx((91.55, 98.97), abs=0.02)
+
+
+def test_generated_answers_are_judged_instead_of_scores(gqa_vlm, questions):
+    right = [q.answer for q in questions]
+    wrong = ["", *right[1:]]
+    report = evaluate(gqa_vlm, questions, answers=[wrong], timing=False)
+    assert report["models"][0]["accuracy"] == pytest.approx(100 * (1 - 1 / len(questions)))
+    assert (report["answers"], report["prompt"]) == ("generated", gqa_vlm.encoder.prompt(questions[0].question))
+    report = evaluate(gqa_vlm, questions, against=gqa_vlm, answers=[right, wrong], timing=False)
+    assert [record["accuracy"] for record in report["models"]] == [100, pytest.approx(100 * (1 - 1 / len(questions)))]
+    assert report["comparison"]["drop_points"] == pytest.approx(100 / len(questions))
+    assert report["comparison"]["kl_nats"] == pytest.approx(0, abs=1e-6)
 
 
 def test_evaluate_side_by_side(gqa_vlm, questions):

@@ -16,7 +16,8 @@ import infoprune
 from infoprune.demo import sources
 from infoprune.demo.assemble import ensure_demo
 from infoprune.errors import InfoPruneError
-from infoprune.evaluation.quality import generated_answers, score
+from infoprune.evaluation.generation import generate_answers
+from infoprune.evaluation.quality import score
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -45,7 +46,7 @@ def test_demo_answers_through_plain_transformers():
 def test_scoring_agrees_with_generate_on_the_demo():
     vlm = infoprune.load("demo")
     examples = infoprune.load_examples("easy-vqa:test")[-60:]
-    generated = [a == e.answer for a, e in zip(generated_answers(vlm, examples), examples, strict=True)]
+    generated = [a == e.answer for a, e in zip(generate_answers(vlm, examples), examples, strict=True)]
     assert generated == score([vlm], examples)[0].correct.tolist()
 
 

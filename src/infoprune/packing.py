@@ -8,8 +8,10 @@ question each are given to the model as its own processor would: masks and posit
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +51,7 @@ class PackedBatch:
         inputs: Keyword arguments of the model's forward: ``input_ids`` (rows, length), the image tensors, and for packed rows
             ``attention_mask`` (rows, 1, length, length) boolean and ``position_ids`` (rows, length) or (dimensions, rows, length), for rows
             of one question ``attention_mask`` (rows, length) and what else the family's processor says about tokens.
-        valid: (rows, length) boolean, false on padding.
+        segments: (rows, length) whose token it is: -1 padding, 0 the row's prefix, k its k-th question.
         image: (rows, length) boolean, true on image tokens.
         rows, columns: (targets,) where in the hidden states each answer token is predicted.
         targets: (targets,) ids of the reference answer's tokens, end-of-sequence included.
@@ -58,13 +60,18 @@ class PackedBatch:
     """
 
     inputs: dict[str, torch.Tensor]
-    valid: torch.Tensor
+    segments: torch.Tensor
     image: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
     targets: torch.Tensor
     question: torch.Tensor
     num_questions: int
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """(rows, length) boolean, false on padding."""
+        return self.segments >= 0
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on ``device``."""
@@ -108,13 +115,19 @@ class PromptEncoder:
         """Ids of one example; ``image`` is its loaded image, or a list of them."""
         text = self.prompt(example.question, images=len(_listed(image)))
         inputs = self.inputs([text], [image])
-        prompt = inputs["input_ids"][0].tolist()
-        ends = text + self.processor.tokenizer.decode(prompt[-1:])  # some processors append a line break to the text
+        ends = text + self.processor.tokenizer.decode(inputs["input_ids"][0, -1:])  # some processors append a line break to the text
         prefix = self.answer_prefix if self.answer_prefix is not None else ("" if ends[-1:].isspace() else " ")
         answer = self.processor.tokenizer(prefix + example.answer, add_special_tokens=False)["input_ids"]
         if not answer:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
-        types = self._types(inputs, len(answer))
+        return self._encoded(inputs, answer)
+
+    def encode_question(self, question: str, image: Any) -> Encoded:
+        """Ids of a question that is to be answered: all that is known of the answer is that it ends."""
+        return self._encoded(self.inputs([self.prompt(question)], [image]), [])
+
+    def _encoded(self, inputs: dict[str, torch.Tensor], answer: list[int]) -> Encoded:
+        prompt, types = inputs["input_ids"][0].tolist(), self._types(inputs, len(answer))
         return Encoded(prompt, [*answer, self._eos], types, self._positions(inputs, [*prompt, *answer], types))
 
     def _positions(self, inputs: dict[str, torch.Tensor], ids: list[int], types: torch.Tensor | None) -> torch.Tensor | None:
@@ -136,6 +149,16 @@ class PromptEncoder:
         batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt")
         return {name: value for name, value in batch.items() if name != "labels"}
 
+    @contextmanager
+    def one_image(self) -> Iterator[None]:
+        """All that is encoded inside the block is about one image: the processor prepares it once, not for every question."""
+        prepares = self.processor.image_processor
+        self.processor.image_processor = _Remembering(prepares)
+        try:
+            yield
+        finally:
+            self.processor.image_processor = prepares
+
     @property
     def shares_prefix(self) -> bool:
         """Whether questions on one image can share a row."""
@@ -154,6 +177,32 @@ class PromptEncoder:
 
 def _listed(image: Any) -> list[Any]:
     return image if isinstance(image, list) else [image]
+
+
+class _Remembering:
+    """Stands in for an image processor that is asked for the same again and again."""
+
+    def __init__(self, prepares: Any) -> None:
+        self._prepares, self._found = prepares, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._prepares, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self._found is None:
+            self._found = self._prepares(*args, **options)
+        return copy.deepcopy(self._found)  # processors take things out of it
+
+
+def encode_groups(
+    encoder: PromptEncoder, groups: Sequence[Sequence[Example]], images: Sequence[Any], *, answers: bool
+) -> list[list[Encoded]]:
+    """Questions by group, each group about one image, with or without their reference answers."""
+    found = []
+    for group, image in zip(groups, images, strict=True):
+        with encoder.one_image():
+            found.append([encoder.encode(e, image) if answers else encoder.encode_question(e.question, image) for e in group])
+    return found
 
 
 def batches(
@@ -180,24 +229,31 @@ def batches(
 def pack(encoder: PromptEncoder, groups: Sequence[Sequence[Example]]) -> PackedBatch:
     """One row per group of examples that share an image."""
     images = [group[0].load_image() for group in groups]
-    encoded = [[encoder.encode(example, image) for example in group] for group, image in zip(groups, images, strict=True)]
-    return pack_encoded(encoder, encoded, encoder.image_inputs(images))
+    return pack_encoded(encoder, encode_groups(encoder, groups, images, answers=True), encoder.image_inputs(images))
 
 
-def pack_encoded(encoder: PromptEncoder, encoded: Sequence[Sequence[Encoded]], image_inputs: dict[str, torch.Tensor]) -> PackedBatch:
-    """Lay out encoded questions, one row per group; see the module's docstring for the layout."""
+def pack_encoded(
+    encoder: PromptEncoder, encoded: Sequence[Sequence[Encoded]], image_inputs: dict[str, torch.Tensor], *, always: bool = False
+) -> PackedBatch:
+    """Lay out encoded questions, one row per group; see the module's docstring for the layout.
+
+    Args:
+        encoder: Encoded the questions.
+        encoded: Questions by row.
+        image_inputs: Tensors of the rows' images.
+        always: Make masks and positions also where no row has more than one question.
+    """
     layouts = [_layout(group) for group in encoded]
     ids = _padded([layout.ids for layout in layouts], encoder.processor.tokenizer.pad_token_id or 0)
-    segments = _padded([layout.segments for layout in layouts], -1)  # -1 padding, 0 prefix, k the k-th question
+    segments = _padded([layout.segments for layout in layouts], -1)
     valid, image = segments >= 0, ids == encoder.image_token_id
     inputs = {"input_ids": ids, **image_inputs}
-    if all(len(group) == 1 for group in encoded):
+    if not always and all(len(group) == 1 for group in encoded):
         inputs["attention_mask"] = valid.long()
         if encoder.token_types:
             inputs[encoder.token_types] = pad_sequence([item.types for (item,) in encoded if item.types is not None], batch_first=True)
     else:
-        same = segments[:, :, None] == segments[:, None, :]
-        seen = (same | (segments[:, None, :] == 0)) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        seen = visible(segments, segments) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         positions = pad_sequence([layout.positions.T for layout in layouts], batch_first=True).movedim(-1, 0)
         inputs |= {"attention_mask": seen[:, None], "position_ids": positions[0] if len(positions) == 1 else positions}
     offsets = itertools.accumulate((len(group) for group in encoded), initial=0)
@@ -205,7 +261,12 @@ def pack_encoded(encoder: PromptEncoder, encoded: Sequence[Sequence[Encoded]], i
         (row, *target[:2], offset + target[2]) for (row, layout), offset in zip(enumerate(layouts), offsets) for target in layout.targets
     ]
     row_index, columns, target_ids, question = (torch.tensor(column) for column in zip(*targets, strict=True))
-    return PackedBatch(inputs, valid, valid & image, row_index, columns, target_ids, question, sum(len(group) for group in encoded))
+    return PackedBatch(inputs, segments, valid & image, row_index, columns, target_ids, question, sum(len(group) for group in encoded))
+
+
+def visible(asking: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """(rows, a, b) which of the tokens with segments ``asked`` (rows, b) those with ``asking`` (rows, a) may see, were they all earlier."""
+    return (asking[:, :, None] == asked[:, None, :]) | (asked[:, None, :] == 0)
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -242,13 +303,18 @@ def _layout(group: Sequence[Encoded]) -> _Layout:
 
 
 def answer_logits(model: Any, batch: PackedBatch) -> torch.Tensor:
-    """Logits (targets, vocabulary) at the positions that predict answer tokens; the language head runs on these alone.
+    """Logits (targets, vocabulary) at the positions that predict answer tokens."""
+    return logits_at(model, batch.inputs, batch.rows, batch.columns, use_cache=False)
+
+
+def logits_at(model: Any, inputs: dict[str, torch.Tensor], rows: torch.Tensor, columns: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Logits (places, vocabulary) at the places (``rows``, ``columns``); the language head runs on these alone.
 
     The head reads chosen positions, so whatever the family does to its output (scaling, soft-capping) is done to these.
     """
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][batch.rows, batch.columns], *args[1:]))
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns], *args[1:]))
     try:
-        return model(**batch.inputs, use_cache=False).logits
+        return model(**inputs, **options).logits
     finally:
         handle.remove()

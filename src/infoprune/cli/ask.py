@@ -31,7 +31,7 @@ def ask(
     """Ask MODEL a QUESTION about an IMAGE."""
     from infoprune.data import Example
     from infoprune.errors import DataError
-    from infoprune.evaluation.quality import generated_answers
+    from infoprune.evaluation.generation import generate_answers
     from infoprune.model import load
 
     if not question.strip():
@@ -42,9 +42,9 @@ def ask(
     for name in (model, against):
         if name is not None:
             vlm = load(name, device=device, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
-            generated_answers(vlm, [example], max_new_tokens=1)  # warm up, so that the time below is the model's
+            generate_answers(vlm, [example], max_new_tokens=1)  # warm up, so that the time below is the model's
             start = time.perf_counter()
-            answer = generated_answers(vlm, [example], max_new_tokens=max_new_tokens)[0]
+            answer = generate_answers(vlm, [example], max_new_tokens=max_new_tokens)[0]
             answers.append({"model": name, "answer": answer, "milliseconds": 1000 * (time.perf_counter() - start)})
     if json_output:
         print_json({"question": question, "answers": answers})

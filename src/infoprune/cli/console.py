@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -21,9 +23,10 @@ error_console = Console(stderr=True)
 
 
 class BarProgress(Progress):
-    """Bars on a terminal; one line per step, and now and then its figures, where output is a file."""
+    """Bars on a terminal; one line per step, and now and then its figures or the time left, where output is a file."""
 
     EVERY = 25  # parts between two lines of figures in a file
+    SECONDS = 30  # between two lines without figures
 
     def __init__(self) -> None:
         self._show: Callable[[str], object] = lambda figures: None
@@ -33,13 +36,20 @@ class BarProgress(Progress):
         """See :class:`infoprune.progress.Progress`."""
         if not error_console.is_terminal:
             error_console.print(f"{description} ({total})", highlight=False)
-            done_so_far = 0
+            done_so_far, started, told = 0, time.monotonic(), 0
 
             def count(done: int) -> None:
-                nonlocal done_so_far
+                nonlocal done_so_far, told
                 done_so_far += done
+                seconds = time.monotonic() - started
+                if told is not None and seconds // self.SECONDS > told and 0 < done_so_far < total:
+                    told = seconds // self.SECONDS
+                    left = round(seconds * (total - done_so_far) / done_so_far / 60, 1)
+                    error_console.print(f"  {done_so_far}/{total}  {left} min left", highlight=False)
 
             def line(figures: str) -> None:
+                nonlocal told
+                told = None  # figures are enough
                 if (done_so_far + 1) % self.EVERY == 0:
                     error_console.print(f"  {done_so_far + 1}/{total}  {figures}", highlight=False, soft_wrap=True)
 
@@ -70,7 +80,10 @@ def comparison_table(result: dict[str, Any]) -> Table:
     """Dense and compressed side by side, from :func:`infoprune.evaluation.runner.evaluate`."""
     records = result["models"]
     compared = result.get("comparison")
-    table = Table(title=f"{records[0]['num_questions']:,} questions, {records[0]['flops']['answer_tokens']} answer tokens each")
+    table = Table(
+        title=f"{records[0]['num_questions']:,} questions, {records[0]['flops']['answer_tokens']} answer tokens each",
+        caption=f"answers {result['answers']} in {result['dtype']}, exact match; prompt: {escape(repr(result['prompt']))}",
+    )
     table.add_column("")
     for name in ("dense", "compressed") if compared else (records[0]["model"],):
         table.add_column(name, justify="right")

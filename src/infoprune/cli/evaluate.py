@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -24,29 +26,57 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed rounds; 0 skips timing.")] = 15,
+    generate: Annotated[bool, typer.Option("--generate", help="Judge generated answers instead of scoring the reference answers.")] = False,
+    answers: Annotated[
+        Optional[Path], typer.Option(help="With --generate: keep the answers in this .jsonl file, and go on there after an interruption.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="With --generate: the longest answer.")] = 16,
+    images_per_batch: Annotated[int, typer.Option(help="With --generate: fewer take less memory.")] = 8,
+    precision: Annotated[
+        Optional[str], typer.Option(help="fp32, bf16, fp16, or auto: half on CUDA (default auto with --generate, else fp32).")
+    ] = None,
     prompt_suffix: Annotated[str, typer.Option(help="Appended to every question.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
 ) -> None:
     """Accuracy, cost and time of MODEL, side by side with --against."""
+    import torch
+
     import infoprune
     from infoprune.data import subset
+    from infoprune.errors import InfoPruneError
+    from infoprune.evaluation.generation import dtype_for, generate_answers
     from infoprune.evaluation.runner import evaluate as run
     from infoprune.model import load
+    from infoprune.progress import Progress
+    from infoprune.training.loop import Processes
 
-    progress = BarProgress()
+    if answers is not None and not generate:
+        raise InfoPruneError("--answers keeps generated answers; add --generate.")
+    # Of several processes one speaks; the launcher numbers them before anything else runs.
+    progress = BarProgress() if os.environ.get("RANK", "0") == "0" else Progress()
+    processes = Processes.current(torch.device(device)) if generate else Processes()
+    dtype = dtype_for(precision or ("auto" if generate else "fp32"), torch.device(device))
     loaded = infoprune.load_examples(data, default_split="test", skip_bad=skip_bad, notify=progress.note)
     examples = subset(loaded, limit, seed=seed)
     models = [
-        load(name, device=device, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
-        for name in (model, against)
+        load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
+        for name in (against, model)
         if name is not None
     ]
+    generated = None
+    if generate:
+        files = (answers and answers.with_name(f"{answers.stem}-against{answers.suffix}"), answers)[-len(models) :]
+        options = {"max_new_tokens": max_new_tokens, "images_per_batch": images_per_batch, "processes": processes, "progress": progress}
+        generated = [generate_answers(vlm, examples, record=file, **options) for vlm, file in zip(models, files, strict=True)]
+    if processes.index:
+        return
     result = run(
-        models[0],
+        models[-1],
         examples,
-        against=models[1] if against is not None else None,
+        against=models[0] if against is not None else None,
+        answers=generated,
         timing=repeats > 0,
         repeats=max(repeats, 1),
         progress=progress,

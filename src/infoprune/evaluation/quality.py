@@ -2,7 +2,8 @@
 
 Scoring is teacher-forced: greedy decoding yields the reference answer exactly when, at every position of the answer and its
 end-of-sequence token, the reference token has the highest logit given the reference tokens before it. One packed forward therefore
-tells what ``generate`` would answer right, several times faster; ``generated_answers`` runs ``generate`` itself, as the check.
+tells what ``generate`` would answer right, without its decoding steps; :func:`infoprune.evaluation.generation.generate_answers` gives the
+answers themselves, as the check and for metrics that read them.
 """
 
 from __future__ import annotations
@@ -90,27 +91,9 @@ def can_share_prefix(vlm: VLM) -> bool:
     return vlm.encoder.shares_prefix and getattr(vlm.model.config.get_text_config(), "sliding_window", None) is None
 
 
-@torch.no_grad()
-def generated_answers(
-    vlm: VLM, examples: Sequence[Example], *, max_new_tokens: int = 16, batch_size: int = 32, progress: Progress = SILENT
-) -> list[str]:
-    """Answers by the model's ordinary ``generate`` (greedy), stripped of white space."""
-    answers = []
-    tokenizer = vlm.processor.tokenizer
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        with progress.task("generating", len(examples)) as advance:
-            for start in range(0, len(examples), batch_size):
-                chunk = examples[start : start + batch_size]
-                texts = [vlm.encoder.prompt(example.question) for example in chunk]
-                inputs = {name: value.to(vlm.device) for name, value in vlm.encoder.inputs(texts, [e.load_image() for e in chunk]).items()}
-                output = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-                new = output[:, inputs["input_ids"].shape[1] :]
-                answers += [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
-                advance(len(chunk))
-    finally:
-        tokenizer.padding_side = side
-    return answers
+def exact_match(answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
+    """(questions,) boolean: whether the answer, stripped of white space, is the reference answer."""
+    return np.array([answer.strip() == example.answer.strip() for answer, example in zip(answers, examples, strict=True)])
 
 
 def paired_drop(dense: Quality, compressed: Quality, examples: Sequence[Example], *, seed: int = 0) -> tuple[float, tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     against: VLM | None = None,
+    answers: Sequence[Sequence[str]] | None = None,
     timing: bool = True,
     repeats: int = 15,
     progress: Progress = SILENT,
@@ -34,18 +36,20 @@ def evaluate(
         vlm: The model to judge.
         examples: Held-out questions.
         against: The reference of the KL, the paired difference and the speed-ups.
+        answers: Generated answers of each model, dense first, to judge instead of scoring the reference answers.
         timing: Also measure latency.
         repeats: Timed rounds.
         progress: Shows the steps.
 
     Returns:
-        ``models``: a record per model (dense first); ``comparison``: drop, KL, ratios and speed-ups, with ``against`` only.
+        ``models``: a record per model (dense first); ``dtype``: their precision; ``prompt``: that of the first question; ``answers``:
+        whether these were scored or generated; ``comparison``: drop, KL, ratios and speed-ups, with ``against`` only.
     """
     models = [vlm] if against is None else [against, vlm]
     family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
-    scored = quality.score(models, examples, progress=progress)
+    scored = _judged(models, examples, answers, progress)
     flops = [count_flops(m, inputs, answer_tokens) for m in models]
     times = latency.measure(models, family, inputs, answer_tokens=answer_tokens, repeats=repeats, progress=progress) if timing else []
     records = []
@@ -60,7 +64,13 @@ def evaluate(
             "bytes_on_disk": bytes_on_disk(model),
         }
         records.append(record | ({"milliseconds": times[index]} if timing else {}))
-    result: dict[str, Any] = {"models": records, "peak_rss_gb": peak_memory_gb(vlm.device)}
+    result: dict[str, Any] = {
+        "models": records,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "prompt": vlm.encoder.prompt(examples[0].question),
+        "answers": "scored" if answers is None else "generated",
+        "peak_rss_gb": peak_memory_gb(vlm.device),
+    }
     if against is not None:
         result["comparison"] = quality.comparison(scored[0], scored[1], examples) | {
             "flops_ratio": flops[1].total / flops[0].total,
@@ -68,6 +78,19 @@ def evaluate(
             **(latency.speedups(times[0], times[1]) if timing else {}),
         }
     return result
+
+
+def _judged(
+    models: Sequence[VLM], examples: Sequence[Example], answers: Sequence[Sequence[str]] | None, progress: Progress
+) -> list[quality.Quality]:
+    """Whether each model is right; its KL needs scoring whatever it answered, and a second model."""
+    if answers is None:
+        return quality.score(models, examples, progress=progress)
+    correct = [quality.exact_match(texts, examples) for texts in answers]
+    if len(models) == 1:
+        return [quality.Quality(right) for right in correct]
+    scored = quality.score(models, examples, progress=progress)
+    return [replace(found, correct=right) for found, right in zip(scored, correct, strict=True)]
 
 
 def count_flops(vlm: VLM, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Flops:

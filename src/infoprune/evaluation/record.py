@@ -1,0 +1,218 @@
+"""Answers on disk: a file that says what was asked of which model, and that interrupted work can go on from.
+
+While questions are being answered, each process appends to a file of its own beside the final one, ``NAME.0.part``, and every append is on
+the disk before the next batch begins. The final file is written aside and renamed. All have one form: a line of JSON that tells model, data
+and settings, then a line per answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from infoprune.data import Example
+from infoprune.errors import DataError
+from infoprune.model import VLM
+
+FORMAT = "infoprune-answers-1"
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """Answers to ``examples``, and what they depend on.
+
+    Attributes:
+        path: The final file.
+        header: Fingerprint of model, data and settings, as :func:`fingerprint` makes it.
+        examples: What is asked.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    examples: Sequence[Example]
+
+    def finished(self) -> list[str] | None:
+        """All answers, if the final file is there.
+
+        Raises:
+            DataError: It is damaged, of something else, or of another model, other data or settings.
+        """
+        if not self.path.exists():
+            return None
+        answers, size = self._read(self.path)
+        if len(answers) < len(self.examples) or size < self.path.stat().st_size:
+            raise DataError(f"{self.path} is damaged: {len(answers)} of {len(self.examples)} answers can be read. Delete it to ask again.")
+        return [answers[index] for index in range(len(self.examples))]
+
+    def resumed(self) -> dict[int, str]:
+        """What interrupted processes, however many they were, have answered, by index.
+
+        Raises:
+            DataError: A part is of another model, other data or settings.
+        """
+        return {index: answer for part in self._parts() for index, answer in self._read(part)[0].items()}
+
+    def appender(self, process: int) -> Callable[[dict[int, str]], None]:
+        """A function that puts answers by index into this process's part, durably; a line there that a crash cut short is dropped.
+
+        Raises:
+            DataError: The part can't be written.
+        """
+        part = self.path.with_name(f"{self.path.name}.{process}.part")
+        size = self._read(part)[1] if part.exists() else 0
+        with _writing(part, "ab") as file:
+            file.truncate(size)
+            if size == 0:
+                file.write(_line(self.header))
+
+        def append(answers: dict[int, str]) -> None:
+            with _writing(part, "ab") as file:
+                file.writelines(self._answer(*item) for item in answers.items())
+
+        return append
+
+    def finish(self, answers: Sequence[str]) -> None:
+        """Put the final file into place and remove the parts.
+
+        Raises:
+            DataError: It can't be written.
+        """
+        aside = self.path.with_name(f"{self.path.name}.partial")
+        with _writing(aside, "wb") as file:
+            file.write(_line(self.header))
+            file.writelines(self._answer(*item) for item in enumerate(answers))
+        aside.replace(self.path)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the parts, which the final file has replaced."""
+        for part in self._parts():
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        found = [(path, path.name.removeprefix(f"{self.path.name}.").removesuffix(".part")) for path in self.path.parent.glob("*.part")]
+        return sorted(path for path, number in found if number.isdecimal())
+
+    def _answer(self, index: int, answer: str) -> bytes:
+        example = self.examples[index]
+        known = {"id": example.id} if example.id is not None else {}
+        return _line({"index": index, **known, "image": example.image.name, "question": example.question, "answer": answer})
+
+    def _read(self, path: Path) -> tuple[dict[int, str], int]:
+        """Answers by index up to the first line that is not whole, and the bytes up to there."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"Cannot read {path}: {error}") from error
+        first, _, rest = data.partition(b"\n")
+        expected = _line(self.header)
+        if first + b"\n" != expected:
+            if expected.startswith(data) and path != self.path:
+                return {}, 0  # stopped while the header was being written
+            raise DataError(self._mismatch(path, first))
+        answers: dict[int, str] = {}
+        size = len(expected)
+        for line in rest.splitlines(keepends=True):
+            item = _parsed(line) if line.endswith(b"\n") else None
+            if item is None or not isinstance(item.get("answer"), str) or item.get("index") not in range(len(self.examples)):
+                break
+            answers[item["index"]] = item["answer"]
+            size += len(line)
+        return answers, size
+
+    def _mismatch(self, path: Path, first: bytes) -> str:
+        held = _parsed(first)
+        if held is None or held.get("format") != FORMAT:
+            return f"{path} is not a file of answers. Give another name, or move that file away."
+        differs = sorted(key for key in {*held, *self.header} if held.get(key) != self.header.get(key))
+        return f"{path} holds answers that differ in {', '.join(differs)}. Give another name, or delete that file to ask again."
+
+
+@contextmanager
+def _writing(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    """An open file, on the disk for good when the block is left."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"Cannot write answers to {path}: {error}. Those that were recorded before are kept.") from error
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def fingerprint(vlm: VLM, examples: Sequence[Example], **settings: Any) -> dict[str, Any]:
+    """What answers depend on: model (configuration, weights, precision), processor, prompt, data and ``settings``.
+
+    The data are known by questions, names and sizes of the image files; the batch size and the number of processes don't matter.
+    """
+    sizes = {example.image: example.image.stat().st_size for example in examples if example.image.is_file()}
+    asked = [(example.id, example.image.name, sizes.get(example.image), example.question) for example in examples]
+    images = getattr(vlm.processor, "image_processor", None)
+    return {
+        "format": FORMAT,
+        "model": weights_digest(vlm.model),
+        "configuration": _digest(vlm.model.config.to_dict()),
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "generation": _digest(vlm.model.generation_config.to_diff_dict()),
+        "processor": _digest(images.to_dict() if images is not None else None),
+        "prompt": vlm.encoder.prompt("{question}"),
+        "data": _digest(asked),
+        "num_questions": len(examples),
+        **settings,
+    }
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Digest of all weights, by name, shape, precision and value."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        _add(digest, name, tensor)
+    return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:  # quantised weights are made of several tensors
+        for part in flatten()[0]:
+            _add(digest, part, getattr(tensor, part))
+    else:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _digest(value: Any) -> str:
+    def told(item: Any) -> str:
+        return re.sub(r" at 0x[0-9a-f]+", "", str(item))  # the same in every process
+
+    return hashlib.sha256(json.dumps(_without_origin(value), sort_keys=True, default=told).encode()).hexdigest()[:16]
+
+
+def _without_origin(value: Any) -> Any:
+    """A configuration without the traces of where and by what it was saved."""
+    if isinstance(value, (list, tuple)):
+        return [_without_origin(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _without_origin(item) for key, item in value.items() if key not in ("_name_or_path", "transformers_version")}
