@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from infoprune.surgery import apply_
 from test_families import dropping, statistics_of
 from tiny_models import TINY, WORDS, build
 
-FEW = {"max_new_tokens": 6, "images_per_batch": 2}
+FEW: dict[str, Any] = {"max_new_tokens": 6, "images_per_batch": 2}
 
 
 def one_by_one(vlm, examples, max_new_tokens):
