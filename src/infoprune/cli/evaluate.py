@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from infoprune.cli.console import BarProgress, comparison_table, console, print_json
+from infoprune.cli.console import BarProgress, changed_table, comparison_table, console, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +21,8 @@ def evaluate(
     against: Annotated[Optional[str], typer.Option(help="The dense original, to compare with.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Use a random sample of this many questions.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    confidence: Annotated[float, typer.Option(help="Of the one-sided bounds on the drop.")] = 0.95,
+    report: Annotated[Optional[Path], typer.Option(help="Write a self-contained HTML page, with the questions that changed.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed rounds; 0 skips timing.")] = 15,
     prompt_suffix: Annotated[str, typer.Option(help="Appended to every question.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
@@ -31,7 +34,10 @@ def evaluate(
     from infoprune.data import subset
     from infoprune.evaluation.runner import evaluate as run
     from infoprune.model import load
+    from infoprune.report.page import check_page, write_page
 
+    if report is not None:
+        check_page(report, against=against is not None)
     progress = BarProgress()
     examples = subset(infoprune.load_examples(data, default_split="test", notify=progress.note), limit, seed=seed)
     models = [
@@ -45,9 +51,14 @@ def evaluate(
         against=models[1] if against is not None else None,
         timing=repeats > 0,
         repeats=max(repeats, 1),
+        confidence=confidence,
         progress=progress,
     )
+    if report is not None:
+        write_page(result, report, model=model)
     if json_output:
         print_json(result)
-    else:
-        console.print(comparison_table(result))
+        return
+    console.print(comparison_table(result))
+    if changed := result.get("comparison", {}).get("changed"):
+        console.print(changed_table(changed))
