@@ -60,6 +60,7 @@ benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 	$(BIN)/python benchmarks/families.py
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python benchmarks/quantise.py
 	$(BIN)/python benchmarks/graphs.py
+	$(BIN)/python benchmarks/certificate.py
 	$(BIN)/python benchmarks/tables.py
 
 # Hours; a stopped run goes on where it was.

@@ -23,7 +23,8 @@ def test_compress_evaluate_ask_and_plan(checkpoint, jsonl, questions, tmp_path):
     assert (out / "report.json").is_file()
     result = json.loads(run("evaluate", out, "--against", checkpoint, "--data", jsonl, "--repeats", 1, "--json").stdout)
     assert result["comparison"]["flops_ratio"] == pytest.approx(report["flops_ratio"])
-    assert "dense / compressed" in run("evaluate", out, "--against", checkpoint, "--data", jsonl, "--repeats", 1).stdout
+    shown = run("evaluate", out, "--against", checkpoint, "--data", jsonl, "--repeats", 1).stdout
+    assert all(text in shown for text in ("dense / compressed", "McNemar", "drop at most, 95%: betting", "same answer"))
     answers = json.loads(run("ask", out, questions[0].image, "what shape ?", "--against", checkpoint, "--json").stdout)["answers"]
     assert [a["model"] for a in answers] == [str(out), str(checkpoint)]
     assert "units" in run("plan", "show", out).stdout
@@ -32,6 +33,24 @@ def test_compress_evaluate_ask_and_plan(checkpoint, jsonl, questions, tmp_path):
     again = tmp_path / "again"
     run("plan", "apply", out / "plan.json", checkpoint, "--data", jsonl, "-o", again)
     assert json.loads((again / "plan.json").read_text()) == plan
+
+
+def test_certified_compression_and_a_report(checkpoint, jsonl, tmp_path):
+    out, page = tmp_path / "small", tmp_path / "report.html"
+    refused = run("compress", checkpoint, "--data", jsonl, "--max-drop", 0.5, "-o", out, status=2).stderr
+    assert "at least 602 images" in refused
+    assert "calibrating" not in refused  # told before any work
+    told = run("compress", checkpoint, "--data", jsonl, "--max-drop", 60, "--share", 0.9, "--share", 0.7, "--rank-multiple", 2, "-o", out)
+    assert "certifying a drop of at most 60 points" in told.stderr
+    assert "With 95% confidence" in told.stdout
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert [step["share"] for step in certificate["path"]] == [0.9, 0.7]
+    assert "With 95% confidence" in (out / "README.md").read_text()
+    assert not (tmp_path / "small.work").exists()
+    evaluated = run("evaluate", out, "--against", checkpoint, "--data", jsonl, "--repeats", 0, "--report", page, "--json")
+    compared = json.loads(evaluated.stdout)["comparison"]
+    assert {"betting", "empirical_bernstein", "bootstrap"} == compared["drop_bounds"].keys()
+    assert "With 95% confidence" in page.read_text()
 
 
 def test_inspect(checkpoint, jsonl, tmp_path):

@@ -22,10 +22,13 @@ from transformers import (
 )
 
 from infoprune import modeling_infoprune as modeling
+from infoprune.certification.certificate import FILE as CERTIFICATE
+from infoprune.certification.certificate import Certificate, plan_digest
 from infoprune.errors import CheckpointError
 from infoprune.families import FAMILIES
 from infoprune.geometry import state_geometry_
 from infoprune.model import VLM, load
+from infoprune.report.model_card import base_licence, model_card
 
 TOLERANCE = 1e-4
 
@@ -79,6 +82,7 @@ def save(
     *,
     probe: dict[str, torch.Tensor] | None = None,
     extra: dict[str, Any] | None = None,
+    certificate: Certificate | None = None,
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Path:
@@ -88,15 +92,19 @@ def save(
         vlm: A compressed model (it has a plan).
         folder: Where to; must not hold anything.
         probe: Model inputs; the reloaded checkpoint must give the same logits on them.
-        extra: Written as ``report.json``.
+        extra: Written as ``report.json``; its figures also go into the model card, ``README.md``.
+        certificate: Of :func:`infoprune.compress`; written as ``certificate.json`` and shown in the model card.
         overwrite: Replace a folder that holds something.
         notify: Called with one line for people.
 
     Raises:
-        CheckpointError: Not compressed, folder not empty, disk full, or the reloaded model differs; nothing is left behind.
+        CheckpointError: Not compressed, the certificate is another model's, folder not empty, disk full, or the reloaded model
+            differs; nothing is left behind.
     """
     if vlm.plan is None:
         raise CheckpointError("This model has no compression plan; save an uncompressed model with its own save_pretrained.")
+    if certificate is not None and certificate.plan != plan_digest(vlm.plan):
+        raise CheckpointError("The certificate is of another plan than this model's.")
     folder = Path(folder).expanduser()
     check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     with written_aside(folder) as aside:
@@ -104,6 +112,10 @@ def save(
         (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
         if extra is not None:
             (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+        if certificate is not None:
+            (aside / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
+        card = model_card(vlm.plan, extra, certificate, licence=base_licence(vlm.model_id))
+        (aside / "README.md").write_text(card, encoding="utf-8")
         if probe is not None:
             notify("reloading the checkpoint and comparing logits")
             _verify(vlm, aside, probe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from infoprune._version import __version__
 from infoprune.architecture import Architecture, AttentionSite
 from infoprune.calibrate import Statistics, calibrate
+from infoprune.certification.certificate import Certificate
 from infoprune.data import Example, load_examples, subset
 from infoprune.decide import Decisions, SolvedSite, attention_share, decide, solve_sites, unit_percentiles, with_units
-from infoprune.errors import DataError, PlanError, UnsupportedModelError
+from infoprune.errors import BudgetError, DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import (
     Flops,
     Workload,
@@ -30,10 +30,10 @@ from infoprune.evaluation.cost import (
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.memory import release_memory
 from infoprune.model import VLM
-from infoprune.options import TRAINED, CompressionOptions
+from infoprune.options import TRAINED, UNTRAINED, CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
-from infoprune.progress import SILENT, Progress
+from infoprune.progress import SILENT, Clock, Progress
 from infoprune.repair import cut_and_repair_
 from infoprune.surgery import apply_, ffn_options
 from infoprune.training.costs import flop_costs, time_costs
@@ -62,6 +62,7 @@ class Compressed:
         probe: Inputs of one example, to compare a saved checkpoint on.
         training: What gate training and recovery were like, by stage.
         main_process: False in all but one of several processes; that one saves.
+        certificate: Of the accuracy that was kept, where ``max_drop`` asked for one.
     """
 
     vlm: VLM
@@ -75,6 +76,7 @@ class Compressed:
     probe: dict[str, torch.Tensor]
     training: dict[str, Any] = field(default_factory=dict)
     main_process: bool = True
+    certificate: Certificate | None = None
 
     @property
     def flops_ratio(self) -> float:
@@ -83,6 +85,7 @@ class Compressed:
 
     def as_dict(self) -> dict[str, Any]:
         """Figures for ``report.json``."""
+        certified = {} if self.certificate is None else {"certificate": self.certificate.model_dump(mode="json")}
         return {
             "flops_ratio": self.flops_ratio,
             "dense_flops": self.dense_flops.as_dict(),
@@ -93,6 +96,7 @@ class Compressed:
             "parameters": self.parameters,
             "seconds": self.seconds,
             "training": self.training,
+            **certified,
         }
 
 
@@ -114,18 +118,26 @@ def compress(
         data: Calibration and training data: a specification for :func:`infoprune.data.load_examples`, or examples. Never the test data.
         options: How; or give the fields of :class:`CompressionOptions` by keyword, e.g. ``flops=0.5``.
         training: How to train; or give the fields of :class:`TrainingOptions` by keyword, e.g. ``recovery="full"``.
-        in_place: Cut ``vlm`` itself instead of a copy. Not with recovery, whose teacher is the dense model.
-        work: Folder for the state of training, from which an interrupted run goes on; delete it afterwards. ``None``: no state is kept.
+        in_place: Cut ``vlm`` itself instead of a copy. Not with recovery or a certificate, which need the dense model.
+        work: Folder for the state of training or certification, from which an interrupted run goes on; delete it afterwards. ``None``: no
+            state is kept.
         progress: Shows the steps.
 
     Raises:
-        BudgetError, DataError, CalibrationError, CheckpointError, UnsupportedModelError: See their messages; ``vlm`` is unchanged.
+        BudgetError, DataError, CalibrationError, CertificateError, CheckpointError, UnsupportedModelError: See their messages;
+            ``vlm`` is unchanged.
     """
     options, training = _options_of(options, training, given)
     _dense_architecture(vlm)
-    clock = _Clock()
+    if options.max_drop is not None:
+        if training.recovery != "none":
+            raise BudgetError(UNTRAINED)
+        from infoprune.certification.run import compress_certified  # made of the functions below
+
+        return compress_certified(vlm, data, options, work=work, progress=progress)
+    clock = Clock()
     run: TrainingRun | None = None
-    pool = _pool(data, options.skip_bad, progress)
+    pool = example_pool(data, progress, skip_bad=options.skip_bad)
     if options.heads == TRAINED or training.recovery != "none":
         run = _training_run(vlm, pool, data, options, training, work, progress)
         pool = run.examples
@@ -181,7 +193,7 @@ def _reloaded(vlm: VLM, cut: tuple[VLM, dict[str, Any]], examples: Sequence[Exam
 
 def _cut_free(
     vlm: VLM, data: str | Sequence[Example], examples: list[Example], options: CompressionOptions, run: TrainingRun | None,
-    in_place: bool, clock: _Clock, progress: Progress,
+    in_place: bool, clock: Clock, progress: Progress,
 ) -> Compressed:  # fmt: skip
     """Calibrate, decide (heads by training, if the options say so), cut."""
     architecture = _dense_architecture(vlm)
@@ -208,21 +220,10 @@ def _cut_free(
         decisions = decide(with_units(solved, learned.kept, options), architecture, workload, dense_flops.total, options)
         report["heads"]["agreement"] = _check_gates(target, solved, decisions, statistics, inputs, options)
     del solved
-    record = CalibrationRecord(
-        data=data if isinstance(data, str) else "examples",
-        count=len(examples),
-        seed=options.seed,
-        weighting=options.weighting,
-        temperature=options.temperature,
-        fingerprint=fingerprint(examples),
-    )
-    plan = make_plan(vlm, decisions, options, record)
+    plan = make_plan(vlm, decisions, options, calibration_record(data, examples, options))
     _cut(target, plan, statistics, inputs, progress)
     clock.lap("cut")
-    flops = count_flops(target.model, architecture.family, probe, workload.answer_tokens)
-    expected = predicted_flops(architecture, plan, workload, dense_flops.total)
-    if abs(flops.total - expected) > 0.005 * dense_flops.total:
-        raise PlanError(f"The compressed model takes {flops.total:,} FLOPs where the plan predicts {expected:,}; please report this.")
+    flops = checked_flops(target, plan, probe, workload, dense_flops)
     del statistics, inputs
     release_memory()
     return Compressed(
@@ -264,6 +265,28 @@ def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tens
     return probe, *count_workload(vlm.model, _dense_architecture(vlm), probe, answer_tokens)
 
 
+def checked_flops(cut: VLM, plan: CompressionPlan, probe: dict[str, torch.Tensor], workload: Workload, dense: Flops) -> Flops:
+    """FLOPs counted on a cut model.
+
+    Raises:
+        PlanError: They are not what the plan predicts.
+    """
+    architecture = _dense_architecture(cut)
+    flops = count_flops(cut.model, architecture.family, probe, workload.answer_tokens)
+    expected = predicted_flops(architecture, plan, workload, dense.total)
+    if abs(flops.total - expected) > 0.005 * dense.total:
+        raise PlanError(f"The compressed model takes {flops.total:,} FLOPs where the plan predicts {expected:,}; please report this.")
+    return flops
+
+
+def calibration_record(data: str | Sequence[Example], examples: Sequence[Example], options: CompressionOptions) -> CalibrationRecord:
+    """Where the statistics of ``examples``, drawn from ``data``, came from."""
+    return CalibrationRecord(
+        data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, weighting=options.weighting,
+        temperature=options.temperature, fingerprint=fingerprint(examples),
+    )  # fmt: skip
+
+
 def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
     """The plan that records ``decisions`` and how they came about."""
     method = ("heads", "ffn", "ffn_metric", "centred", "structure", "allocation", "repair")
@@ -281,11 +304,12 @@ def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, recor
 
 
 def apply_decisions(
-    vlm: VLM, decisions: Decisions, options: CompressionOptions, statistics: Statistics, inputs: Sequence[PackedBatch]
-) -> VLM:
+    vlm: VLM, decisions: Decisions, options: CompressionOptions, statistics: Statistics, inputs: Sequence[PackedBatch],
+    record: CalibrationRecord | None = None, progress: Progress = SILENT,
+) -> VLM:  # fmt: skip
     """A cut copy of ``vlm``; for those who decide by other means than :func:`compress`."""
-    target, plan = vlm.copy(), make_plan(vlm, decisions, options)
-    _cut(target, plan, statistics, inputs, SILENT)
+    target, plan = vlm.copy(), make_plan(vlm, decisions, options, record)
+    _cut(target, plan, statistics, inputs, progress)
     return replace(target, plan=plan)
 
 
@@ -325,10 +349,11 @@ def calibration_examples(
     data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT, *, skip_bad: bool = False
 ) -> list[Example]:
     """The calibration sample: a few questions on each of as many images as that takes."""
-    return subset(_pool(data, skip_bad, progress), count, seed=seed, per_image=QUESTIONS_PER_IMAGE)
+    return subset(example_pool(data, progress, skip_bad=skip_bad), count, seed=seed, per_image=QUESTIONS_PER_IMAGE)
 
 
-def _pool(data: str | Sequence[Example], skip_bad: bool, progress: Progress) -> list[Example]:
+def example_pool(data: str | Sequence[Example], progress: Progress, *, skip_bad: bool = False) -> list[Example]:
+    """All examples that ``data`` names."""
     pool = load_examples(data, default_split="train", skip_bad=skip_bad, notify=progress.note) if isinstance(data, str) else list(data)
     if not pool:
         raise DataError("There are no calibration examples.")
@@ -388,13 +413,3 @@ def _cut(vlm: VLM, plan: CompressionPlan, statistics: Statistics, inputs: Sequen
         return
     with progress.task("cutting and repairing", len(architecture.attention)) as advance:
         cut_and_repair_(vlm.model, architecture, plan, statistics, inputs, ffn_options(plan), progress=lambda: advance(1))
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now

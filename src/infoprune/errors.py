@@ -29,3 +29,7 @@ class DataError(InfoPruneError):
 
 class CalibrationError(InfoPruneError):
     """Calibration met a value that is not finite or saw no tokens; the message names the site."""
+
+
+class CertificateError(InfoPruneError):
+    """A certificate can't be given: too little data for the bound asked for, or no plan on the path holds it; says what would do."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from infoprune.architecture import TowerName
 from infoprune.calibrate import Weighting
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
+from infoprune.data import Example
 from infoprune.errors import BudgetError, InfoPruneError
 
 NONE, TRAINED = "none", "trained"
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
+UNTRAINED = (
+    "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
+    "then look at that one model on data that neither training nor validation saw: `infoprune evaluate SMALL --against MODEL --data DATA` "
+    "gives the bounds."
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,14 @@ class CompressionOptions:
     Attributes:
         flops: Share of the dense model's FLOPs that remains, over image, prompt and answer.
         ks: KS tolerance instead of a budget: the adaptive rule.
+        max_drop: Largest drop of accuracy, in points, instead of a budget: the cheapest plan of a path whose drop is certified to be at
+            most this (:mod:`infoprune.certification`).
+        confidence: Of the certificate.
+        certify: Data to certify on; ``None``: images of the calibration data's source that calibration does not see.
+        certify_images: Images to certify on at most, drawn at random; ``None``: all of ``certify``, or as many of the calibration data's
+            source as a plan that ought to pass needs.
+        certify_per_image: Questions on one image to certify on at most, drawn at random; ``None``: all.
+        shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
         ffn: ``low-rank`` or ``none``.
@@ -42,6 +58,12 @@ class CompressionOptions:
 
     flops: float | None = None
     ks: float | None = None
+    max_drop: float | None = None
+    confidence: float = 0.95
+    certify: str | Sequence[Example] | None = None
+    certify_images: int | None = None
+    certify_per_image: int | None = None
+    shares: tuple[float, ...] = SHARES
     heads: str = INFORMATION_LOSS
     ffn: Literal["low-rank", "none"] = "low-rank"
     towers: tuple[TowerName, ...] = ("vision", "text")
@@ -61,8 +83,12 @@ class CompressionOptions:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if (self.flops is None) == (self.ks is None):
-            raise BudgetError("Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5) and ks (a tolerance, e.g. 0.1).")
+        if [self.flops, self.ks, self.max_drop].count(None) != 2:
+            raise BudgetError(
+                "Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5), ks (a tolerance, e.g. 0.1) and "
+                "max_drop (points of accuracy, e.g. 0.5)."
+            )
+        self._check_certificate()
         for name, value in (("flops", self.flops), ("ks", self.ks)):
             if value is not None and not 0 < value <= 1:
                 raise BudgetError(f"{name} must be above 0 and at most 1, not {value}.")
@@ -86,6 +112,27 @@ class CompressionOptions:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+
+    def _check_certificate(self) -> None:
+        if self.max_drop is not None and not 0 < self.max_drop < 100:
+            raise BudgetError(f"max_drop must be above 0 and below 100 points, not {self.max_drop}.")
+        if not 0.5 <= self.confidence < 1:
+            raise BudgetError(f"confidence must be at least 0.5 and below 1, e.g. 0.95, not {self.confidence}.")
+        for name in ("certify_images", "certify_per_image"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BudgetError(f"{name} must be at least 1, not {value}.")
+        falling = all(a > b for a, b in zip(self.shares, self.shares[1:], strict=False))
+        if not self.shares or not falling or not all(0 < share <= 1 for share in self.shares):
+            raise BudgetError("shares must fall from mild to aggressive and lie within 0 to 1, e.g. 0.8, 0.6, 0.5.")
+        if self.max_drop is None and (self.certify is not None or self.certify_images or self.certify_per_image):
+            raise BudgetError("certify, certify_images and certify_per_image need max_drop: what is to be certified?")
+        if self.max_drop is not None and self.heads == TRAINED:
+            raise BudgetError(UNTRAINED)
+
+    def at(self, share: float) -> CompressionOptions:
+        """The same with a FLOPs share as the budget, and nothing to certify."""
+        return replace(self, flops=share, ks=None, max_drop=None, certify=None, certify_images=None, certify_per_image=None)
 
     @property
     def ffn_options(self) -> FFNOptions:

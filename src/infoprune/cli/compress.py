@@ -30,6 +30,16 @@ def compress(
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")] = None,
     flops: Annotated[Optional[float], typer.Option(help="Share of the dense FLOPs that remains, e.g. 0.5.")] = None,
     ks: Annotated[Optional[float], typer.Option(help="KS tolerance instead of a budget, e.g. 0.1.")] = None,
+    max_drop: Annotated[
+        Optional[float], typer.Option(help="Largest drop of accuracy in points, certified, instead of a budget, e.g. 0.5.")
+    ] = None,
+    confidence: Annotated[Optional[float], typer.Option(help="Of the certificate (default 0.95).")] = None,
+    certify: Annotated[Optional[str], typer.Option(help="Data to certify on (default: images of --data kept out of calibration).")] = None,
+    certify_images: Annotated[Optional[int], typer.Option(help="Images to certify on at most.")] = None,
+    certify_per_image: Annotated[Optional[int], typer.Option(help="Questions on one image to certify on at most.")] = None,
+    share: Annotated[
+        Optional[list[float]], typer.Option(help="FLOPs shares to try with --max-drop, from mild to aggressive; repeatable.")
+    ] = None,
     heads: Annotated[Optional[str], typer.Option(help="Head criterion, 'trained' or 'none'. Default: information-loss.")] = None,
     ffn: Annotated[Optional[str], typer.Option(help="'low-rank' (default) or 'none'.")] = None,
     towers: Annotated[Optional[list[str]], typer.Option(help="Towers to cut: vision, text; repeat for both (default).")] = None,
@@ -78,7 +88,9 @@ def compress(
     from infoprune.training.options import TrainingOptions
 
     given: dict[str, Any] = {
-        "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "heads": heads, "ffn": ffn,
+        "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "max_drop": max_drop, "confidence": confidence,
+        "certify": certify, "certify_images": certify_images, "certify_per_image": certify_per_image,
+        "shares": tuple(share) if share else None, "heads": heads, "ffn": ffn,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
         "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,
         "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
@@ -87,8 +99,8 @@ def compress(
         "trackers": tuple(tracker) if tracker else None, "skip_bad": skip_bad,
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}
-    if flops is not None or ks is not None:  # the budget on the command line replaces the recipe's, whichever kind it is
-        settings = {key: value for key, value in settings.items() if key not in ("flops", "ks")}
+    if any(budget is not None for budget in (flops, ks, max_drop)):  # the command line's replaces the recipe's, whichever kind it is
+        settings = {key: value for key, value in settings.items() if key not in ("flops", "ks", "max_drop")}
     settings |= {key: value for key, value in given.items() if value is not None}
     if not settings.get("model") or not settings.get("output"):
         raise InfoPruneError("Say which model to compress and where to: infoprune compress MODEL --flops 0.5 -o DIR (or in the recipe).")
@@ -99,7 +111,7 @@ def compress(
     # Of several processes one speaks; the launcher numbers them before anything else runs.
     progress = BarProgress() if os.environ.get("RANK", "0") == "0" else Progress()
     trains = options.heads == TRAINED or training.recovery != "none"
-    work = target.with_name(f"{target.name}.work") if trains else None
+    work = target.with_name(f"{target.name}.work") if trains or options.max_drop is not None else None
     vlm = infoprune.load(
         settings["model"], device=settings.get("device", "cpu"), trust_remote_code=trust_remote_code,
         prompt_suffix=settings.get("prompt_suffix", ""), notify=progress.note,
@@ -110,13 +122,16 @@ def compress(
     if not result.main_process:
         return
     report = result.as_dict()
-    infoprune.save(result.vlm, target, probe=result.probe, extra=report, overwrite=overwrite, notify=progress.note)
+    infoprune.save(result.vlm, target, probe=result.probe, extra=report, certificate=result.certificate, overwrite=overwrite,
+                   notify=progress.note)  # fmt: skip
     if work is not None:
         shutil.rmtree(work)  # only now: until the checkpoint is in place, the work could still be lost
     if json_output:
         print_json(report | {"output": str(target)})
         return
     console.print(_summary(report))
+    if result.certificate is not None:
+        console.print(f"[bold]{result.certificate.statement}[/]", highlight=False)
     console.print(f"Saved to [bold]{target}[/]. It loads with `import infoprune` and AutoModelForImageTextToText.from_pretrained.")
 
 

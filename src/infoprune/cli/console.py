@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from infoprune.progress import Progress
 
@@ -106,6 +108,14 @@ def comparison_table(result: dict[str, Any]) -> Table:
         cells.append(f"drop {compared['drop_points']:+.2f} [{low:+.2f}, {high:+.2f}]")
     table.add_row("accuracy [95% interval]", *cells)
     if compared:
+        bounds, test = compared["drop_bounds"], compared["mcnemar"]
+        for name, label in (("betting", "betting"), ("empirical_bernstein", "empirical Bernstein"), ("bootstrap", "bootstrap")):
+            table.add_row(f"drop at most, {100 * compared['confidence']:g}%: {label}", "", "", f"{bounds[name]:+.2f}")
+        low, high = compared["agreement_ci95"]
+        table.add_row(
+            "right in this one alone", f"{test['dense_only']:,}", f"{test['compressed_only']:,}", f"McNemar p {test['p_value']:.3g}"
+        )
+        table.add_row("same answer [95% interval]", "", f"{compared['agreement']:.2f}% [{low:.1f}, {high:.1f}]", "")
         table.add_row("KL(dense || compressed)", "0", f"{compared['kl_nats']:.4f} nats", "")
     row("parameters", [r["params"] for r in records], lambda v: f"{v / 1e6:.1f} M")
     if all(r["bytes_on_disk"] for r in records):
@@ -116,4 +126,16 @@ def comparison_table(result: dict[str, Any]) -> Table:
         for part in records[0]["milliseconds"]:
             row(f"time, {part.replace('_', ' ')}", [r["milliseconds"][part]["median"] for r in records], lambda v: f"{v:.1f} ms")
     table.add_row("peak memory, this process", f"{result['peak_rss_gb']:.2f} GB", *([""] * (len(table.columns) - 2)))
+    return table
+
+
+def changed_table(changed: list[dict[str, Any]], limit: int = 5) -> Table:
+    """The worst of the questions that were answered differently; texts are data, never markup."""
+    table = Table(title=f"{len(changed):,} answers changed" + (f"; the worst {limit}" if len(changed) > limit else ""))
+    for column in ("image", "question", "reference", "dense", "compressed"):
+        table.add_column(column, overflow="fold")
+    table.add_column("KL, nats", justify="right")
+    for item in changed[:limit]:
+        texts = (Path(item["image"]).name, *(item[key] for key in ("question", "answer", "dense_answer", "compressed_answer")))
+        table.add_row(*(Text(text) for text in texts), "" if item["kl_nats"] is None else f"{item['kl_nats']:.3f}")
     return table

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from infoprune.cli.console import BarProgress, comparison_table, console, print_json
+from infoprune.cli.console import BarProgress, changed_table, comparison_table, console, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -25,6 +25,8 @@ def evaluate(
     limit: Annotated[Optional[int], typer.Option(help="Use a random sample of this many questions.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = False,
+    confidence: Annotated[float, typer.Option(help="Of the one-sided bounds on the drop.")] = 0.95,
+    report: Annotated[Optional[Path], typer.Option(help="Write a self-contained HTML page, with the questions that changed.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed rounds; 0 skips timing.")] = 15,
     generate: Annotated[bool, typer.Option("--generate", help="Judge generated answers instead of scoring the reference answers.")] = False,
     answers: Annotated[
@@ -50,8 +52,11 @@ def evaluate(
     from infoprune.evaluation.runner import evaluate as run
     from infoprune.model import load
     from infoprune.progress import Progress
+    from infoprune.report.page import check_page, write_page
     from infoprune.training.loop import Processes
 
+    if report is not None:
+        check_page(report, against=against is not None)
     if answers is not None and not generate:
         raise InfoPruneError("--answers keeps generated answers; add --generate.")
     # Of several processes one speaks; the launcher numbers them before anything else runs.
@@ -79,9 +84,14 @@ def evaluate(
         answers=generated,
         timing=repeats > 0,
         repeats=max(repeats, 1),
+        confidence=confidence,
         progress=progress,
     )
+    if report is not None:
+        write_page(result, report, model=model)
     if json_output:
         print_json(result)
-    else:
-        console.print(comparison_table(result))
+        return
+    console.print(comparison_table(result))
+    if changed := result.get("comparison", {}).get("changed"):
+        console.print(changed_table(changed))

@@ -43,9 +43,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _kinds(key: str, default: Any) -> tuple[type, ...]:
-    if key in ("flops", "ks"):
+    if key in ("flops", "ks", "max_drop"):
         return (int, float)
-    if key == "validation":
+    if key in ("certify_images", "certify_per_image"):
+        return (int,)
+    if key in ("validation", "certify"):
         return (str,)
     if isinstance(default, bool):
         return (bool,)

@@ -8,7 +8,6 @@ answers themselves, as the check and for metrics that read them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,12 @@ from scipy.stats import binomtest
 
 from infoprune.data import Example
 from infoprune.errors import DataError
+from infoprune.evaluation.certify import bootstrap_draws, by_image
 from infoprune.model import VLM
-from infoprune.packing import answer_logits, batches
+from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.progress import SILENT, Progress
 
 IMAGES_PER_BATCH = 8
-BOOTSTRAP_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,15 @@ class Quality:
     Attributes:
         correct: (questions,) boolean.
         kl: (answer tokens,) KL(dense || this) in nats at each answer token, end-of-sequence included; ``None`` without a reference.
+        token_question: (answer tokens,) index of the question that each entry of ``kl`` belongs to.
+        answers: Per question the token ids of the greedy answer, up to the first that departs from the reference answer. Two models
+            that depart at the same token count as answering the same, though teacher forcing doesn't show how they go on.
     """
 
     correct: np.ndarray
     kl: np.ndarray | None = None
+    token_question: np.ndarray | None = None
+    answers: tuple[tuple[int, ...], ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -55,6 +59,13 @@ class Quality:
         """Mean KL per answer token."""
         return None if self.kl is None else float(self.kl.mean())
 
+    @property
+    def kl_by_question(self) -> np.ndarray | None:
+        """(questions,) mean KL per answer token of each question."""
+        if self.kl is None or self.token_question is None:
+            return None
+        return np.bincount(self.token_question, weights=self.kl) / np.bincount(self.token_question)
+
 
 @torch.no_grad()
 def score(models: Sequence[VLM], examples: Sequence[Example], *, progress: Progress = SILENT) -> list[Quality]:
@@ -67,23 +78,40 @@ def score(models: Sequence[VLM], examples: Sequence[Example], *, progress: Progr
         raise DataError("There are no examples to evaluate on.")
     correct = [np.zeros(len(examples), dtype=bool) for _ in models]
     kls: list[list[torch.Tensor]] = [[] for _ in models]
+    answers: list[list[tuple[int, ...]]] = [[()] * len(examples) for _ in models]
+    places: list[np.ndarray] = []
     share = all(can_share_prefix(vlm) for vlm in models)
     with progress.task("evaluating", len(examples)) as advance:
         for batch, indices in batches(models[0].encoder, examples, images_per_batch=IMAGES_PER_BATCH, share_prefix=share):
             reference: torch.Tensor | None = None
+            places.append(np.asarray(indices)[batch.question.numpy()])
             for number, vlm in enumerate(models):
                 moved = batch.to(vlm.device)
                 logits = answer_logits(vlm.model, moved).float()
-                wrong = torch.zeros(batch.num_questions, device=logits.device)
-                wrong.index_add_(0, moved.question, (logits.argmax(-1) != moved.targets).float())
-                correct[number][indices] = (wrong == 0).cpu().numpy()
+                for place, answer, right in zip(indices, *_greedy_answers(logits.argmax(-1).tolist(), batch), strict=True):
+                    answers[number][place], correct[number][place] = answer, right
                 log_p = logits.log_softmax(-1).cpu()
                 if reference is None:
                     reference = log_p
                 else:
                     kls[number].append((reference.exp() * (reference - log_p)).sum(-1))
             advance(batch.num_questions)
-    return [Quality(right, torch.cat(kl).numpy() if kl else None) for right, kl in zip(correct, kls, strict=True)]
+    token_question = np.concatenate(places)
+    return [
+        Quality(right, torch.cat(kl).numpy() if kl else None, token_question, tuple(found))
+        for right, kl, found in zip(correct, kls, answers, strict=True)
+    ]
+
+
+def _greedy_answers(predicted: list[int], batch: PackedBatch) -> tuple[list[tuple[int, ...]], list[bool]]:
+    """Each question's predicted tokens up to the first that is not the reference's, and whether there is none such."""
+    answers: list[list[int]] = [[] for _ in range(batch.num_questions)]
+    right = [True] * batch.num_questions
+    for token, target, question in zip(predicted, batch.targets.tolist(), batch.question.tolist(), strict=True):
+        if right[question]:
+            answers[question].append(token)
+            right[question] = token == target
+    return [tuple(answer) for answer in answers], right
 
 
 def can_share_prefix(vlm: VLM) -> bool:
@@ -96,23 +124,17 @@ def exact_match(answers: Sequence[str], examples: Sequence[Example]) -> np.ndarr
     return np.array([answer.strip() == example.answer.strip() for answer, example in zip(answers, examples, strict=True)])
 
 
-def paired_drop(dense: Quality, compressed: Quality, examples: Sequence[Example], *, seed: int = 0) -> tuple[float, tuple[float, float]]:
+def paired_drop(
+    dense: Quality, compressed: Quality, examples: Sequence[Example], *, images: Sequence[str] | None = None, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
     """Accuracy drop in points, dense minus compressed, with a 95% interval.
 
     Questions on one image are not independent, so the bootstrap resamples images, not questions (percentile interval of
-    10,000 draws).
+    10,000 draws). ``images`` tells which questions share one, where paths don't.
     """
-    difference = dense.correct.astype(float) - compressed.correct.astype(float)
-    _, group = np.unique([str(example.image) for example in examples], return_inverse=True)
-    sums = np.bincount(group, weights=difference)
-    sizes = np.bincount(group).astype(float)
-    rng, n = np.random.default_rng(seed), len(sums)
-    draws = []
-    for _ in range(math.ceil(BOOTSTRAP_DRAWS / 500)):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=500)
-        draws.append((counts @ sums) / (counts @ sizes))
-    low, high = np.percentile(100 * np.concatenate(draws), [2.5, 97.5])
-    return 100 * float(difference.mean()), (float(low), float(high))
+    data = by_image(dense.correct.astype(float) - compressed.correct, images or [example.image for example in examples])
+    low, high = np.percentile(100 * bootstrap_draws(data, seed=seed), [2.5, 97.5])
+    return 100 * data.mean, (float(low), float(high))
 
 
 def comparison(dense: Quality, compressed: Quality, examples: Sequence[Example]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from infoprune.data import Example
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import Flops, num_parameters, prompt_inputs, typical_example
 from infoprune.evaluation.cost import count_flops as _count_flops
+from infoprune.evaluation.differences import differences
 from infoprune.model import VLM
 from infoprune.progress import SILENT, Progress
 from infoprune.resolve import family_of
@@ -28,6 +29,7 @@ def evaluate(
     answers: Sequence[Sequence[str]] | None = None,
     timing: bool = True,
     repeats: int = 15,
+    confidence: float = 0.95,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Accuracy, cost and time of ``vlm``, side by side with ``against`` (its dense original) if given.
@@ -39,11 +41,13 @@ def evaluate(
         answers: Generated answers of each model, dense first, to judge instead of scoring the reference answers.
         timing: Also measure latency.
         repeats: Timed rounds.
+        confidence: Of the one-sided bounds on the drop.
         progress: Shows the steps.
 
     Returns:
         ``models``: a record per model (dense first); ``dtype``: their precision; ``prompt``: that of the first question; ``answers``:
-        whether these were scored or generated; ``comparison``: drop, KL, ratios and speed-ups, with ``against`` only.
+        whether these were scored or generated; ``comparison``: drop, KL, ratios and speed-ups, bounds, tests and changed questions
+        (:func:`infoprune.evaluation.differences.differences`), with ``against`` only.
     """
     models = [vlm] if against is None else [against, vlm]
     family = family_of(vlm.model)
@@ -76,6 +80,7 @@ def evaluate(
             "flops_ratio": flops[1].total / flops[0].total,
             "params_ratio": records[1]["params"] / records[0]["params"],
             **(latency.speedups(times[0], times[1]) if timing else {}),
+            **differences(scored[0], scored[1], examples, vlm.processor.tokenizer, confidence=confidence),
         }
     return result
 

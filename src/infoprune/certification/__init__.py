@@ -1,0 +1,1 @@
+"""Certificates: the cheapest plan of a path whose drop of accuracy is bounded at a stated confidence."""

@@ -1,0 +1,174 @@
+"""The certificate of what a compressed model kept: versioned JSON, stored as ``certificate.json`` beside the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy.stats import spearmanr
+
+from infoprune.errors import CheckpointError
+from infoprune.plan import CompressionPlan
+
+CERTIFICATE_VERSION = 1
+FILE = "certificate.json"
+SCORE = "exact match of the greedy answer, teacher-forced"
+ASSUMPTIONS = (
+    "Images of the certification data are independent of each other; questions on one image may depend on each other in any way.",
+    "The bounded drop is the expected one over images with as many questions as these have, each question counting the same.",
+    "Where the model is used on other kinds of images or questions, the certificate says nothing.",
+    "The data are disjoint from those that the plans were calibrated on, and were looked at for this path alone.",
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CertificationData(_Strict):
+    """What the scores come from.
+
+    Attributes:
+        source: As it was named.
+        fingerprint: Digest of file names, questions and answers; ``calibration``: of those that the plans were calibrated on.
+        num_questions, num_images: How many; ``largest_image``: most questions on one image.
+        kl_questions: The first so many of them give the KL.
+    """
+
+    source: str
+    fingerprint: str
+    calibration: str
+    num_questions: int = Field(ge=1)
+    num_images: int = Field(ge=1)
+    largest_image: int = Field(ge=1)
+    kl_questions: int = Field(ge=0)
+
+
+class Measured(_Strict):
+    """Scores of one plan on the certification data.
+
+    Attributes:
+        accuracy: Percent.
+        drop_points, drop_ci95: Dense minus compressed, with a paired two-sided bootstrap interval, in points.
+        drop_bounds: One-sided upper bounds in points, at the certificate's confidence.
+        p_value: Of the hypothesis that the drop is ``max_drop_points`` or more.
+        kl_nats: KL(dense || compressed) per answer token, over :attr:`CertificationData.kl_questions`.
+        certified: Whether this plan passed.
+    """
+
+    accuracy: float
+    drop_points: float
+    drop_ci95: tuple[float, float]
+    drop_bounds: dict[str, float]
+    p_value: float
+    kl_nats: float
+    certified: bool
+
+
+class PathStep(_Strict):
+    """One plan of the path.
+
+    Attributes:
+        share: FLOPs share asked for.
+        plan: Digest of the plan.
+        predicted_loss_nats: Second-order prediction per example.
+        flops_ratio, parameters: Counted; ``None`` where the path ended before.
+        measured: ``None`` where the path ended before.
+    """
+
+    share: float
+    plan: str
+    predicted_loss_nats: float
+    flops_ratio: float | None = None
+    parameters: int | None = None
+    measured: Measured | None = None
+
+
+class Certificate(_Strict):
+    """What is certified of the model in this folder, and how.
+
+    Attributes:
+        version, library: Of the format and of infoprune.
+        max_drop_points, confidence: What was asked for.
+        method: The bound that decided, and the procedure along the path.
+        score: What the accuracy is.
+        plan: Digest of the plan that passed.
+        dense_accuracy: Percent, on the same questions.
+        data: Certification data.
+        path: All plans from mild to aggressive.
+        rank_correlation: Spearman's, of predicted loss and measured KL over the scored plans; ``None`` for fewer than three.
+        assumptions: Without these the certificate does not hold.
+    """
+
+    version: Literal[1] = CERTIFICATE_VERSION
+    library: str
+    max_drop_points: float = Field(gt=0)
+    confidence: float = Field(gt=0, lt=1)
+    method: str = "betting bound, fixed-sequence testing"
+    score: str = SCORE
+    plan: str
+    dense_accuracy: float
+    data: CertificationData
+    path: tuple[PathStep, ...]
+    rank_correlation: float | None = None
+    assumptions: tuple[str, ...] = ASSUMPTIONS
+
+    @property
+    def step(self) -> PathStep:
+        """The plan that passed."""
+        return next(step for step in self.path if step.plan == self.plan and step.measured is not None)
+
+    @property
+    def statement(self) -> str:
+        """The certificate in one sentence."""
+        measured = self.step.measured
+        assert measured is not None
+        return (
+            f"With {100 * self.confidence:g}% confidence the accuracy is at most {self.max_drop_points:g} points below the dense model's; "
+            f"measured: {measured.drop_points:+.2f} points on {self.data.num_questions:,} questions about {self.data.num_images:,} images."
+        )
+
+    def to_json(self) -> str:
+        """Readable JSON, stable order."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Certificate | None:
+        """The certificate in a checkpoint folder; ``None`` if it has none.
+
+        Raises:
+            CheckpointError: Not JSON, another version, an unknown key, or none of its plans passed; says which.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            loaded: Any = json.loads(path.read_text(encoding="utf-8"))
+            found = cls.model_validate(loaded)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the top level"
+            raise CheckpointError(f"{path} is not a valid certificate: {where}: {first['msg']}.") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"Cannot read the certificate {path}: {error}.") from error
+        if not any(step.plan == found.plan and step.measured is not None and step.measured.certified for step in found.path):
+            raise CheckpointError(f"{path} is not a valid certificate: no plan on its path passed and is the one that it names.")
+        return found
+
+
+def plan_digest(plan: CompressionPlan) -> str:
+    """Digest of everything in a plan."""
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+
+
+def rank_correlation(path: tuple[PathStep, ...]) -> float | None:
+    """Spearman's rank correlation of predicted loss and measured KL (Spearman 1904), over the scored plans if there are three or more."""
+    pairs = [(step.predicted_loss_nats, step.measured.kl_nats) for step in path if step.measured is not None]
+    predicted, measured = [p for p, _ in pairs], [k for _, k in pairs]
+    if len(pairs) < 3 or len(set(predicted)) == 1 or len(set(measured)) == 1:
+        return None  # there are no ranks to compare
+    result: Any = spearmanr(predicted, measured)
+    return float(result.statistic)

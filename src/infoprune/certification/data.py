@@ -1,0 +1,169 @@
+"""Data to certify on: apart from calibration's, by image, and enough of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from infoprune.compress import QUESTIONS_PER_IMAGE, example_pool
+from infoprune.data import Example, load_examples, subset
+from infoprune.errors import CertificateError
+from infoprune.evaluation.certify import by_image
+from infoprune.evaluation.sample_size import Expectation, images_needed, least_images, perfect_evidence
+from infoprune.options import CompressionOptions
+from infoprune.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class CertificationSplit:
+    """Disjoint data: no image is in both parts.
+
+    Attributes:
+        calibration: What plans are decided on.
+        certification: What they are scored on, image by image.
+        images: Identity of the image of each certification question, by content.
+    """
+
+    calibration: list[Example]
+    certification: list[Example]
+    images: list[str]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(images,) certification questions on each image."""
+        return by_image(np.zeros(len(self.images)), self.images).sizes
+
+
+def split_data(data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT) -> CertificationSplit:
+    """Split by image: the calibration sample, and the images to certify on, drawn from the rest or from ``options.certify``.
+
+    Images are told apart by what is in the files, not by their names. Without data of its own, certification leaves calibration at
+    most a quarter of the images.
+
+    Raises:
+        DataError: Unreadable data.
+        CertificateError: Nothing is left to certify on.
+    """
+    pool = example_pool(data, progress, skip_bad=options.skip_bad)
+    if options.certify is None:
+        pool, rest = _quarter(pool, options)
+    elif isinstance(options.certify, str):
+        rest = load_examples(options.certify, default_split="validation", skip_bad=options.skip_bad, notify=progress.note)
+    else:
+        rest = list(options.certify)
+    calibration = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
+    seen = {_content(path) for path in {example.image for example in calibration}}
+    groups: dict[str, list[Example]] = {}
+    known: dict[Path, str] = {}
+    for example in rest:
+        if example.image not in known:
+            known[example.image] = _content(example.image)
+        if known[example.image] not in seen:
+            groups.setdefault(known[example.image], []).append(example)
+    if dropped := len(set(known.values()) & seen):
+        progress.note(f"left out {dropped} images of the certification data that calibration sees")
+    if not groups:
+        raise CertificateError("There is no image to certify on that calibration does not see. Give other data with --certify.")
+    assert options.max_drop is not None
+    chosen = _drawn(groups, options)
+    return CertificationSplit(
+        calibration, [example for image in chosen for example in groups[image]], [image for image in chosen for _ in groups[image]]
+    )
+
+
+def _quarter(pool: list[Example], options: CompressionOptions) -> tuple[list[Example], list[Example]]:
+    images = list(dict.fromkeys(example.image for example in pool))
+    random.Random(options.seed).shuffle(images)
+    counts: dict[Path, int] = {}
+    for example in pool:
+        counts[example.image] = counts.get(example.image, 0) + 1
+    taken, questions = set(), 0
+    for image in images[: max(len(images) // 4, 1)]:
+        if questions >= options.examples:
+            break
+        taken.add(image)
+        questions += min(counts[image], QUESTIONS_PER_IMAGE)
+    return [e for e in pool if e.image in taken], [e for e in pool if e.image not in taken]
+
+
+def _drawn(groups: dict[str, list[Example]], options: CompressionOptions) -> list[str]:
+    """Images in random order, cut to what is needed; ``groups`` loses questions beyond ``certify_per_image``."""
+    draw = random.Random(options.seed + 1)
+    if options.certify_per_image is not None:
+        for image, questions in groups.items():
+            kept = sorted(draw.sample(range(len(questions)), min(len(questions), options.certify_per_image)))
+            groups[image] = [questions[index] for index in kept]
+    images = list(groups)
+    draw.shuffle(images)
+    if options.certify_images is not None:
+        return images[: options.certify_images]
+    wanted = None if options.certify is not None else _expected_need(np.array([len(groups[image]) for image in images]), options)
+    return images if wanted is None else images[:wanted]
+
+
+def _expected_need(sizes: np.ndarray, options: CompressionOptions) -> int | None:
+    """Images of these sizes that certify a plan as :class:`Expectation` describes it, four times in five."""
+    assert options.max_drop is not None
+    max_drop, mean = options.max_drop / 100, float(np.mean(sizes))
+    found = images_needed(max(round(mean), 1), max_drop, options.confidence, Expectation.within(max_drop))
+    return None if found is None else math.ceil(found * float(np.max(sizes)) / max(round(mean), 1))
+
+
+def _content(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return str(path)  # scoring will say what is wrong with it
+
+
+def check_enough(sizes: np.ndarray, options: CompressionOptions, progress: Progress = SILENT) -> None:
+    """Say what the certification data can certify, before any work is done.
+
+    Raises:
+        CertificateError: Not even a perfect outcome; says what would do.
+    """
+    assert options.max_drop is not None
+    max_drop, confidence = options.max_drop / 100, options.confidence
+    least, largest = least_images(max_drop, confidence), int(sizes.max())
+    asked = f"a drop of at most {options.max_drop:g} points with {100 * confidence:g}% confidence"
+    given = f"{int(sizes.sum()):,} questions about {len(sizes):,} images" + ("" if sizes.min() == largest else f" (up to {largest} on one)")
+    if perfect_evidence(sizes, max_drop, confidence) < 1:
+        smallest = _smallest_supported(sizes, confidence)
+        ways = [f"--max-drop {smallest:g} or more"] if smallest is not None else []
+        if (cap := _useful_cap(sizes, max_drop, confidence)) is not None:
+            ways.append(f"--certify-per-image {cap}")
+        raise CertificateError(
+            f"{given} cannot certify {asked}, even if no answer changes: that takes at least {least:,} images with equally many "
+            f"questions, or {least * largest:,} questions with up to {largest} on one image. "
+            f"Give more data (--certify){''.join(f', or {way}' for way in ways)}."
+        )
+    usual = Expectation.within(max_drop)
+    need = _expected_need(sizes, options)
+    likely = "" if need is None else (
+        f"; a plan that loses {100 * usual.drop:g} points and changes {100 * usual.changed:g}% of the answers passes four times in five on "
+        f"{need:,} images"
+    )  # fmt: skip
+    progress.note(f"certifying {asked} on {given}: at least {least:,} images are needed even if no answer changes{likely}")
+
+
+def _smallest_supported(sizes: np.ndarray, confidence: float) -> float | None:
+    """Smallest drop, in points rounded up, that a perfect outcome on these images certifies."""
+    low, high = 0.0, 0.99
+    if perfect_evidence(sizes, high, confidence) < 1:
+        return None
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if perfect_evidence(sizes, middle, confidence) >= 1 else (middle, high)
+    return math.ceil(100 * high * 100) / 100
+
+
+def _useful_cap(sizes: np.ndarray, max_drop: float, confidence: float) -> int | None:
+    """Most questions per image at which a perfect outcome would be certified."""
+    caps = [int(cap) for cap in np.unique(sizes)[::-1][1:]]
+    return next((cap for cap in caps if perfect_evidence(np.minimum(sizes, cap), max_drop, confidence) >= 1), None)

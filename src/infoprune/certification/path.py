@@ -1,0 +1,130 @@
+"""A path of plans decided from calibration data alone, and what each scores on the data that certify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from infoprune.calibrate import Statistics
+from infoprune.certification.certificate import Measured
+from infoprune.certification.data import CertificationSplit
+from infoprune.compress import (
+    apply_decisions,
+    calibration_record,
+    calibration_statistics,
+    checked_flops,
+    make_plan,
+    measure,
+)
+from infoprune.data import Example
+from infoprune.decide import Decisions, decide, solve_sites
+from infoprune.errors import BudgetError
+from infoprune.evaluation.certify import by_image, p_value, upper_bounds
+from infoprune.evaluation.cost import Flops, Workload, num_parameters
+from infoprune.evaluation.quality import Quality, paired_drop, score
+from infoprune.model import VLM
+from infoprune.options import CompressionOptions
+from infoprune.packing import PackedBatch
+from infoprune.plan import CalibrationRecord, CompressionPlan
+from infoprune.progress import SILENT, Clock, Progress
+
+KL_IMAGES = 128  # of the certification images give the KL, for which the dense model runs along; all give the accuracy
+
+
+@dataclass(frozen=True)
+class PlannedPath:
+    """Plans from mild to aggressive, decided on calibration data alone, and what cutting by them needs."""
+
+    vlm: VLM
+    options: CompressionOptions
+    record: CalibrationRecord
+    shares: list[float]
+    decisions: list[Decisions]
+    plans: list[CompressionPlan]
+    statistics: Statistics
+    inputs: list[PackedBatch]
+    probe: dict[str, torch.Tensor]
+    dense_flops: Flops
+    workload: Workload
+
+    def cut(self, index: int, progress: Progress = SILENT) -> VLM:
+        """A copy of the dense model, cut by one of the plans."""
+        options = self.options.at(self.shares[index])
+        return apply_decisions(self.vlm, self.decisions[index], options, self.statistics, self.inputs, self.record, progress)
+
+
+def plan_path(
+    vlm: VLM, calibration: Sequence[Example], source: str, options: CompressionOptions, clock: Clock, progress: Progress = SILENT
+) -> PlannedPath:
+    """Calibrate once and decide a plan for every share that can be reached.
+
+    Raises:
+        BudgetError: Not even the first share can be reached.
+    """
+    assert vlm.architecture is not None
+    architecture = vlm.architecture
+    statistics, inputs = calibration_statistics(vlm, calibration, options, progress)
+    clock.lap("calibrate")
+    probe, dense_flops, workload = measure(vlm, calibration)
+    record = calibration_record(source, calibration, options)
+    with progress.task("scoring heads and ranks", len(architecture.attention) + len(architecture.ffn)) as advance:
+        solved = solve_sites(vlm.model, architecture, statistics, options.at(options.shares[0]), lambda: advance(1))
+    shares: list[float] = []
+    decisions: list[Decisions] = []
+    plans: list[CompressionPlan] = []
+    for share in options.shares:
+        try:
+            found = decide(solved, architecture, workload, dense_flops.total, options.at(share))
+        except BudgetError as error:
+            if not shares:
+                raise
+            progress.note(f"the path ends at {shares[-1]:g} of the FLOPs: {error}")
+            break
+        shares.append(share)
+        decisions.append(found)
+        plans.append(make_plan(vlm, found, options.at(share), record))
+    clock.lap("decide")
+    return PlannedPath(vlm, options, record, shares, decisions, plans, statistics, inputs, probe, dense_flops, workload)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One plan on the certification data: (questions,) answered correctly, KL per answer token, and the cut model's cost."""
+
+    correct: np.ndarray
+    kl_nats: float
+    flops: Flops
+    parameters: int
+
+
+def score_plan(path: PlannedPath, cut: VLM, index: int, split: CertificationSplit, progress: Progress = SILENT) -> Scored:
+    """Accuracy on all certification questions, KL on those about the first ``KL_IMAGES`` images."""
+    flops = checked_flops(cut, path.plans[index], path.probe, path.workload, path.dense_flops)
+    count = kl_questions(split)
+    first = score([path.vlm, cut], split.certification[:count], progress=progress)[1]
+    correct = [first.correct]
+    if count < len(split.certification):
+        correct.append(score([cut], split.certification[count:], progress=progress)[0].correct)
+    assert first.kl_nats is not None
+    return Scored(np.concatenate(correct), first.kl_nats, flops, num_parameters(cut.model))
+
+
+def kl_questions(split: CertificationSplit) -> int:
+    """Questions about the first ``KL_IMAGES`` certification images, which come first."""
+    images = list(dict.fromkeys(split.images))
+    return len(split.images) if len(images) <= KL_IMAGES else split.images.index(images[KL_IMAGES])
+
+
+def judge(dense: np.ndarray, scored: Scored, split: CertificationSplit, max_drop: float, confidence: float) -> Measured:
+    """Bounds and test of one plan; ``max_drop`` in points."""
+    data = by_image(dense.astype(float) - scored.correct, split.images)
+    drop, interval = paired_drop(Quality(dense), Quality(scored.correct), split.certification, images=split.images)
+    p = p_value(data, max_drop / 100, confidence)
+    return Measured(
+        accuracy=100 * float(scored.correct.mean()), drop_points=drop, drop_ci95=interval,
+        drop_bounds=upper_bounds(data, confidence, target=max_drop / 100).points(), p_value=p, kl_nats=scored.kl_nats,
+        certified=p <= 1 - confidence,
+    )  # fmt: skip

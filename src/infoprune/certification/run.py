@@ -1,0 +1,203 @@
+"""Find the cheapest plan whose drop of accuracy is certified: calibrate once, cut and score along a path, stop at the first that fails.
+
+All plans are decided from calibration data before anything is scored, so that their order does not depend on the data that certify;
+:func:`infoprune.evaluation.certify.fixed_sequence` says why that is all the procedure needs.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infoprune._version import __version__
+from infoprune.certification.certificate import Certificate, CertificationData, Measured, PathStep, plan_digest, rank_correlation
+from infoprune.certification.data import CertificationSplit, check_enough, split_data
+from infoprune.certification.path import Scored, judge, kl_questions, plan_path, score_plan
+from infoprune.checkpoint import save
+from infoprune.compress import Compressed, fingerprint
+from infoprune.data import Example
+from infoprune.errors import CertificateError, CheckpointError
+from infoprune.evaluation.cost import Flops, num_parameters
+from infoprune.evaluation.quality import score
+from infoprune.memory import release_memory
+from infoprune.model import VLM, load
+from infoprune.options import CompressionOptions
+from infoprune.plan import CalibrationRecord, CompressionPlan
+from infoprune.progress import SILENT, Clock, Progress
+from infoprune.training.state import WorkFolder
+
+
+def compress_certified(
+    vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, *, work: Path | None = None, progress: Progress = SILENT
+) -> Compressed:
+    """Compress as far as ``options.max_drop`` is certified; see :func:`infoprune.compress.compress`.
+
+    At most one compressed copy is in memory beside the dense model: the last plan that passed waits on disk.
+
+    Raises:
+        CertificateError: Too little data to certify anything, or the mildest plan did not pass.
+    """
+    assert options.max_drop is not None
+    clock = Clock()
+    split = split_data(data, options, progress)
+    check_enough(split.sizes, options, progress)
+    with _workplace(vlm, split, options, work) as folder:
+        place = _Workplace(folder)
+        path = plan_path(vlm, split.calibration, data if isinstance(data, str) else "examples", options, clock, progress)
+        dense, known = place.dense(), {}
+        if dense is None:
+            dense = score([vlm], split.certification, progress=progress)[0].correct
+            place.keep_dense(dense)
+        steps = [PathStep(share=s, plan=plan_digest(p), predicted_loss_nats=d.predicted_loss)
+                 for s, p, d in zip(path.shares, path.plans, path.decisions, strict=True)]  # fmt: skip
+        passed: int | None = None
+        for index, share in enumerate(path.shares):
+            scored, cut = place.scored(index, steps[index].plan), None
+            if scored is None:
+                cut = path.cut(index, progress)
+                scored = score_plan(path, cut, index, split, progress)
+            known[index] = scored
+            measured = judge(dense, scored, split, options.max_drop, options.confidence)
+            steps[index] = steps[index].model_copy(update={
+                "flops_ratio": scored.flops.total / path.dense_flops.total, "parameters": scored.parameters, "measured": measured,
+            })  # fmt: skip
+            progress.note(_told(share, measured, options))
+            if cut is not None:
+                place.keep(index, steps[index].plan, scored, replace(cut, plan=path.plans[index]) if measured.certified else None)
+            del cut
+            release_memory()
+            if not measured.certified:
+                break
+            passed = index
+        if passed is None:
+            raise CertificateError(_none_passed(path.shares[0], steps[0], options))
+        target = place.model(vlm, path.plans[passed]) or path.cut(passed, progress)
+        clock.lap("certify")
+    certificate = _certificate(steps, steps[passed].plan, dense, split, path.record, options)
+    return Compressed(
+        target, path.dense_flops, known[passed].flops, path.workload, path.decisions[passed].predicted_loss, num_parameters(vlm.model),
+        known[passed].parameters, clock.laps, path.probe, certificate=certificate,
+    )  # fmt: skip
+
+
+def _told(share: float, measured: Measured, options: CompressionOptions) -> str:
+    bound = measured.drop_bounds["betting"]
+    verdict = "certified" if measured.certified else f"not certified; the limit is {options.max_drop:g}"
+    return (
+        f"{share:g} of the FLOPs: drop {measured.drop_points:+.2f} points, at most {bound:.2f} with {100 * options.confidence:g}% "
+        f"confidence, KL {measured.kl_nats:.4f} nats per answer token: {verdict}"
+    )
+
+
+def _none_passed(share: float, step: PathStep, options: CompressionOptions) -> str:
+    measured = step.measured
+    assert measured is not None
+    return (
+        f"Even the mildest plan, {share:g} of the FLOPs, is not certified to lose at most {options.max_drop:g} points: it lost "
+        f"{measured.drop_points:.2f}, and the bound is {measured.drop_bounds['betting']:.2f} points. Start with a milder share (--share), "
+        "allow a larger --max-drop, or give more data to certify on (--certify, --certify-images)."
+    )
+
+
+def _certificate(
+    steps: Sequence[PathStep], plan: str, dense: np.ndarray, split: CertificationSplit, record: CalibrationRecord,
+    options: CompressionOptions,
+) -> Certificate:  # fmt: skip
+    assert options.max_drop is not None
+    if options.certify is None:
+        source = f"{record.data}, images that calibration did not see"
+    else:
+        source = options.certify if isinstance(options.certify, str) else "examples"
+    return Certificate(
+        library=__version__,
+        max_drop_points=options.max_drop,
+        confidence=options.confidence,
+        plan=plan,
+        dense_accuracy=100 * float(dense.mean()),
+        data=CertificationData(
+            source=source,
+            fingerprint=fingerprint(split.certification),
+            calibration=record.fingerprint,
+            num_questions=len(split.certification),
+            num_images=len(split.sizes),
+            largest_image=int(split.sizes.max()),
+            kl_questions=kl_questions(split),
+        ),
+        path=tuple(steps),
+        rank_correlation=rank_correlation(tuple(steps)),
+    )
+
+
+# --- what is kept meanwhile --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _workplace(vlm: VLM, split: CertificationSplit, options: CompressionOptions, work: Path | None) -> Iterator[Path]:
+    """The folder that keeps scores and the last plan that passed: ``work``, where an interrupted run goes on, or a temporary one."""
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="infoprune-") as folder:
+            yield Path(folder)
+        return
+    told = {"model": vlm.model_id, "calibration": fingerprint(split.calibration), "certification": fingerprint(split.certification)}
+    settings = {key: value for key, value in asdict(replace(options, certify=None)).items() if key != "certify"}
+    WorkFolder(work).claim(told | settings | {"library": __version__})
+    yield work
+
+
+@dataclass(frozen=True)
+class _Workplace:
+    """Files of one run: answers of the dense model, of each plan, and the last plan that passed as a checkpoint."""
+
+    folder: Path
+
+    def dense(self) -> np.ndarray | None:
+        found = self._read("dense")
+        return None if found is None else np.array(found["correct"], dtype=bool)
+
+    def keep_dense(self, correct: np.ndarray) -> None:
+        self._write("dense", {"correct": correct.astype(int).tolist()})
+
+    def scored(self, index: int, plan: str) -> Scored | None:
+        """What an interrupted run found of the plan with this digest."""
+        found = self._read(f"plan-{index:02d}")
+        if found is None or found["plan"] != plan:
+            return None
+        flops = Flops(**{name: value for name, value in found["flops"].items() if name != "total"})
+        return Scored(np.array(found["correct"], dtype=bool), found["kl_nats"], flops, found["parameters"])
+
+    def keep(self, index: int, plan: str, scored: Scored, passed: VLM | None) -> None:
+        if passed is not None:
+            save(passed, self.folder / "passed", overwrite=True)
+        self._write(f"plan-{index:02d}", {
+            "plan": plan, "kl_nats": scored.kl_nats, "parameters": scored.parameters, "flops": scored.flops.as_dict(),
+            "correct": scored.correct.astype(int).tolist(),
+        })  # fmt: skip
+
+    def model(self, vlm: VLM, plan: CompressionPlan) -> VLM | None:
+        """The model cut by ``plan``, if that is the one on disk."""
+        folder = self.folder / "passed"
+        if not (folder / "plan.json").is_file() or CompressionPlan.read(folder) != plan:
+            return None
+        loaded = load(folder, device=str(vlm.device), dtype=next(vlm.model.parameters()).dtype)
+        return replace(vlm, model=loaded.model, plan=plan)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.folder / f"{name}.json"
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}). Delete it to score again.") from error
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        aside = self.folder / f"{name}.partial"
+        aside.write_text(json.dumps(value), encoding="utf-8")
+        aside.rename(self.folder / f"{name}.json")

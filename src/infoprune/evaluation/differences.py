@@ -1,0 +1,69 @@
+"""Two models' answers to the same questions: by how much they differ, how sure that is, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infoprune.data import Example
+from infoprune.evaluation.certify import by_image, mcnemar, rate_interval, upper_bounds
+from infoprune.evaluation.quality import Quality
+
+LOST, CHANGED, WON = "lost", "changed", "won"
+
+
+def differences(
+    dense: Quality, compressed: Quality, examples: Sequence[Example], tokenizer: Any, *, confidence: float = 0.95
+) -> dict[str, Any]:
+    """Bounds on the drop, tests, agreement and the questions that changed, for JSON.
+
+    Args:
+        dense, compressed: Of :func:`infoprune.evaluation.quality.score`, on ``examples``.
+        examples: The questions.
+        tokenizer: Reads the answers' tokens.
+        confidence: Of the bounds.
+
+    Returns:
+        ``drop_bounds`` (points, one-sided, each at ``confidence``; see :mod:`infoprune.evaluation.certify` for what they assume),
+        ``mcnemar``, ``agreement`` and ``agreement_ci95`` (percent of questions with the same answer, see :class:`Quality`),
+        ``changed`` (see :func:`changed_questions`).
+    """
+    images = [example.image for example in examples]
+    drop = by_image(dense.correct.astype(float) - compressed.correct, images)
+    apart = by_image(np.array([a != b for a, b in zip(dense.answers, compressed.answers, strict=True)], dtype=float), images)
+    low, high = rate_interval(apart, 0.95)
+    return {
+        "confidence": confidence,
+        "num_images": len(drop.sums),
+        "drop_bounds": upper_bounds(drop, confidence).points(),
+        "mcnemar": mcnemar(dense.correct, compressed.correct).__dict__,
+        "agreement": 100 * (1 - apart.mean),
+        "agreement_ci95": [100 * (1 - high), 100 * (1 - low)],
+        "changed": changed_questions(dense, compressed, examples, tokenizer),
+    }
+
+
+def changed_questions(dense: Quality, compressed: Quality, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, Any]]:
+    """Questions that the two models answer differently, worst first: those that only the dense model gets right, then by KL."""
+    kl = compressed.kl_by_question
+    found = []
+    for index, (example, before, after) in enumerate(zip(examples, dense.answers, compressed.answers, strict=True)):
+        if before == after:
+            continue
+        right = bool(dense.correct[index]), bool(compressed.correct[index])
+        found.append({
+            "index": index, "id": example.id, "image": str(example.image), "question": example.question, "answer": example.answer,
+            "dense_answer": _text(before, example, right[0], tokenizer), "compressed_answer": _text(after, example, right[1], tokenizer),
+            "outcome": {(True, False): LOST, (False, True): WON}.get(right, CHANGED), "kl_nats": None if kl is None else float(kl[index]),
+        })  # fmt: skip
+    return sorted(found, key=lambda item: (item["outcome"] != LOST, -(item["kl_nats"] or 0.0), item["index"]))
+
+
+def _text(tokens: tuple[int, ...], example: Example, right: bool, tokenizer: Any) -> str:
+    """An answer as far as it is known: with an ellipsis where it departs from the reference, unless it ends there."""
+    if right:
+        return example.answer
+    ends = tokens[-1] == tokenizer.eos_token_id
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip() + ("" if ends else "…")
