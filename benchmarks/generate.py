@@ -18,6 +18,7 @@ from common import log, whole_images, write
 from infoprune.cli.console import BarProgress
 from infoprune.evaluation import quality
 from infoprune.evaluation.generation import generate_answers
+from infoprune.evaluation.metrics import score_answers
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
         start = time.perf_counter()
         answers = generate_answers(model, examples, progress=BarProgress())
         seconds = time.perf_counter() - start
-        right = quality.exact_match(answers, examples).tolist()
+        right = [bool(s) for s in score_answers(answers, examples, "exact").per_example]
         same = sum(a == b for a, b in zip(right, scored.correct.tolist(), strict=True))
         rows.append({
             "method": name, "num_questions": len(examples), "accuracy": scored.accuracy, "disagreements": len(examples) - same,

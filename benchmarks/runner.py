@@ -23,7 +23,7 @@ from common import log, whole_images, write
 from infoprune.data import Example
 from infoprune.evaluation.decoding import batched_answers
 from infoprune.evaluation.generation import MAX_NEW_TOKENS, dtype_for, generate_answers
-from infoprune.evaluation.quality import exact_match
+from infoprune.evaluation.metrics import score_answers
 from infoprune.model import VLM
 
 Answer = Callable[[VLM, Sequence[Example]], list[str]]
@@ -104,7 +104,7 @@ def measure(vlm: VLM, rounds: Sequence[Sequence[Example]], kind: str) -> list[di
         rows.append({
             "method": name, "questions_per_image": kind, "num_questions": len(asked), "rounds": len(ratios),
             "questions_per_second": 1 / float(np.median(seconds[name])), "speedup_questions_per_second": float(middle),
-            "speedup_range": [float(low), float(high)], "accuracy": 100 * float(exact_match(given[name], asked).mean()),
+            "speedup_range": [float(low), float(high)], "accuracy": score_answers(given[name], asked, "exact").overall,
             "other_answers": sum(a != b for a, b in zip(given[name], given[plain], strict=True)),
         })  # fmt: skip
         log(f"{name}: {rows[-1]}")

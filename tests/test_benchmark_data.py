@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -206,11 +207,12 @@ def test_textvqa(textvqa):
     assert example.answer == "go"  # the first of two that as many people gave
     assert example.answers[2] == "stop " and example.image.parent.name == "train_images"
     prompt = BENCHMARKS["textvqa"].prompt
-    assert prompt.text(example) == "What does the sign say?\nAnswer the question using a single word or phrase."
-    assert prompt.text(example, ocr=True).split("\n")[1] == "Reference OCR token: STOP, 4"
+    assert load_examples(f"textvqa:validation@{textvqa}", skip_bad=True, ocr=True)[0].prompt == replace(prompt, ocr=True).text(example)
+    assert example.prompt == prompt.text(example) == "What does the sign say?\nAnswer the question using a single word or phrase."
+    assert replace(prompt, ocr=True).text(example).split("\n")[1] == "Reference OCR token: STOP, 4"
     (secret,) = load_examples(f"textvqa:test@{textvqa}", unanswered=True)
     assert secret.image.parent.name == "test_images" and not secret.answered
-    assert prompt.text(secret, ocr=True) == prompt.text(secret)
+    assert replace(prompt, ocr=True).text(secret) == prompt.text(secret)
 
 
 def gqa_question(answer="red", **other):

@@ -133,3 +133,31 @@ def test_time_left_is_told_where_output_is_a_file(monkeypatch, capsys):
             advance(1)
     told = capsys.readouterr().err
     assert told.count("loss 0.5") == 3 and "min left" not in told
+
+
+def test_a_benchmark_is_judged_by_its_own_metric(checkpoint, questions, tmp_path):
+    people = ["red"] * 7 + ["Red.", "blue", "blue"]
+    asked = [{"question_id": 10 + n, "image_id": 1, "question": text} for n, text in enumerate(("what colour ?", "what shape ?"))]
+    told = [{k: q[k] for k in ("question_id", "image_id")} for q in asked]
+    given = [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number, answer in enumerate(people, start=1)]
+    told = [q | {"question_type": "what", "answer_type": "other", "multiple_choice_answer": "red", "answers": given} for q in told]
+    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": asked}))
+    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": told}))
+    questions[0].load_image().save(tmp_path / "COCO_val2014_000000000001.jpg")
+    data, results = f"vqav2:val@{tmp_path}", tmp_path / "results.json"
+    arguments = ("evaluate", checkpoint, "--data", data, "--repeats", 0)
+    found = json.loads(run(*arguments, "--generate", "--results", results, "--json").stdout)
+    record = found["models"][0]
+    assert record["metric"]["metric"] == "vqav2/official" and record["metric"]["breakdown"]["answer_type"]["other"]["count"] == 2
+    assert record["accuracy"] == pytest.approx(record["metric"]["overall"], abs=0.01)
+    assert "using a single word or phrase" in found["prompt"]
+    assert [row["question_id"] for row in json.loads(results.read_text())] == [10, 11]
+    own = json.loads(run(*arguments, "--generate", "--prompt-suffix", " !", "--metric", "lmms-eval", "--json").stdout)
+    assert " !" in own["prompt"] and "single word" not in own["prompt"] and own["models"][0]["metric"]["metric"] == "vqav2/lmms-eval"
+    assert "overall" in run(*arguments, "--generate").stdout
+    assert "--generate" in run(*arguments, "--metric", "official", status=2).stderr
+    both = json.loads(run(*arguments, "--against", checkpoint, "--generate", "--json").stdout)
+    assert both["comparison"]["drop_points"] == 0 and both["comparison"]["agreement"] == 100
+    (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
+    secret = run(*arguments, "--generate", "--results", results)
+    assert "nothing is judged" in secret.stderr and not secret.stdout

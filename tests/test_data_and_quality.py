@@ -9,7 +9,8 @@ import infoprune
 from infoprune.data import subset
 from infoprune.errors import DataError
 from infoprune.evaluation.generation import generate_answers
-from infoprune.evaluation.quality import Quality, exact_match, paired_drop, score
+from infoprune.evaluation.metrics import score_answers
+from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.runner import evaluate
 from tiny_models import examples
 
@@ -86,7 +87,7 @@ def test_paired_interval_covers_the_drop_and_respects_clusters(tmp_path):
 
 
 def test_exact_match_ignores_white_space_only(questions):
-    assert exact_match(["red", " no\n", "Circle"], questions[:3]).tolist() == [True, True, False]
+    assert score_answers(["red", " no\n", "Circle"], questions[:3], "exact").per_example.tolist() == [1, 1, 0]
 
 
 def test_wilson_interval():

@@ -20,7 +20,7 @@ from infoprune.errors import DataError, InfoPruneError
 from infoprune.evaluation import generation
 from infoprune.evaluation.decoding import batched_answers
 from infoprune.evaluation.generation import batches, dtype_for, generate_answers
-from infoprune.evaluation.quality import exact_match
+from infoprune.evaluation.metrics import score_answers
 from infoprune.evaluation.record import AnswerFile, weights_digest
 from infoprune.surgery import apply_
 from test_families import dropping, statistics_of
@@ -288,7 +288,7 @@ def test_killed_shared_and_alone(checkpoint, jsonl, tmp_path):
     assert done.stderr.count("6 of 18 questions were answered by an interrupted run") == 1  # one process speaks
     assert alone.read_bytes() == shared.read_bytes()
     result = json.loads(done.stdout)
-    assert result["models"][0]["accuracy"] == 100 * exact_match(answers, examples).mean()
+    assert result["models"][0]["accuracy"] == score_answers(answers, examples, "exact").overall
     assert (result["answers"], result["prompt"]) == ("generated", "<image>what colour is the circle ?")
     assert not list(tmp_path.glob("*.part*"))
 

@@ -111,9 +111,13 @@ class PromptEncoder:
             return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return f"{self.processor.image_token * images}{question}{self.suffix}"
 
+    def prompt_of(self, example: Example, *, images: int = 1) -> str:
+        """The prompt text of an example: as its benchmark puts the question, unless the user has a suffix of their own."""
+        return self.prompt(example.question if self.suffix or example.prompt is None else example.prompt, images=images)
+
     def encode(self, example: Example, image: Any) -> Encoded:
         """Ids of one example; ``image`` is its loaded image, or a list of them."""
-        text = self.prompt(example.question, images=len(_listed(image)))
+        text = self.prompt_of(example, images=len(_listed(image)))
         inputs = self.inputs([text], [image])
         ends = text + self.processor.tokenizer.decode(inputs["input_ids"][0, -1:])  # some processors append a line break to the text
         prefix = self.answer_prefix if self.answer_prefix is not None else ("" if ends[-1:].isspace() else " ")
@@ -122,9 +126,9 @@ class PromptEncoder:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
         return self._encoded(inputs, answer)
 
-    def encode_question(self, question: str, image: Any) -> Encoded:
+    def encode_question(self, example: Example, image: Any) -> Encoded:
         """Ids of a question that is to be answered: all that is known of the answer is that it ends."""
-        return self._encoded(self.inputs([self.prompt(question)], [image]), [])
+        return self._encoded(self.inputs([self.prompt_of(example)], [image]), [])
 
     def _encoded(self, inputs: dict[str, torch.Tensor], answer: list[int]) -> Encoded:
         prompt, types = inputs["input_ids"][0].tolist(), self._types(inputs, len(answer))
@@ -201,7 +205,7 @@ def encode_groups(
     found = []
     for group, image in zip(groups, images, strict=True):
         with encoder.one_image():
-            found.append([encoder.encode(e, image) if answers else encoder.encode_question(e.question, image) for e in group])
+            found.append([encoder.encode(e, image) if answers else encoder.encode_question(e, image) for e in group])
     return found
 
 

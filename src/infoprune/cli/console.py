@@ -84,7 +84,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
     compared = result.get("comparison")
     table = Table(
         title=f"{records[0]['num_questions']:,} questions, {records[0]['flops']['answer_tokens']} answer tokens each",
-        caption=f"answers {result['answers']} in {result['dtype']}, exact match; prompt: {escape(repr(result['prompt']))}",
+        caption=f"answers {result['answers']} in {result['dtype']}, {_judge(records)}; prompt: {escape(repr(result['prompt']))}",
     )
     table.add_column("")
     for name in ("dense", "compressed") if compared else (records[0]["model"],):
@@ -126,6 +126,28 @@ def comparison_table(result: dict[str, Any]) -> Table:
         for part in records[0]["milliseconds"]:
             row(f"time, {part.replace('_', ' ')}", [r["milliseconds"][part]["median"] for r in records], lambda v: f"{v:.1f} ms")
     table.add_row("peak memory, this process", f"{result['peak_rss_gb']:.2f} GB", *([""] * (len(table.columns) - 2)))
+    return table
+
+
+def _judge(records: list[dict[str, Any]]) -> str:
+    return f"metric {records[0]['metric']['metric']}" if "metric" in records[0] else "exact match"
+
+
+def metric_table(records: list[dict[str, Any]]) -> Table:
+    """What the metric of generated answers says, overall and by kind of question; names of kinds are data, never markup."""
+    judged = [record["metric"] for record in records]
+    table = Table(
+        title=f"{judged[0]['metric']}, {judged[0]['num_questions']:,} questions", caption=" ".join(map(escape, judged[0]["notes"]))
+    )
+    for column in ("", *(("dense", "compressed") if len(records) > 1 else ("percent",)), "questions"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("overall", *(f"{found['overall']:.2f}" for found in judged), f"{judged[0]['num_questions']:,}")
+    for name, value in judged[0]["further"].items():
+        table.add_row(Text(name), *(f"{found['further'].get(name, value):.2f}" for found in judged), "")
+    for name, groups in judged[0]["breakdown"].items():
+        for kind, group in groups.items():
+            cells = [f"{found['breakdown'][name][kind]['percent']:.2f}" for found in judged]
+            table.add_row(Text(f"{name}: {kind}"), *cells, f"{group['count']:,}")
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from infoprune.cli.console import BarProgress, changed_table, comparison_table, console, print_json
+from infoprune.cli.console import BarProgress, changed_table, comparison_table, console, metric_table, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -19,25 +19,32 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint folder, or any supported model.")],
     data: Annotated[
-        str, typer.Option("--data", help="Evaluation data, as for compress; a benchmark's default split has public answers.")
+        str, typer.Option("--data", help="easy-vqa[:SPLIT], a .jsonl file, or vqav2, textvqa, gqa as NAME[:SPLIT][@FOLDER or HUB-ID].")
     ] = "easy-vqa",
     against: Annotated[Optional[str], typer.Option(help="The dense original, to compare with.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Use a random sample of this many questions.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = False,
+    ocr: Annotated[bool, typer.Option("--ocr", help="TextVQA: put the words that a reader found in the image into the prompt.")] = False,
     confidence: Annotated[float, typer.Option(help="Of the one-sided bounds on the drop.")] = 0.95,
     report: Annotated[Optional[Path], typer.Option(help="Write a self-contained HTML page, with the questions that changed.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed rounds; 0 skips timing.")] = 15,
     generate: Annotated[bool, typer.Option("--generate", help="Judge generated answers instead of scoring the reference answers.")] = False,
+    metric: Annotated[
+        Optional[str], typer.Option(help="With --generate: official, lmms-eval or exact (default: official for benchmarks, else exact).")
+    ] = None,
     answers: Annotated[
         Optional[Path], typer.Option(help="With --generate: keep the answers in this .jsonl file, and go on there after an interruption.")
+    ] = None,
+    results: Annotated[
+        Optional[Path], typer.Option(help="With --generate: write a benchmark's result file, as its evaluation server takes it.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="With --generate: the longest answer.")] = 16,
     images_per_batch: Annotated[int, typer.Option(help="With --generate: fewer take less memory.")] = 8,
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, bf16, fp16, or auto: half on CUDA (default auto with --generate, else fp32).")
     ] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="Appended to every question.")] = "",
+    prompt_suffix: Annotated[str, typer.Option(help="Appended to every question, in place of what a benchmark appends.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
@@ -46,24 +53,28 @@ def evaluate(
     import torch
 
     import infoprune
-    from infoprune.data import subset
-    from infoprune.errors import InfoPruneError
+    from infoprune.data import parse_spec, subset
     from infoprune.evaluation.generation import dtype_for, generate_answers
+    from infoprune.evaluation.metrics import metric_for
+    from infoprune.evaluation.results import write_results
     from infoprune.evaluation.runner import evaluate as run
     from infoprune.model import load
     from infoprune.progress import Progress
     from infoprune.report.page import check_page, write_page
     from infoprune.training.loop import Processes
 
+    _check_generate(generate, {"--answers": answers, "--results": results, "--metric": metric})
     if report is not None:
         check_page(report, against=against is not None)
-    if answers is not None and not generate:
-        raise InfoPruneError("--answers keeps generated answers; add --generate.")
     # Of several processes one speaks; the launcher numbers them before anything else runs.
     progress = BarProgress() if os.environ.get("RANK", "0") == "0" else Progress()
     processes = Processes.current(torch.device(device)) if generate else Processes()
     dtype = dtype_for(precision or ("auto" if generate else "fp32"), torch.device(device))
-    loaded = infoprune.load_examples(data, default_split="test", skip_bad=skip_bad, notify=progress.note)
+    spec = parse_spec(data)
+    judge = metric_for(spec.name, metric)
+    loaded = infoprune.load_examples(
+        data, default_split="test", skip_bad=skip_bad, unanswered=results is not None, ocr=ocr, notify=progress.note
+    )
     examples = subset(loaded, limit, seed=seed)
     models = [
         load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
@@ -75,23 +86,35 @@ def evaluate(
         files = (answers and answers.with_name(f"{answers.stem}-against{answers.suffix}"), answers)[-len(models) :]
         options = {"max_new_tokens": max_new_tokens, "images_per_batch": images_per_batch, "processes": processes, "progress": progress}
         generated = [generate_answers(vlm, examples, record=file, **options) for vlm, file in zip(models, files, strict=True)]
+    elif spec.benchmark is not None:
+        progress.note("Scored by exact match with one reference answer; --generate gives the benchmark's own metric.")
     if processes.index:
         return
+    if results is not None and generated is not None:
+        write_results(results, generated[-1], examples, dataset=spec.name)
+        progress.note(f"Wrote the answers to {len(examples):,} questions to {results}.")
+        if not all(example.answered for example in examples):
+            progress.note("Questions without reference answers are among them, so nothing is judged here.")
+            return
     result = run(
-        models[-1],
-        examples,
-        against=models[0] if against is not None else None,
-        answers=generated,
-        timing=repeats > 0,
-        repeats=max(repeats, 1),
-        confidence=confidence,
-        progress=progress,
-    )
+        models[-1], examples, against=models[0] if against is not None else None, answers=generated, metric=judge, timing=repeats > 0,
+        repeats=max(repeats, 1), confidence=confidence, progress=progress,
+    )  # fmt: skip
     if report is not None:
         write_page(result, report, model=model)
     if json_output:
         print_json(result)
         return
     console.print(comparison_table(result))
+    if generated is not None:
+        console.print(metric_table(result["models"]))
     if changed := result.get("comparison", {}).get("changed"):
         console.print(changed_table(changed))
+
+
+def _check_generate(generate: bool, given: dict[str, object]) -> None:
+    """Raise where an option that is about generated answers comes without them."""
+    from infoprune.errors import InfoPruneError
+
+    if not generate and (named := [name for name, value in given.items() if value is not None]):
+        raise InfoPruneError(f"{' and '.join(named)} {'is' if len(named) == 1 else 'are'} about generated answers; add --generate.")

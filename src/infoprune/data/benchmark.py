@@ -35,15 +35,17 @@ class Prompt:
     Attributes:
         suffix: Follows the question.
         capitalize: The question's first letter becomes a capital and all others small, as ``str.capitalize`` has it.
+        ocr: Add the words that a reader found in the image, where the example has them.
     """
 
     suffix: str = SHORT_ANSWER
     capitalize: bool = False
+    ocr: bool = False
 
-    def text(self, example: Example, *, ocr: bool = False) -> str:
-        """The whole text beside the image; with ``ocr`` also the words that a reader found in it, where the example has them."""
+    def text(self, example: Example) -> str:
+        """The whole text beside the image."""
         question = example.question.capitalize() if self.capitalize else example.question
-        tokens = example.extras.get("ocr_tokens", ()) if ocr else ()
+        tokens = example.extras.get("ocr_tokens", ()) if self.ocr else ()
         reference = f"\nReference OCR token: {', '.join(tokens)}" if tokens else ""
         return f"{question}{reference}{self.suffix}"
 
@@ -121,7 +123,8 @@ class Benchmark:
     def parsed(self, row: Any, split: str, problems: Problems) -> Example | None:
         """The row as an example, or a problem more."""
         try:
-            return self.parse(row, split)
+            example = self.parse(row, split)
+            return replace(example, prompt=self.prompt.text(example))
         except ValidationError as error:
             problems.add("malformed row", f"{_name(row)}: {complaint(error)}")
             return None

@@ -25,6 +25,7 @@ class Example:
         answers: All that people answered, as they wrote it, where a benchmark's metric weighs several; empty: ``answer`` alone.
         kinds: Names and values by which figures are broken down, e.g. ``{"answer_type": "yes/no"}``.
         extras: Lists of strings by name that the data set's own metric or prompt reads, e.g. ``{"ocr_tokens": ("stop",)}``.
+        prompt: The question as its benchmark puts it to models, with what is added to it; ``None``: as it is.
     """
 
     image: Path
@@ -34,6 +35,7 @@ class Example:
     answers: tuple[str, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict, compare=False)
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    prompt: str | None = field(default=None, compare=False)
 
     @property
     def answered(self) -> bool:

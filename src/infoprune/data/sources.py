@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from infoprune.data import easy_vqa, hub, own
@@ -64,6 +64,7 @@ def load_examples(
     default_split: str = "train",
     skip_bad: bool = False,
     unanswered: bool = False,
+    ocr: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[Example]:
     """Load the examples that ``spec`` names.
@@ -75,6 +76,7 @@ def load_examples(
         default_split: ``train``, ``validation`` or ``test``: the purpose, where ``spec`` names no split.
         skip_bad: Leave bad records out and say how many, instead of refusing the data.
         unanswered: Take questions without a reference answer, too, as test splits have them: for result files, not for figures.
+        ocr: Put the words that a reader found in the image into the prompt, where the benchmark has them (TextVQA).
         notify: Called with one line for people before a download, and with what was skipped.
 
     Raises:
@@ -85,7 +87,7 @@ def load_examples(
     if parsed.name == EASY_VQA:
         return easy_vqa.read(parsed.split or default_split, notify)
     problems = Problems(spec)
-    examples = list(_distinct(_found(parsed, spec, default_split, problems, notify), problems))
+    examples = list(_distinct(_found(parsed, spec, default_split, ocr, problems, notify), problems))
     broken = unreadable(example.image for example in examples)
     for image, reason in broken.items():
         problems.add("image that can't be read", f"{image.name}: {reason}")
@@ -98,13 +100,16 @@ def load_examples(
     return examples
 
 
-def _found(parsed: DataSpec, spec: str, default_split: str, problems: Problems, notify: Callable[[str], None]) -> Iterator[Example]:
+def _found(
+    parsed: DataSpec, spec: str, default_split: str, ocr: bool, problems: Problems, notify: Callable[[str], None]
+) -> Iterator[Example]:
     benchmark = parsed.benchmark
     if benchmark is None:
         path = Path(parsed.source or "").expanduser()
         if not path.is_file():
             raise DataError(f"No data at '{spec}'. Give {FORMS}.")
         return own.read(path, problems)
+    benchmark = replace(benchmark, prompt=replace(benchmark.prompt, ocr=ocr))
     split = benchmark.split(parsed.split, default_split)
     source = parsed.source or benchmark.hub_id
     folder = Path(source).expanduser()

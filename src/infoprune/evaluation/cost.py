@@ -72,7 +72,7 @@ def typical_example(encoder: PromptEncoder, examples: Sequence[Example]) -> tupl
 
 def prompt_inputs(encoder: PromptEncoder, example: Example) -> dict[str, torch.Tensor]:
     """Ordinary model inputs of one example's prompt."""
-    return encoder.inputs([encoder.prompt(example.question)], [example.load_image()])
+    return encoder.inputs([encoder.prompt_of(example)], [example.load_image()])
 
 
 def count_flops(model: Any, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Flops:

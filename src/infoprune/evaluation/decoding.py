@@ -114,7 +114,7 @@ class PackedDecoder:
 def batched_answers(vlm: VLM, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
     """Answers by the family's own batched ``generate``, one question a row, and one pass of an image through the tower if possible."""
     images = {example.image: example.load_image() for example in examples}
-    texts = [vlm.encoder.prompt(example.question) for example in examples]
+    texts = [vlm.encoder.prompt_of(example) for example in examples]
     tokenizer = vlm.processor.tokenizer
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:

@@ -31,7 +31,7 @@ def differences(
         ``changed`` (see :func:`changed_questions`).
     """
     images = [example.image for example in examples]
-    drop = by_image(dense.correct.astype(float) - compressed.correct, images)
+    drop = by_image(dense.scores.astype(float) - compressed.scores, images)
     apart = by_image(np.array([a != b for a, b in zip(dense.answers, compressed.answers, strict=True)], dtype=float), images)
     low, high = rate_interval(apart, 0.95)
     return {
@@ -46,24 +46,25 @@ def differences(
 
 
 def changed_questions(dense: Quality, compressed: Quality, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, Any]]:
-    """Questions that the two models answer differently, worst first: those that only the dense model gets right, then by KL."""
+    """Questions that the two models answer differently, worst first: by what the compressed model's score lost, then by KL."""
     kl = compressed.kl_by_question
     found = []
     for index, (example, before, after) in enumerate(zip(examples, dense.answers, compressed.answers, strict=True)):
         if before == after:
             continue
-        right = bool(dense.correct[index]), bool(compressed.correct[index])
+        lost = float(dense.scores[index]) - float(compressed.scores[index])
         found.append({
             "index": index, "id": example.id, "image": str(example.image), "question": example.question, "answer": example.answer,
-            "dense_answer": _text(before, example, right[0], tokenizer), "compressed_answer": _text(after, example, right[1], tokenizer),
-            "outcome": {(True, False): LOST, (False, True): WON}.get(right, CHANGED), "kl_nats": None if kl is None else float(kl[index]),
+            "dense_answer": _text(before, tokenizer), "compressed_answer": _text(after, tokenizer),
+            "outcome": LOST if lost > 0 else WON if lost < 0 else CHANGED, "lost": lost,
+            "kl_nats": None if kl is None else float(kl[index]),
         })  # fmt: skip
-    return sorted(found, key=lambda item: (item["outcome"] != LOST, -(item["kl_nats"] or 0.0), item["index"]))
+    return sorted(found, key=lambda item: (-item["lost"], -(item["kl_nats"] or 0.0), item["index"]))
 
 
-def _text(tokens: tuple[int, ...], example: Example, right: bool, tokenizer: Any) -> str:
-    """An answer as far as it is known: with an ellipsis where it departs from the reference, unless it ends there."""
-    if right:
-        return example.answer
-    ends = tokens[-1] == tokenizer.eos_token_id
+def _text(answer: tuple[int, ...] | str, tokenizer: Any) -> str:
+    """An answer as far as it is known: of a scored one, with an ellipsis unless it ends."""
+    if isinstance(answer, str):
+        return answer
+    tokens, ends = answer, answer[-1] == tokenizer.eos_token_id
     return tokenizer.decode(tokens, skip_special_tokens=True).strip() + ("" if ends else "…")

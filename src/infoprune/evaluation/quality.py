@@ -31,27 +31,32 @@ class Quality:
     """Per-question results of one model.
 
     Attributes:
-        correct: (questions,) boolean.
+        scores: (questions,) score of each answer, within 0 to 1; boolean where an answer is right or wrong.
         kl: (answer tokens,) KL(dense || this) in nats at each answer token, end-of-sequence included; ``None`` without a reference.
         token_question: (answer tokens,) index of the question that each entry of ``kl`` belongs to.
-        answers: Per question the token ids of the greedy answer, up to the first that departs from the reference answer. Two models
-            that depart at the same token count as answering the same, though teacher forcing doesn't show how they go on.
+        answers: Per question the generated answer, or the token ids of the greedy answer up to the first that departs from the reference
+            answer. Models that depart at the same token count as answering the same, though teacher forcing doesn't show how they go on.
     """
 
-    correct: np.ndarray
+    scores: np.ndarray
     kl: np.ndarray | None = None
     token_question: np.ndarray | None = None
-    answers: tuple[tuple[int, ...], ...] = ()
+    answers: tuple[tuple[int, ...] | str, ...] = ()
 
     @property
     def accuracy(self) -> float:
         """Percent."""
-        return 100 * float(self.correct.mean())
+        return 100 * float(self.scores.mean())
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(questions,) boolean: what counts as right where nothing between right and wrong is possible."""
+        return self.scores > 0.5
 
     @property
     def accuracy_ci95(self) -> tuple[float, float]:
-        """Wilson interval in percent."""
-        interval = binomtest(int(self.correct.sum()), len(self.correct)).proportion_ci(0.95, method="wilson")
+        """Wilson interval in percent; wider than need be for scores between 0 and 1, which vary less than a coin with their mean."""
+        interval = binomtest(round(float(self.scores.sum())), len(self.scores)).proportion_ci(0.95, method="wilson")
         return 100 * interval.low, 100 * interval.high
 
     @property
@@ -119,11 +124,6 @@ def can_share_prefix(vlm: VLM) -> bool:
     return vlm.encoder.shares_prefix and getattr(vlm.model.config.get_text_config(), "sliding_window", None) is None
 
 
-def exact_match(answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
-    """(questions,) boolean: whether the answer, stripped of white space, is the reference answer."""
-    return np.array([answer.strip() == example.answer.strip() for answer, example in zip(answers, examples, strict=True)])
-
-
 def paired_drop(
     dense: Quality, compressed: Quality, examples: Sequence[Example], *, images: Sequence[str] | None = None, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
@@ -132,7 +132,7 @@ def paired_drop(
     Questions on one image are not independent, so the bootstrap resamples images, not questions (percentile interval of
     10,000 draws). ``images`` tells which questions share one, where paths don't.
     """
-    data = by_image(dense.correct.astype(float) - compressed.correct, images or [example.image for example in examples])
+    data = by_image(dense.scores.astype(float) - compressed.scores, images or [example.image for example in examples])
     low, high = np.percentile(100 * bootstrap_draws(data, seed=seed), [2.5, 97.5])
     return 100 * data.mean, (float(low), float(high))
 

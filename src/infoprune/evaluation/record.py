@@ -168,7 +168,7 @@ def fingerprint(vlm: VLM, examples: Sequence[Example], **settings: Any) -> dict[
     The data are known by questions, names and sizes of the image files; the batch size and the number of processes don't matter.
     """
     sizes = {example.image: example.image.stat().st_size for example in examples if example.image.is_file()}
-    asked = [(example.id, example.image.name, sizes.get(example.image), example.question) for example in examples]
+    asked = [(example.id, example.image.name, sizes.get(example.image), vlm.encoder.prompt_of(example)) for example in examples]
     images = getattr(vlm.processor, "image_processor", None)
     return {
         "format": FORMAT,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from infoprune.data import Example
@@ -16,6 +17,7 @@ from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import Flops, num_parameters, prompt_inputs, typical_example
 from infoprune.evaluation.cost import count_flops as _count_flops
 from infoprune.evaluation.differences import differences
+from infoprune.evaluation.metrics import Scores, score_answers
 from infoprune.model import VLM
 from infoprune.progress import SILENT, Progress
 from infoprune.resolve import family_of
@@ -27,6 +29,7 @@ def evaluate(
     *,
     against: VLM | None = None,
     answers: Sequence[Sequence[str]] | None = None,
+    metric: str = "exact",
     timing: bool = True,
     repeats: int = 15,
     confidence: float = 0.95,
@@ -39,6 +42,7 @@ def evaluate(
         examples: Held-out questions.
         against: The reference of the KL, the paired difference and the speed-ups.
         answers: Generated answers of each model, dense first, to judge instead of scoring the reference answers.
+        metric: What judges generated answers, see :mod:`infoprune.evaluation.metrics`.
         timing: Also measure latency.
         repeats: Timed rounds.
         confidence: Of the one-sided bounds on the drop.
@@ -53,7 +57,7 @@ def evaluate(
     family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
-    scored = _judged(models, examples, answers, progress)
+    scored, judged = _judged(models, examples, answers, metric, progress)
     flops = [count_flops(m, inputs, answer_tokens) for m in models]
     times = latency.measure(models, family, inputs, answer_tokens=answer_tokens, repeats=repeats, progress=progress) if timing else []
     records = []
@@ -67,11 +71,12 @@ def evaluate(
             "flops": flops[index].as_dict(),
             "bytes_on_disk": bytes_on_disk(model),
         }
-        records.append(record | ({"milliseconds": times[index]} if timing else {}))
+        record |= {"milliseconds": times[index]} if timing else {}
+        records.append(record | ({"metric": judged[index].as_dict()} if judged else {}))
     result: dict[str, Any] = {
         "models": records,
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
-        "prompt": vlm.encoder.prompt(examples[0].question),
+        "prompt": vlm.encoder.prompt_of(examples[0]),
         "answers": "scored" if answers is None else "generated",
         "peak_rss_gb": peak_memory_gb(vlm.device),
     }
@@ -86,16 +91,15 @@ def evaluate(
 
 
 def _judged(
-    models: Sequence[VLM], examples: Sequence[Example], answers: Sequence[Sequence[str]] | None, progress: Progress
-) -> list[quality.Quality]:
-    """Whether each model is right; its KL needs scoring whatever it answered, and a second model."""
+    models: Sequence[VLM], examples: Sequence[Example], answers: Sequence[Sequence[str]] | None, metric: str, progress: Progress
+) -> tuple[list[quality.Quality], list[Scores]]:
+    """How good each model's answers are, and what the metric says of generated ones; KL needs scoring whatever a model answered."""
     if answers is None:
-        return quality.score(models, examples, progress=progress)
-    correct = [quality.exact_match(texts, examples) for texts in answers]
-    if len(models) == 1:
-        return [quality.Quality(right) for right in correct]
-    scored = quality.score(models, examples, progress=progress)
-    return [replace(found, correct=right) for found, right in zip(scored, correct, strict=True)]
+        return quality.score(models, examples, progress=progress), []
+    judged = [score_answers(texts, examples, metric) for texts in answers]
+    scored = quality.score(models, examples, progress=progress) if len(models) > 1 else [quality.Quality(np.zeros(0))]
+    found = [replace(q, scores=j.per_example, answers=tuple(texts)) for q, j, texts in zip(scored, judged, answers, strict=True)]
+    return found, judged
 
 
 def count_flops(vlm: VLM, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Flops:

@@ -1,7 +1,7 @@
 """Metrics by name: ``BENCHMARK/official`` is the benchmark's own script, ``BENCHMARK/lmms-eval`` what most recent papers quote.
 
 Both contain their scripts' quirks, so that figures can be compared to the last digit. ``exact`` is case-sensitive equality with the one
-reference answer.
+reference answer, white space around it aside.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Metric = Callable[[Sequence[str], Sequence[Example]], Scores]
 
 
 def _exact(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
-    right = [float(answer == example.answer) for answer, example in zip(answers, examples, strict=True)]
+    right = [float(answer.strip() == example.answer) for answer, example in zip(answers, examples, strict=True)]
     return gathered(EXACT, right, examples, unrounded)
 
 
