@@ -58,6 +58,7 @@ benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/fuzz.py
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python benchmarks/quantise.py
 	$(BIN)/python benchmarks/graphs.py
 	$(BIN)/python benchmarks/certificate.py

@@ -278,7 +278,16 @@ def refused() -> str:
     return table(["families", "why not"], [[", ".join(f"`{name}`" for name in names), reason] for reason, names in reasons.items()])
 
 
+def fuzz() -> str:
+    cells = [
+        [f"`{row['metric']}`", f"{row['sets']:,}", f"{row['disagreements']:,}", f"{row['totals']:,}", f"{row['disagreeing_totals']:,}"]
+        for row in load("fuzz")["rows"]
+    ]
+    return table(["metric", "generated answer sets", "scored differently", "totals", "different totals"], cells) + source("fuzz")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "fuzz": fuzz,
     "families": families,
     "refused": refused,
     "graphs": graphs,

@@ -95,6 +95,15 @@ def test_errors_are_one_message(checkpoint, jsonl, tmp_path):
     assert not list(tmp_path.glob(".x-*"))
 
 
+def test_bad_records_are_counted_and_skipped_on_request(checkpoint, jsonl):
+    jsonl.write_text(jsonl.read_text() + '\n{"image": "[/gone].png", "question": "what ?", "answer": "red"}\n{"image": 1}\n')
+    refused = run("evaluate", checkpoint, "--data", jsonl, "--repeats", 0, status=2).stderr
+    assert "18 questions are good. 2 bad records" in refused and "[/gone].png" in refused and "--skip-bad" in refused
+    done = run("evaluate", checkpoint, "--data", jsonl, "--repeats", 0, "--skip-bad", "--json")
+    assert json.loads(done.stdout)["models"][0]["num_questions"] == 18
+    assert "going on with 18 questions. Skipped: 2 bad records" in done.stderr and "[/gone].png" in done.stderr
+
+
 def test_interrupt_leaves_nothing(checkpoint, jsonl, tmp_path):
     import signal
     import time

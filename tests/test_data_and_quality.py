@@ -12,6 +12,9 @@ from infoprune.evaluation.generation import generate_answers
 from infoprune.evaluation.metrics import score_answers
 from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.runner import evaluate
+from infoprune.progress import SILENT
+from infoprune.training.options import TrainingOptions
+from infoprune.training.run import split
 from tiny_models import examples
 
 
@@ -49,6 +52,19 @@ def test_missing_data_split_and_images(tmp_path, gqa_vlm):
             score([gqa_vlm], [infoprune.Example(path, "what shape ?", "red")])
     with pytest.raises(DataError, match="no examples"):
         score([gqa_vlm], [])
+
+
+def test_compression_skips_bad_records_of_all_its_data(jsonl, gqa_vlm, tmp_path):
+    good = jsonl.read_text()
+    jsonl.write_text(good + '\n{"image": "gone.png", "question": "what ?", "answer": "red"}')
+    validation = tmp_path / "validation.jsonl"
+    validation.write_text(jsonl.read_text())
+    with pytest.raises(DataError, match="1 bad record"):
+        infoprune.compress(gqa_vlm, str(jsonl), flops=0.7, rank_multiple=2)
+    with pytest.raises(DataError, match=r"validation.jsonl can't be used.* 1 bad record"):
+        split([], TrainingOptions(validation=str(validation)), 0, SILENT)
+    assert len(split([], TrainingOptions(validation=str(validation)), 0, SILENT, skip_bad=True)[1]) == 18
+    assert infoprune.compress(gqa_vlm, str(jsonl), flops=0.7, rank_multiple=2, skip_bad=True).flops_ratio <= 0.7
 
 
 def test_subset_is_reproducible_and_spreads(questions):
