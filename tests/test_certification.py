@@ -15,7 +15,7 @@ from infoprune import CompressionOptions, Example
 from infoprune.certification import path as certification_path
 from infoprune.certification import run as certification_run
 from infoprune.certification.certificate import Certificate, plan_digest
-from infoprune.certification.data import check_enough, split_data
+from infoprune.certification.data import check_enough, most_per_image, split_data
 from infoprune.errors import BudgetError, CertificateError, CheckpointError
 from infoprune.evaluation.differences import changed_questions, differences
 from infoprune.evaluation.quality import Quality, score
@@ -76,6 +76,15 @@ def test_split_is_by_image_disjoint_and_reproducible(many):
     assert len(split_data(many, options(examples=999)).calibration) == 45  # never more than a quarter of the images
 
 
+def test_images_with_many_questions_are_thinned(many):
+    assert most_per_image(np.array([4, 4, 4])) == 4
+    assert most_per_image(np.array([3] * 50 + [60])) == 3
+    assert most_per_image(np.arange(1, 100)) < 30
+    last = many[-1].image
+    crowded = [*many, *(Example(last, f"what shape ? {i}", "circle") for i in range(40))]
+    assert split_data(many[:9], options(certify=crowded)).sizes.max() == 3
+
+
 def test_an_image_under_another_name_is_still_the_same_image(many, tmp_path):
     notes = []
     copies = []
@@ -91,7 +100,7 @@ def test_an_image_under_another_name_is_still_the_same_image(many, tmp_path):
     twin = tmp_path / "twin.png"
     twin.write_bytes(many[30].image.read_bytes())
     doubled = split_data(many[:30], options(certify=[*many[30:], Example(twin, "what shape ?", "circle")]))
-    assert sorted(doubled.sizes) == [3] * 49 + [4]
+    assert sorted(doubled.sizes) == [3] * 50  # drawn from four on the doubled one
     with pytest.raises(CertificateError, match="no image to certify on"):
         split_data(many[:30], options(examples=30, certify=copies))
 

@@ -46,6 +46,7 @@ def test_certified_compression_and_a_report(checkpoint, jsonl, tmp_path):
     certificate = json.loads((out / "certificate.json").read_text())
     assert [step["share"] for step in certificate["path"]] == [0.9, 0.7]
     assert "With 95% confidence" in (out / "README.md").read_text()
+    assert "With 95% confidence" in run("plan", "show", out).stdout
     assert not (tmp_path / "small.work").exists()
     evaluated = run("evaluate", out, "--against", checkpoint, "--data", jsonl, "--repeats", 0, "--report", page, "--json")
     compared = json.loads(evaluated.stdout)["comparison"]

@@ -35,7 +35,8 @@ class CompressionOptions:
         certify: Data to certify on; ``None``: images of the calibration data's source that calibration does not see.
         certify_images: Images to certify on at most, drawn at random; ``None``: all of ``certify``, or as many of the calibration data's
             source as a plan that ought to pass needs.
-        certify_per_image: Questions on one image to certify on at most, drawn at random; ``None``: all.
+        certify_per_image: Questions on one image to certify on at most, drawn at random; ``None``: so many that images with more
+            than others cost little (:func:`infoprune.certification.data.most_per_image`).
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.

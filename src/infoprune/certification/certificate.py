@@ -18,7 +18,7 @@ FILE = "certificate.json"
 SCORE = "exact match of the greedy answer, teacher-forced"
 ASSUMPTIONS = (
     "Images of the certification data are independent of each other; questions on one image may depend on each other in any way.",
-    "The bounded drop is the expected one over images with as many questions as these have, each question counting the same.",
+    "The bounded drop is the expected one over images with as many questions as these have, each drawn question counting the same.",
     "Where the model is used on other kinds of images or questions, the certificate says nothing.",
     "The data are disjoint from those that the plans were calibrated on, and were looked at for this path alone.",
 )
@@ -34,7 +34,7 @@ class CertificationData(_Strict):
     Attributes:
         source: As it was named.
         fingerprint: Digest of file names, questions and answers; ``calibration``: of those that the plans were calibrated on.
-        num_questions, num_images: How many; ``largest_image``: most questions on one image.
+        num_questions, num_images: How many were drawn; ``largest_image``: most questions on one image.
         kl_questions: The first so many of them give the KL.
     """
 

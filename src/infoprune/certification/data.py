@@ -19,6 +19,8 @@ from infoprune.evaluation.sample_size import Expectation, images_needed, least_i
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT, Progress
 
+UNEVEN = 0.1
+
 
 @dataclass(frozen=True)
 class CertificationSplit:
@@ -44,7 +46,7 @@ def split_data(data: str | Sequence[Example], options: CompressionOptions, progr
     """Split by image: the calibration sample, and the images to certify on, drawn from the rest or from ``options.certify``.
 
     Images are told apart by what is in the files, not by their names. Without data of its own, certification leaves calibration at
-    most a quarter of the images.
+    most a quarter of the images. Of each image at most so many questions are drawn as :func:`most_per_image` or the options say.
 
     Raises:
         DataError: Unreadable data.
@@ -93,18 +95,29 @@ def _quarter(pool: list[Example], options: CompressionOptions) -> tuple[list[Exa
 
 
 def _drawn(groups: dict[str, list[Example]], options: CompressionOptions) -> list[str]:
-    """Images in random order, cut to what is needed; ``groups`` loses questions beyond ``certify_per_image``."""
+    """Images in random order, cut to what is needed; ``groups`` loses questions beyond the most per image."""
     draw = random.Random(options.seed + 1)
-    if options.certify_per_image is not None:
-        for image, questions in groups.items():
-            kept = sorted(draw.sample(range(len(questions)), min(len(questions), options.certify_per_image)))
-            groups[image] = [questions[index] for index in kept]
+    most = options.certify_per_image or most_per_image(np.array([len(questions) for questions in groups.values()]))
+    for image, questions in groups.items():
+        if len(questions) > most:
+            groups[image] = [questions[index] for index in sorted(draw.sample(range(len(questions)), most))]
     images = list(groups)
     draw.shuffle(images)
     if options.certify_images is not None:
         return images[: options.certify_images]
     wanted = None if options.certify is not None else _expected_need(np.array([len(groups[image]) for image in images]), options)
     return images if wanted is None else images[:wanted]
+
+
+def most_per_image(sizes: np.ndarray) -> int:
+    """The most questions per image at which unequal numbers cost at most a tenth of the images.
+
+    All questions on the largest image may be lost at once, so that images of m_j questions are worth sum m_j / max m of equal ones.
+    Drawing at most k of each makes it sum min(m_j, k) / k, at the price that images count more evenly than by their questions.
+    """
+    sizes = np.asarray(sizes)
+    worth = ((int(k), np.minimum(sizes, k).sum() / k) for k in np.unique(sizes)[::-1])
+    return next(k for k, images in worth if images >= (1 - UNEVEN) * len(sizes) or k == sizes.min())
 
 
 def _expected_need(sizes: np.ndarray, options: CompressionOptions) -> int | None:

@@ -7,6 +7,7 @@ All plans are decided from calibration data before anything is scored, so that t
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 from infoprune._version import __version__
 from infoprune.certification.certificate import Certificate, CertificationData, Measured, PathStep, plan_digest, rank_correlation
 from infoprune.certification.data import CertificationSplit, check_enough, split_data
-from infoprune.certification.path import Scored, judge, kl_questions, plan_path, score_plan
+from infoprune.certification.path import PlannedPath, Scored, judge, kl_questions, plan_path, score_plan
 from infoprune.checkpoint import save
 from infoprune.compress import Compressed, fingerprint
 from infoprune.data import Example
@@ -51,40 +52,52 @@ def compress_certified(
     with _workplace(vlm, split, options, work) as folder:
         place = _Workplace(folder)
         path = plan_path(vlm, split.calibration, data if isinstance(data, str) else "examples", options, clock, progress)
-        dense, known = place.dense(), {}
+        dense = place.dense()
         if dense is None:
             dense = score([vlm], split.certification, progress=progress)[0].correct
             place.keep_dense(dense)
-        steps = [PathStep(share=s, plan=plan_digest(p), predicted_loss_nats=d.predicted_loss)
-                 for s, p, d in zip(path.shares, path.plans, path.decisions, strict=True)]  # fmt: skip
-        passed: int | None = None
-        for index, share in enumerate(path.shares):
-            scored, cut = place.scored(index, steps[index].plan), None
-            if scored is None:
-                cut = path.cut(index, progress)
-                scored = score_plan(path, cut, index, split, progress)
-            known[index] = scored
-            measured = judge(dense, scored, split, options.max_drop, options.confidence)
-            steps[index] = steps[index].model_copy(update={
-                "flops_ratio": scored.flops.total / path.dense_flops.total, "parameters": scored.parameters, "measured": measured,
-            })  # fmt: skip
-            progress.note(_told(share, measured, options))
-            if cut is not None:
-                place.keep(index, steps[index].plan, scored, replace(cut, plan=path.plans[index]) if measured.certified else None)
-            del cut
-            release_memory()
-            if not measured.certified:
-                break
-            passed = index
-        if passed is None:
+        steps, scores = _walk(path, dense, split, place, progress)
+        passed = sum(step.measured is not None and step.measured.certified for step in steps) - 1
+        if passed < 0:
+            place.discard()
             raise CertificateError(_none_passed(path.shares[0], steps[0], options))
         target = place.model(vlm, path.plans[passed]) or path.cut(passed, progress)
         clock.lap("certify")
     certificate = _certificate(steps, steps[passed].plan, dense, split, path.record, options)
     return Compressed(
-        target, path.dense_flops, known[passed].flops, path.workload, path.decisions[passed].predicted_loss, num_parameters(vlm.model),
-        known[passed].parameters, clock.laps, path.probe, certificate=certificate,
+        target, path.dense_flops, scores[passed].flops, path.workload, path.decisions[passed].predicted_loss, num_parameters(vlm.model),
+        scores[passed].parameters, clock.laps, path.probe, certificate=certificate,
     )  # fmt: skip
+
+
+def _walk(
+    path: PlannedPath, dense: np.ndarray, split: CertificationSplit, place: _Workplace, progress: Progress
+) -> tuple[list[PathStep], list[Scored]]:
+    """Cut, score and judge plan after plan up to the first that fails; all steps, and the scores of those that were tried."""
+    options = path.options
+    assert options.max_drop is not None
+    steps = [
+        PathStep(share=share, plan=plan_digest(plan), predicted_loss_nats=decisions.predicted_loss)
+        for share, plan, decisions in zip(path.shares, path.plans, path.decisions, strict=True)
+    ]
+    scores: list[Scored] = []
+    for index, step in enumerate(steps):
+        scored, cut = place.scored(index, step.plan), None
+        if scored is None:
+            cut = path.cut(index, progress)
+            scored = score_plan(path, cut, index, split, progress)
+        measured = judge(dense, scored, split, options.max_drop, options.confidence)
+        if cut is not None:
+            place.keep(index, step.plan, scored, replace(cut, plan=path.plans[index]) if measured.certified else None)
+        del cut  # before the next one is made
+        release_memory()
+        progress.note(_told(step.share, measured, options))
+        ratio = scored.flops.total / path.dense_flops.total
+        steps[index] = step.model_copy(update={"flops_ratio": ratio, "parameters": scored.parameters, "measured": measured})
+        scores.append(scored)
+        if not measured.certified:
+            break
+    return steps, scores
 
 
 def _told(share: float, measured: Measured, options: CompressionOptions) -> str:
@@ -187,6 +200,10 @@ class _Workplace:
             return None
         loaded = load(folder, device=str(vlm.device), dtype=next(vlm.model.parameters()).dtype)
         return replace(vlm, model=loaded.model, plan=plan)
+
+    def discard(self) -> None:
+        """Forget everything: there is nothing to go on with."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.folder / f"{name}.json"

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
+from infoprune.certification.certificate import Certificate
 from infoprune.cli.console import BarProgress, console, print_json
 from infoprune.plan import CompressionPlan
 
@@ -38,6 +39,8 @@ def show(
     for path, ffn in loaded.ffn.items():
         table.add_row(path, ", ".join(f"{name.replace('_', ' ')} {rank}" for name, rank in ffn.model_dump(exclude_none=True).items()))
     console.print(table)
+    if (certificate := Certificate.read(plan) if plan.is_dir() else None) is not None:
+        console.print(f"Certificate: {certificate.statement}", highlight=False)
 
 
 def apply(
