@@ -286,7 +286,61 @@ def fuzz() -> str:
     return table(["metric", "generated answer sets", "scored differently", "totals", "different totals"], cells) + source("fuzz")
 
 
+def coverage() -> str:
+    rows = [r for r in load("certificate")["rows"] if r["part"] == "coverage" and r["bound"] != "fixed-sequence"]
+    bounds = list(dict.fromkeys(r["bound"] for r in rows))
+    settings = list(
+        dict.fromkeys((r["images"], tuple(r["questions_per_image"]), r["true_drop"], r["changed"], r["together"]) for r in rows)
+    )
+    found = {(r["images"], tuple(r["questions_per_image"]), r["true_drop"], r["changed"], r["together"], r["bound"]): r for r in rows}
+    cells = [
+        [f"{images:,}", "-".join(map(str, dict.fromkeys(sizes))), f"{drop:.2g}", f"{changed:.3g}%", f"{together:.0%}",
+         *(f"{found[(images, sizes, drop, changed, together, bound)]['violation_rate']:.1%}" for bound in bounds)]
+        for images, sizes, drop, changed, together in settings
+    ]  # fmt: skip
+    header = ["images", "questions an image", "true drop, points", "answers changed", "images that change whole", *bounds]
+    draws = f"{rows[0]['draws']:,} draws each; with a true rate of 5% the standard error is {rows[0]['standard_error']:.1%}."
+    return table(header, cells) + f"\n{draws}\n" + source("certificate")
+
+
+def fixed_sequence() -> str:
+    rows = [r for r in load("certificate")["rows"] if r["part"] == "coverage" and r["bound"] == "fixed-sequence"]
+    cells = [
+        [r["path"], ", ".join(f"{drop:.2g}" for drop in r["true_drop"]), f"{r['together']:.0%}", f"{r['violation_rate']:.2%}",
+         f"{r['mean_certified']:.2f}"]
+        for r in rows
+    ]  # fmt: skip
+    header = ["path", "true drops, points", "images that change whole", "certified a plan above 0.5", "plans certified, mean"]
+    return table(header, cells) + source("certificate")
+
+
+def certificate() -> str:
+    rows = load("certificate")["rows"]
+    if not any(r["part"] == "certified" for r in rows):
+        return "Not run yet: `python benchmarks/certificate.py --parts demo`."
+    cells = []
+    for r in (r for r in rows if r["part"] == "certified"):
+        if r["certified"]:
+            (low, high), (test_low, test_high) = r["drop_ci95"], r["test_drop_ci95"]
+            cells.append([f"{r['max_drop_points']:g}", f"{r['flops_ratio']:.3f}", f"{r['drop_points']:.2f} [{low:.2f}, {high:.2f}]",
+                          f"{r['bound_points']:.2f}", f"{r['test_drop_points']:.2f} [{test_low:.2f}, {test_high:.2f}]"])  # fmt: skip
+        else:
+            cells.append([f"{r['max_drop_points']:g}", "none certified", "", "", ""])
+    path = [r for r in rows if r["part"] == "path"]
+    header = ["certified drop, points", "FLOPs share", "measured there [95%]", "bound at 95%", "drop on test questions [95%]"]
+    told = next(r for r in rows if r["part"] == "prediction")
+    text = (
+        f"\n{path[0]['num_questions']:,} questions about {path[0]['num_images']:,} images to certify on, "
+        f"{path[0]['test_questions']:,} test questions. "
+        f"Predicted loss and measured KL of the {told['plans']} plans have a rank correlation of {told['rank_correlation']:.2f}.\n"
+    )
+    return table(header, cells) + text + source("certificate")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "coverage": coverage,
+    "fixed_sequence": fixed_sequence,
+    "certificate": certificate,
     "fuzz": fuzz,
     "families": families,
     "refused": refused,
@@ -308,6 +362,8 @@ FILES = {
     "cost": "demo",
     "arms": "headline",
     "terms": "headline",
+    "coverage": "certificate",
+    "fixed_sequence": "certificate",
 }  # tables that share a result file
 
 
