@@ -13,7 +13,7 @@ from PIL import Image
 
 from infoprune.data import Example, load_examples, parse_spec
 from infoprune.data.sources import BENCHMARKS
-from infoprune.errors import DataError
+from infoprune.errors import DataError, InfoPruneError
 
 
 def picture(path, size=(8, 6)):
@@ -339,7 +339,7 @@ def encoded(tmp_path, name, kind="JPEG"):
     return {"bytes": path.read_bytes(), "path": "/etc/passwd"}
 
 
-def test_the_hub_route_reads_rows_with_images(parquet, tmp_path):
+def test_the_hub_route_reads_rows_with_images(parquet, tmp_path, monkeypatch):
     image = encoded(tmp_path, "x.png", "PNG")
     rows = [
         annotation(1) | {"question": "what?", "image": image}, annotation(2) | {"question": "why?", "image": image},
@@ -362,6 +362,9 @@ def test_the_hub_route_reads_rows_with_images(parquet, tmp_path):
     (found,) = load_examples(f"textvqa:val@{folder}", skip_bad=True)
     assert found.id == "2" and found.extras["ocr_tokens"] == ("b",)
     assert not list(tmp_path.rglob("up.*"))
+    monkeypatch.setenv("INFOPRUNE_CACHE", str(folder / "validation-00000-of-00001.parquet"))  # a file, where a folder is needed
+    with pytest.raises(InfoPruneError, match="Cannot keep images in"):
+        load_examples(f"textvqa:val@{folder}", skip_bad=True)
 
 
 def test_the_hub_route_joins_gqa_with_its_images(parquet, tmp_path):

@@ -17,7 +17,6 @@ from infoprune.data.problems import Problems
 from infoprune.errors import DataError
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-MAX_NEW_TOKENS = 16
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -35,10 +34,12 @@ class Prompt:
     Attributes:
         suffix: Follows the question.
         capitalize: The question's first letter becomes a capital and all others small, as ``str.capitalize`` has it.
+        max_new_tokens: Longest answer.
     """
 
     suffix: str = SHORT_ANSWER
     capitalize: bool = False
+    max_new_tokens: int = 16
 
     def text(self, example: Example, *, ocr: bool = False) -> str:
         """The whole text beside the image; with ``ocr`` also the words that a reader found in it, where the example has them."""
