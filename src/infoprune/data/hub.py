@@ -17,6 +17,7 @@ from PIL import Image
 
 from infoprune.data.benchmark import Benchmark
 from infoprune.data.example import Example
+from infoprune.data.images import home_expanded
 from infoprune.data.problems import Problems
 from infoprune.errors import DataError, InfoPruneError
 
@@ -126,16 +127,20 @@ class ImageStore:
 def _store_folder(source: str) -> Path:
     from infoprune.demo.sources import cache_directory
 
-    local = Path(source).expanduser()
+    local = home_expanded(source)
     # The same id may mean another image elsewhere; a path is not unique by its name alone.
-    name = f"{local.name}-{hashlib.sha256(str(local.resolve()).encode()).hexdigest()[:12]}" if local.is_dir() else source.replace("/", "--")
+    name = (
+        f"{local.name}-{hashlib.sha256(str(local.resolve()).encode()).hexdigest()[:12]}"
+        if os.path.isdir(local)
+        else source.replace("/", "--")
+    )
     return cache_directory() / "images" / name
 
 
 def _rows(source: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
     """Rows of one split; images stay encoded."""
-    datasets, local = _datasets(), Path(source).expanduser()
-    files: dict[str, list[str]] = _parquet_files(local, config) if local.is_dir() else {}
+    datasets, local = _datasets(), home_expanded(source)
+    files: dict[str, list[str]] = _parquet_files(local, config) if os.path.isdir(local) else {}
     with _told(source):
         there = list(files) or datasets.get_dataset_split_names(source, config)
     if split not in there:
