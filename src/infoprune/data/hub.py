@@ -128,12 +128,9 @@ def _store_folder(source: str) -> Path:
     from infoprune.demo.sources import cache_directory
 
     local = home_expanded(source)
-    # The same id may mean another image elsewhere; a path is not unique by its name alone.
-    name = (
-        f"{local.name}-{hashlib.sha256(str(local.resolve()).encode()).hexdigest()[:12]}"
-        if os.path.isdir(local)
-        else source.replace("/", "--")
-    )
+    name = source.replace("/", "--")
+    if os.path.isdir(local):  # a path is not unique by its name alone, and the same id may mean another image elsewhere
+        name = f"{local.name}-{hashlib.sha256(str(local.resolve()).encode()).hexdigest()[:12]}"
     return cache_directory() / "images" / name
 
 
