@@ -14,7 +14,7 @@ from PIL import Image
 
 from infoprune.data import Example, load_examples, parse_spec
 from infoprune.data.sources import BENCHMARKS
-from infoprune.errors import DataError
+from infoprune.errors import DataError, InfoPruneError
 
 
 def picture(path, size=(8, 6)):
@@ -177,8 +177,11 @@ def test_folders_that_hold_nothing_or_two_of_a_kind(tmp_path):
     (tmp_path / "b" / "v2_OpenEnded_mscoco_val2014_questions.json").unlink()
     with pytest.raises(DataError, match="has no records"):
         load_examples(f"vqav2:val@{tmp_path}")
-    for spec in ("vqav2@/no/such/folder", "gqa@~nobody/data"):
+    for spec in ("vqav2@/no/such/folder", "gqa@~no-such-user/data/x", "gqa@" + "x/" * 3000, "textvqa@\0"):
         with pytest.raises(DataError, match="No folder at"):
+            load_examples(spec)
+    for spec in ("~no-such-user/x.jsonl", "x" * 5000, "\0"):
+        with pytest.raises(DataError, match="No data at"):
             load_examples(spec)
 
 
@@ -188,6 +191,8 @@ def textvqa(tmp_path):
         {"question_id": 5, "image_id": "ab12", "question": "what does the Sign say?", "answers": ["go", "stop", "stop ", "go"] + ["x"] * 2,
          "image_classes": ["Sign"]},
         {"question_id": 6, "image_id": "../../etc/x", "question": "brand?", "answers": ["a"] * 10},
+        {"question_id": 7, "image_id": "x" * 5000, "question": "brand?", "answers": ["a"] * 10},
+        {"question_id": 8, "image_id": "a\0b", "question": "brand?", "answers": ["a"] * 10},
     ]  # fmt: skip
     write(tmp_path / "TextVQA_0.5.1_val.json", {"data": rows})
     write(tmp_path / "TextVQA_0.5.1_test.json", {"data": [{k: v for k, v in rows[0].items() if k != "answers"}]})
@@ -203,6 +208,7 @@ def test_textvqa(textvqa):
         load_examples(f"textvqa@{textvqa}", default_split="test")
     assert "1 x image outside the folder: question 6: '../../etc/x.jpg' leaves" in str(raised.value)
     assert "1 x malformed row in TextVQA_Rosetta_OCR_v0.2_val.json: image 3" in str(raised.value)
+    assert "2 x image missing in" in str(raised.value)
     (example,) = load_examples(f"textvqa:validation@{textvqa}", skip_bad=True)
     assert example.answer == "go"  # the first of two that as many people gave
     assert example.answers[2] == "stop " and example.image.parent.name == "train_images"
@@ -341,7 +347,7 @@ def encoded(tmp_path, name, kind="JPEG"):
     return {"bytes": path.read_bytes(), "path": "/etc/passwd"}
 
 
-def test_the_hub_route_reads_rows_with_images(parquet, tmp_path):
+def test_the_hub_route_reads_rows_with_images(parquet, tmp_path, monkeypatch):
     image = encoded(tmp_path, "x.png", "PNG")
     rows = [
         annotation(1) | {"question": "what?", "image": image}, annotation(2) | {"question": "why?", "image": image},
@@ -364,6 +370,9 @@ def test_the_hub_route_reads_rows_with_images(parquet, tmp_path):
     (found,) = load_examples(f"textvqa:val@{folder}", skip_bad=True)
     assert found.id == "2" and found.extras["ocr_tokens"] == ("b",)
     assert not list(tmp_path.rglob("up.*"))
+    monkeypatch.setenv("INFOPRUNE_CACHE", str(folder / "validation-00000-of-00001.parquet"))  # a file, where a folder is needed
+    with pytest.raises(InfoPruneError, match="Cannot keep images in"):
+        load_examples(f"textvqa:val@{folder}", skip_bad=True)
 
 
 def test_the_hub_route_joins_gqa_with_its_images(parquet, tmp_path):

@@ -17,7 +17,6 @@ from infoprune.data.problems import Problems
 from infoprune.errors import DataError
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-MAX_NEW_TOKENS = 16
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -36,11 +35,13 @@ class Prompt:
         suffix: Follows the question.
         capitalize: The question's first letter becomes a capital and all others small, as ``str.capitalize`` has it.
         ocr: Add the words that a reader found in the image, where the example has them.
+        max_new_tokens: Longest answer.
     """
 
     suffix: str = SHORT_ANSWER
     capitalize: bool = False
     ocr: bool = False
+    max_new_tokens: int = 16
 
     def text(self, example: Example) -> str:
         """The whole text beside the image."""

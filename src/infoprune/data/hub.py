@@ -17,8 +17,9 @@ from PIL import Image
 
 from infoprune.data.benchmark import Benchmark
 from infoprune.data.example import Example
+from infoprune.data.images import home_expanded
 from infoprune.data.problems import Problems
-from infoprune.errors import DataError
+from infoprune.errors import DataError, InfoPruneError
 
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
@@ -97,6 +98,7 @@ class ImageStore:
 
         Raises:
             DataError: The id is no file name, or the bytes are no image of a common format.
+            InfoPruneError: The folder can't be written to.
         """
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise DataError(f"'{name}' is no image id")
@@ -105,14 +107,19 @@ class ImageStore:
                 suffix = FORMATS[image.format or ""]
         except Exception as error:  # whatever Pillow's decoders think of what a stranger made
             raise DataError(f"{name} is not an image of a known format") from error
-        self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"{name}{suffix}"
         aside = self.folder / f".{target.name}-{os.getpid()}"
         try:
-            aside.write_bytes(content)
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                aside.write_bytes(content)
+                aside.replace(target)
+            finally:
+                aside.unlink(missing_ok=True)
+        except OSError as error:
+            raise InfoPruneError(
+                f"Cannot keep images in {self.folder}: {error.strerror or error}. INFOPRUNE_CACHE names another."
+            ) from error
         self._known[name] = target
         return target
 
@@ -120,16 +127,17 @@ class ImageStore:
 def _store_folder(source: str) -> Path:
     from infoprune.demo.sources import cache_directory
 
-    local = Path(source).expanduser()
-    # The same id may mean another image elsewhere; a path is not unique by its name alone.
-    name = f"{local.name}-{hashlib.sha256(str(local.resolve()).encode()).hexdigest()[:12]}" if local.is_dir() else source.replace("/", "--")
+    local = home_expanded(source)
+    name = source.replace("/", "--")
+    if os.path.isdir(local):  # a path is not unique by its name alone, and the same id may mean another image elsewhere
+        name = f"{local.name}-{hashlib.sha256(str(local.resolve()).encode()).hexdigest()[:12]}"
     return cache_directory() / "images" / name
 
 
 def _rows(source: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
     """Rows of one split; images stay encoded."""
-    datasets, local = _datasets(), Path(source).expanduser()
-    files: dict[str, list[str]] = _parquet_files(local, config) if local.is_dir() else {}
+    datasets, local = _datasets(), home_expanded(source)
+    files: dict[str, list[str]] = _parquet_files(local, config) if os.path.isdir(local) else {}
     with _told(source):
         there = list(files) or datasets.get_dataset_split_names(source, config)
     if split not in there:
@@ -166,7 +174,7 @@ def _told(source: str) -> Iterator[None]:
         raise
     except Exception as error:  # ``datasets`` has no family of exceptions of its own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"Cannot read '{source}': it is no folder here, and from the hub: {reason}") from error
+        raise DataError(f"Cannot read '{source}' with datasets: {reason}. It must be a folder here, or an id that the hub has.") from error
 
 
 def _datasets() -> Any:

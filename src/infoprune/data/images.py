@@ -20,6 +20,11 @@ class OutsideError(DataError):
     """A path that leaves the folder it was given for."""
 
 
+def home_expanded(path: str) -> Path:
+    """With the home folder for ``~``; what names no user's home stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """The image, its header read and its pixels not yet.
@@ -78,7 +83,7 @@ class ImageFolder:
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
             raise OutsideError(f"'{name}' leaves {self._places[0]}")
         for path in (place / name for place in self._places):
-            if path.is_file():
+            if os.path.isfile(path):  # false, where Path's own raises: names that are too long, folders that can't be entered
                 return self.inside(path)
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def read(path: Path, problems: Problems) -> Iterator[Example]:
 def _image(name: str, images: ImageFolder) -> Path | None:
     """An absolute path is the user's own choice; a relative one stays beside the file."""
     path = Path(name)
-    return (path if path.is_file() else None) if path.is_absolute() else images.find(name)
+    return (path if os.path.isfile(path) else None) if path.is_absolute() else images.find(name)
 
 
 def _items(path: Path) -> Iterator[tuple[str, Any]]:

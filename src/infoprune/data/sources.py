@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from infoprune.data import easy_vqa, hub, own
 from infoprune.data.benchmark import Benchmark
 from infoprune.data.example import Example
 from infoprune.data.gqa import GQA
-from infoprune.data.images import unreadable
+from infoprune.data.images import home_expanded, unreadable
 from infoprune.data.problems import Problems
 from infoprune.data.textvqa import TEXTVQA
 from infoprune.data.vqav2 import VQAV2
@@ -105,17 +106,17 @@ def _found(
 ) -> Iterator[Example]:
     benchmark = parsed.benchmark
     if benchmark is None:
-        path = Path(parsed.source or "").expanduser()
-        if not path.is_file():
+        path = home_expanded(parsed.source or "")
+        if not os.path.isfile(path):
             raise DataError(f"No data at '{spec}'. Give {FORMS}.")
         return own.read(path, problems)
     benchmark = replace(benchmark, prompt=replace(benchmark.prompt, ocr=ocr))
     split = benchmark.split(parsed.split, default_split)
     source = parsed.source or benchmark.hub_id
-    folder = Path(source).expanduser()
-    if folder.is_dir() and (benchmark.splits(folder) or not _has_parquet(folder)):
+    folder = home_expanded(source)
+    if os.path.isdir(folder) and (benchmark.splits(folder) or not _has_parquet(folder)):
         return benchmark.read(folder, split, problems)
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if not os.path.isdir(folder) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise DataError(f"No folder at '{source}', and it is no hub id. Give {FORMS}.")
     return hub.read(benchmark, source, split, problems, notify)
 
