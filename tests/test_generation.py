@@ -293,6 +293,16 @@ def test_killed_shared_and_alone(checkpoint, jsonl, tmp_path):
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_the_command_keeps_the_answers_of_both_models(checkpoint, jsonl, tmp_path, capsys):
+    from infoprune.cli.evaluate import evaluate
+
+    record = tmp_path / "kept" / "answers.jsonl"
+    evaluate(str(checkpoint), data=str(jsonl), against=str(checkpoint), generate=True, answers=record, repeats=0)
+    told = capsys.readouterr().out
+    assert "answers generated in float32, exact match; prompt: '<image>what colour is the circle ?'" in " ".join(told.split())
+    assert record.with_name("answers-against.jsonl").read_bytes() == record.read_bytes()
+
+
 def test_the_command_says_what_does_not_go_together():
     from infoprune.cli.evaluate import evaluate
 
