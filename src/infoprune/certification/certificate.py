@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from scipy.stats import spearmanr
 
 from infoprune.errors import CheckpointError
+from infoprune.evaluation.certify import Bounds
 from infoprune.plan import CompressionPlan
 
 CERTIFICATE_VERSION = 1
@@ -25,7 +27,7 @@ ASSUMPTIONS = (
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CertificationData(_Strict):
@@ -66,6 +68,13 @@ class Measured(_Strict):
     p_value: float
     kl_nats: float
     certified: bool
+
+    @field_validator("drop_bounds")
+    @classmethod
+    def _check(cls, bounds: dict[str, float]) -> dict[str, float]:
+        if bounds.keys() != {field.name for field in fields(Bounds)}:
+            raise ValueError("must name each bound once")
+        return bounds
 
 
 class PathStep(_Strict):

@@ -203,7 +203,7 @@ def _path_plot(certificate: Certificate) -> str:
     bound, prediction = figure.subplots(1, 2)
     shares = [step.share for step, _ in steps]
     drops = [m.drop_points for _, m in steps]
-    spread = [[m.drop_points - m.drop_ci95[0] for _, m in steps], [m.drop_ci95[1] - m.drop_points for _, m in steps]]
+    spread = [[max(sign * (m.drop_points - m.drop_ci95[side]), 0.0) for _, m in steps] for sign, side in ((1, 0), (-1, 1))]
     bound.errorbar(shares, drops, yerr=spread, fmt="o", ms=4, capsize=3, color="#57606a", label="drop, 95% interval")
     bound.plot(
         shares, [m.drop_bounds["betting"] for _, m in steps], "v-", color="#0969da", label=f"bound, {100 * certificate.confidence:g}%"
@@ -212,10 +212,10 @@ def _path_plot(certificate: Certificate) -> str:
     bound.axvline(certificate.step.share, color="#1a7f37", ls=":", lw=1, label="certified")
     bound.invert_xaxis()
     bound.set(xlabel="share of the dense FLOPs", ylabel="drop of accuracy, points")
-    bound.legend()
+    bound.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8, frameon=False)
     positive = [(step.predicted_loss_nats, m.kl_nats, step.share) for step, m in steps if step.predicted_loss_nats > 0 and m.kl_nats > 0]
     for predicted, kl, share in positive:
-        prediction.annotate(f" {share:g}", (predicted, kl), fontsize=8)
+        prediction.annotate(f"{share:g}", (predicted, kl), xytext=(6, -8), textcoords="offset points", fontsize=8)
     prediction.plot([p for p, _, _ in positive], [k for _, k, _ in positive], "o-", color="#0969da", ms=4)
     prediction.set(xlabel="predicted loss, nats per example", ylabel="measured KL, nats per answer token")
     if positive:
