@@ -33,12 +33,14 @@ class Encoded:
         answer: Ids of the answer and the end-of-sequence token.
         types: (tokens, ...) the family's further input per token of prompt and answer, if it has one.
         positions: (dimensions, tokens) positions of prompt and answer, where the family does not count them one by one.
+        question: What the family makes of the question alone, by the input's name: (length of its own,) each.
     """
 
     prompt: list[int]
     answer: list[int]
     types: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    question: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class PromptEncoder:
         family: The model's family; ``None``: one whose questions can share a prefix and whose tokens have no types.
         rope: What makes the positions of a family that has :attr:`FamilyDeclaration.positions`: token ids, token types and the sizes of the
             images to positions (dimensions, rows, tokens) and something else.
+        eos: Id of the token that ends answers; ``None``: the tokenizer's.
     """
 
     processor: Any
@@ -92,17 +95,19 @@ class PromptEncoder:
     answer_prefix: str | None = None
     family: FamilyDeclaration | None = None
     rope: Callable[..., tuple[torch.Tensor, Any]] | None = None
-    _eos: int = field(init=False)
+    eos: int | None = None
 
     def __post_init__(self) -> None:
-        self._eos = self.processor.tokenizer.eos_token_id
+        if self.eos is None:
+            self.eos = self.processor.tokenizer.eos_token_id
 
     def prompt(self, question: str) -> str:
         """The prompt text of one question, with one image marker."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question + self.suffix}]
             return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return f"{self.processor.image_token}{question}{self.suffix}"
+        template = "{image}{question}" if self.family is None else self.family.prompt
+        return template.format(image=self.processor.image_token, question=question + self.suffix)
 
     def encode(self, example: Example, image: Any) -> Encoded:
         """Ids of one example; ``image`` is its loaded image."""
@@ -115,7 +120,8 @@ class PromptEncoder:
         if not answer:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
         types = self._types(inputs, len(answer))
-        return Encoded(prompt, [*answer, self._eos], types, self._positions(inputs, [*prompt, *answer], types))
+        question = {name: inputs[name][0] for name in self.question_inputs}
+        return Encoded(prompt, [*answer, self.eos], types, self._positions(inputs, [*prompt, *answer], types), question)
 
     def _positions(self, inputs: dict[str, torch.Tensor], ids: list[int], types: torch.Tensor | None) -> torch.Tensor | None:
         if self.rope is None or self.token_types is None or types is None:
@@ -145,10 +151,15 @@ class PromptEncoder:
         """Name of the family's input of token types."""
         return None if self.family is None else self.family.token_types
 
+    @property
+    def question_inputs(self) -> tuple[str, ...]:
+        """Names of inputs made of the question alone."""
+        return () if self.family is None else self.family.question_inputs
+
     def image_inputs(self, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Image tensors of several images, padded to a common number of tiles by the processor."""
         batch = self.inputs([self.prompt("") for _ in images], images)
-        return {name: value for name, value in batch.items() if name not in TOKEN_INPUTS}
+        return {name: value for name, value in batch.items() if name not in (*TOKEN_INPUTS, *self.question_inputs)}
 
 
 def batches(
@@ -190,6 +201,7 @@ def pack_encoded(encoder: PromptEncoder, encoded: Sequence[Sequence[Encoded]], i
         inputs["attention_mask"] = valid.long()
         if encoder.token_types:
             inputs[encoder.token_types] = pad_sequence([item.types for (item,) in encoded if item.types is not None], batch_first=True)
+        inputs |= {name: pad_sequence([item.question[name] for (item,) in encoded], batch_first=True) for name in encoder.question_inputs}
     else:
         same = segments[:, :, None] == segments[:, None, :]
         seen = (same | (segments[:, None, :] == 0)) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
