@@ -44,8 +44,8 @@ def test_dense_export_is_a_stock_checkpoint_with_the_same_logits(vlm, questions,
 def test_biases_go_where_the_configuration_has_a_place(vlm, questions, tmp_path):
     small = compressed(vlm, questions, tmp_path / "small", plan_of(vlm))
     inputs, text = inputs_of(vlm, questions), vlm.model.config.get_text_config()
-    without_biases = ("pixtral", "ovis2_vision", "mllama_vision_model")
-    if not (hasattr(text, "attention_bias") and hasattr(text, "mlp_bias")) or vlm.model.config.vision_config.model_type in without_biases:
+    with_biases = text.model_type == "opt" or (hasattr(text, "attention_bias") and hasattr(text, "mlp_bias"))
+    if not with_biases or vlm.model.config.vision_config.model_type in ("pixtral", "ovis2_vision", "mllama_vision_model"):
         with pytest.raises(CheckpointError, match="has no place"):
             export_dense(small, tmp_path / "dense")
         assert not (tmp_path / "dense").exists()

@@ -62,8 +62,9 @@ def test_sites_cover_every_linear_of_the_layers(vlm):
     for site in sites:
         names = site.names
         roles = {*names.projections, names.out} if isinstance(site, AttentionSite) else {names.gate, names.up, names.down}
-        linears = {name for name, m in vlm.model.get_submodule(site.path).named_modules() if isinstance(m, nn.Linear)}
-        assert linears == roles - {None}
+        others = tuple(f"{s.path}." for s in sites if s is not site and s.path.startswith(f"{site.path}."))
+        inside = {f"{site.path}.{name}" for name, m in vlm.model.get_submodule(site.path).named_modules() if isinstance(m, nn.Linear)}
+        assert {name for name in inside if not name.startswith(others)} == {f"{site.path}.{role}" for role in roles if role}
     layers = sum(len(vlm.model.get_submodule(p)) for p in {s.path.rsplit(".", 2)[0] for s in vlm.architecture.attention})
     assert layers == len(vlm.architecture.attention) == len(vlm.architecture.ffn)
 

@@ -225,6 +225,13 @@ def test_refused_families_say_why_before_weights_are_read(model_type, tmp_path):
         infoprune.load(tmp_path)
 
 
+def test_refused_towers_say_why_before_weights_are_read(tmp_path):
+    CONFIG_MAPPING["blip-2"](text_config=CONFIG_MAPPING["t5"]().to_dict()).save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="text tower 't5' of this blip-2 model is not supported: it is an encoder-decoder"):
+        infoprune.load(tmp_path)
+
+
 def test_unsupported_tower_is_refused(gqa_vlm):
     gqa_vlm.model.config.text_config.model_type = "gpt2"
     with pytest.raises(UnsupportedModelError, match="gpt2"):

@@ -46,7 +46,7 @@ QUICK |= {"checkpoint_every": 2, "examples": 6, "rank_multiple": 2, "heads": "tr
 
 
 # One family of every kind that training could tell apart: what its heads and layers are made of, and whether rows are shared.
-KINDS = ("llava-clip-llama-mha", "llava-dinov2-mistral-mqa", "idefics3", "gemma3", "qwen2.5-vl", "mllama")
+KINDS = ("llava-clip-llama-mha", "llava-dinov2-mistral-mqa", "idefics3", "gemma3", "qwen2.5-vl", "mllama", "blip2-opt", "ovis2")
 
 
 @pytest.fixture(params=[tiny for tiny in ALL if tiny.name in KINDS], ids=lambda tiny: tiny.name)

@@ -132,6 +132,26 @@ def _llava(kind: str, **extra: Any) -> Tiny:
     )  # fmt: skip
 
 
+def _blip_images():
+    return transformers.BlipImageProcessorPil(size=SIZE)
+
+
+def _blip2(kind: str, text: Any, **qformer: Any):
+    """BLIP-2 or InstructBLIP; the Q-Former has a layer with and a layer without cross-attention."""
+    queries = {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": VOCABULARY,
+        "initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **qformer,
+    }  # fmt: skip
+    return AutoConfig.for_model(
+        kind, vision_config=VISION | {"intermediate_size": 40}, qformer_config=queries, text_config=text.to_dict(), num_query_tokens=3,
+        image_token_index=IMAGE,
+    )  # fmt: skip
+
+
+def _opt():
+    return AutoConfig.for_model("opt", **TEXT, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, init_std=0.3)
+
+
 CURRENT = [
     _llava("ministral3", sliding_window=None),
     _llava("smollm3"),
@@ -255,6 +275,16 @@ CURRENT = [
             },
         ),
         _mllama,
+    ),
+    Tiny(
+        "blip2-opt",
+        lambda: _blip2("blip-2", _opt()),
+        lambda: transformers.Blip2Processor(_blip_images(), tokenizer(), num_query_tokens=3),
+    ),
+    Tiny(
+        "instructblip-llama",
+        lambda: _blip2("instructblip", _text("llama")),
+        lambda: transformers.InstructBlipProcessor(_blip_images(), tokenizer(), tokenizer(), num_query_tokens=3),
     ),
     Tiny(
         "qwen2-vl",

@@ -182,12 +182,12 @@ TINY = [
 
 
 def build(tiny: Tiny, seed: int = 0) -> VLM:
-    """A randomly initialised model; biases too, so that none is accidentally zero."""
+    """A randomly initialised model; biases and query tokens too, so that none is accidentally zero."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(tiny.config(), dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "query_tokens")):
                 parameter.normal_(0, 0.1)
     processor = tiny.processor()
     model.generation_config.pad_token_id = 0

@@ -6,8 +6,9 @@ actual modules.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 TowerName = Literal["vision", "text"]
 
@@ -18,7 +19,7 @@ class TowerDeclaration:
 
     Attributes:
         layers: Path of the layer list, relative to the tower.
-        attention, ffn: Names of the two blocks inside a layer.
+        attention, ffn: Names of the two blocks inside a layer; no name for an FFN whose linears are in the layer itself.
         out: Name of the output projection inside the attention block; its input is the concatenation of the heads' contexts.
         query, key, value: Names of the input projections.
         qkv: Name of the one linear that holds all three, stacked in this order; ``None`` where they are apart.
@@ -57,24 +58,47 @@ class FamilyDeclaration:
     Attributes:
         model_type: ``config.model_type`` of the family.
         vision, text: Paths of the towers inside the conditional-generation model.
-        projector: Path of the module between them; it may lie inside the vision tower.
+        projector: Paths of the modules between them; they may lie inside the vision tower.
         vision_towers, text_towers: Supported tower declarations by the sub-config's ``model_type``.
         shares_prefix: Whether questions on one image can share its tokens in one row: not where image tokens see the question.
         positions: Method of the base model that makes positions of more than one dimension; ``None``: they are counted one by one.
         token_types: Name of a further input with one entry per token, such as its type; ``None``: there is none.
         answer_type: Its value on answer tokens; ``None``: that of the last prompt token.
+        head: Path of the language head. Inside the text tower, that one is a whole language model and decodes by itself.
+        prompt: How a question is put where the processor has no chat template; without ``{image}`` if the processor marks the image itself.
+        question_inputs: Names of inputs that are made of the question alone, (rows, length of their own), padded with zeros.
     """
 
     model_type: str
     vision: str
     text: str
-    projector: str
+    projector: tuple[str, ...]
     vision_towers: dict[str, TowerDeclaration]
     text_towers: dict[str, TowerDeclaration]
     shares_prefix: bool = True
     positions: str | None = None
     token_types: str | None = None
     answer_type: int | None = 0
+    head: str = "lm_head"
+    prompt: str = "{image}{question}"
+    question_inputs: tuple[str, ...] = ()
+
+    @property
+    def decoder(self) -> str:
+        """Path of the module that continues from a cache; empty for the whole model."""
+        return self.head.rpartition(".")[0]
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Module paths of the parts that cost and time are broken down by."""
+        return {"vision": (self.vision,), "projector": self.projector, "prefill": (self.text,), "lm_head": (self.head,)}
+
+    def own(self, part: str, cost: Callable[[str], Any]) -> Any:
+        """Cost of a part without the other parts that lie inside of it, from the ``cost`` of a module path."""
+        paths = self.parts[part]
+        others = (other for name, modules in self.parts.items() if name != part for other in modules)
+        inside = [other for other in others if other.startswith(tuple(f"{path}." for path in paths))]
+        return sum(map(cost, paths)) - sum(map(cost, inside))
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,12 @@ def stream_name(kwargs: dict[str, Any]) -> str:
     return "hidden_states" if "hidden_states" in kwargs else "hidden_state"
 
 
+def unpadded(site: Site, values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(n, dimension) from (rows, length, dimension) or (rows length, dimension), without padding; vision towers see whole images."""
+    flat = values.reshape(-1, values.shape[-1])
+    return flat[valid.flatten()] if site.tower == "text" and len(flat) == valid.numel() else flat
+
+
 def _differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
     # Parameters stay frozen, so the graph must start at activations: the inputs of each tower's first layer.
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -298,7 +304,8 @@ class _Collector:
         if site.names.gate:
             inputs["gate"] = block.get_submodule(site.names.gate)
         # The input is captured before the block runs, so that it is waiting when the linears below meet their gradients.
-        stack.callback(block.register_forward_pre_hook(lambda module, args: self._ffn_input(site, args[0])).remove)
+        reader = block if site.names.ffn else inputs["up"]
+        stack.callback(reader.register_forward_pre_hook(lambda module, args: (self._ffn_input(site, args[0]), *args[1:])).remove)
         for name, linear in inputs.items():
             if self.options.gradients:
                 stack.callback(linear.register_forward_hook(partial(self._ffn_branch, site, name)).remove)
@@ -320,18 +327,21 @@ class _Collector:
 
         stack.callback(module.register_forward_hook(after).remove)
 
-    def _ffn_input(self, site: FFNSite, values: torch.Tensor) -> None:
+    def _ffn_input(self, site: FFNSite, values: torch.Tensor) -> torch.Tensor:
         self._hold(site, "input", values, expected=site.num_inputs)
         if not self.options.gradients:
-            return
+            return values
 
-        # The FFN's input is read by its input linears alone, so the gradient here is W^T g summed over them.
+        # A view, which the FFN's input linears alone read, so that the gradient here is W^T g summed over them.
+        values = values.view_as(values)
+
         def on_gradient(gradient: torch.Tensor) -> None:
             tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
             statistics.input_gradient = statistics.input_gradient or Moments(tokens.shape[1])
             statistics.input_gradient.update(tokens)
 
         values.register_hook(on_gradient)
+        return values
 
     def _ffn_branch(self, site: FFNSite, name: str, linear: Any, args: Any, output: torch.Tensor) -> None:
         def on_gradient(gradient: torch.Tensor) -> None:
@@ -346,12 +356,8 @@ class _Collector:
         output.register_hook(on_gradient)
 
     def _tokens(self, site: Site, values: torch.Tensor) -> torch.Tensor:
-        """(n, dimension) without padding; vision towers see whole images and have none."""
         assert self._batch is not None
-        values = values.detach()
-        if site.tower == "text" and values.shape[:2] == self._batch.valid.shape:
-            return values[self._batch.valid]
-        return values.reshape(-1, values.shape[-1])
+        return unpadded(site, values.detach(), self._batch.valid)
 
     def _hold(self, site: Site, tap: str, values: torch.Tensor, expected: int) -> None:
         tokens = self._tokens(site, values)

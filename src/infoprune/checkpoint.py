@@ -48,9 +48,13 @@ def register() -> None:
 
 
 def classes(model_type: str) -> tuple[Any, Any, Any]:
-    """Configuration, base model and conditional-generation model of the compressed counterpart of a dense family."""
+    """Configuration, base model and conditional-generation model of the compressed counterpart of a dense family.
+
+    Where the language model keeps its head, the family's base model is no part of the other, and that one stands for both.
+    """
     dense: Any = CONFIG_MAPPING[model_type]
-    found: tuple[Any, ...] = (dense, MODEL_MAPPING[dense], MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[dense])
+    conditional = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[dense]
+    found: tuple[Any, ...] = (dense, conditional if FAMILIES[model_type].decoder else MODEL_MAPPING[dense], conditional)
     config, base, conditional = (getattr(modeling, f"{modeling.PREFIX}{cls.__name__}") for cls in found)
     return config, base, conditional
 

@@ -138,9 +138,11 @@ def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: Compr
         block = model.get_submodule(site.path)
         if isinstance(site, AttentionSite):
             found = _attention(block, stock.get_submodule(site.path), site, plan.heads[site.path], model.device)
+            replaced = [""]
         else:
             found = _ffn(block, site)
-        state = {name: value for name, value in state.items() if not name.startswith(f"{site.path}.")}
+            replaced = [f"{name}." for name, module in block.named_children() if isinstance(module, (nn.Linear, LowRankLinear))]
+        state = {name: value for name, value in state.items() if not name.startswith(tuple(f"{site.path}.{part}" for part in replaced))}
         state |= {f"{site.path}.{name}": value for name, value in found.items()}
     return state
 

@@ -117,6 +117,10 @@ def _check_supported(vlm: VLM, probe: dict[str, torch.Tensor]) -> None:
             f"'{family.model_type}' models can't be written as graphs yet: graphs take pixel values and count positions one by one, "
             f"this one reads {', '.join(images)}" + (", with a sliding window." if window else ".")
         )
+    if family.decoder:
+        raise UnsupportedModelError(
+            f"'{family.model_type}' models can't be written as graphs yet: a language model with its head inside is not known to them."
+        )
     if vlm.device.type != "cpu" or next(text.parameters()).dtype != torch.float32:
         raise CheckpointError("ONNX graphs are written from a float32 model on the CPU; load it so.")
 

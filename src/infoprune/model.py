@@ -17,7 +17,7 @@ from infoprune.architecture import Architecture
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
 from infoprune.packing import PromptEncoder
 from infoprune.plan import CompressionPlan
-from infoprune.resolve import COMPRESSED, family_of, resolve, supported
+from infoprune.resolve import COMPRESSED, family_of, resolve, supported, towers_of
 
 DEMO = "demo"
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -100,7 +100,14 @@ def prompt_encoder(model: Any, processor: Any, prompt_suffix: str = "") -> Promp
     """The encoder of a dense or compressed model."""
     family = family_of(model)
     rope = getattr(model.model, family.positions) if family.positions else None
-    return PromptEncoder(processor, model.config.image_token_id, prompt_suffix, family=family, rope=rope)
+    eos = _end_of_answer(processor.tokenizer.eos_token_id, model.get_submodule(family.decoder).generation_config.eos_token_id)
+    return PromptEncoder(processor, model.config.image_token_id, prompt_suffix, family=family, rope=rope, eos=eos)
+
+
+def _end_of_answer(tokenizer: int | None, generation: int | list[int] | None) -> int | None:
+    """The tokenizer's end of sequence, but where generation does not stop at it (BLIP-2 with OPT stops at a line break)."""
+    stops = generation if isinstance(generation, list) else [generation]
+    return tokenizer if tokenizer in stops or stops[0] is None else stops[0]
 
 
 def _local_or_hub(source: str | Path) -> str | Path:
@@ -140,7 +147,7 @@ def _check_whole(path: Path) -> None:
 def _from_pretrained(path: str | Path, source: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
     options = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        family_of(AutoConfig.from_pretrained(path, **options))  # before gigabytes of weights are read
+        towers_of(AutoConfig.from_pretrained(path, **options))  # before gigabytes of weights are read
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )

@@ -86,10 +86,33 @@ class ConstantAttention(nn.Module):
         return constant if self.alone else (constant, None)
 
 
-# Names of the projections, tried in turn. A block with one fused linear returns its output alone, the others a pair.
-_OUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "projection_layer")
+class NarrowAttention(nn.Module):
+    """Self-attention with one fused projection, for heads that no longer fill the width of the residual stream.
+
+    Stands in for blocks (BLIP's) that derive the width of a head from the stream's. Scaled-dot-product attention without a mask.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+        self.dropout = attention.config.attention_dropout
+        self.qkv, self.projection = attention.qkv, attention.projection
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """(rows, tokens, hidden_size) -> (rows, tokens, hidden_size), and no attention weights."""
+        heads = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        context = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
+        return self.projection(context.transpose(1, 2).flatten(2)), None
+
+
+# Names of the projections, tried in turn.
+_OUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "projection_layer", "projection")
 _UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1", "linear_fc1"), ("down_proj", "fc2", "linear_fc2")
 _FUSED = "qkv"
+_ALONE = "proj"  # the output projection of blocks that return their output alone, the others a pair
+_WIDE = "projection"  # that of blocks whose heads must fill the stream
 
 
 def _name(module: nn.Module, names: tuple[str, ...]) -> str:
@@ -107,13 +130,12 @@ def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compen
     output projection's bias, so a compensated block has one. Without any unit only a constant is left.
     """
     attention: Any = getattr(parent, name)
-    if keep == 0:
-        out = getattr(attention, _name(attention, _OUT_PROJECTIONS))
-        constant = ConstantAttention(out.out_features, alone=hasattr(attention, _FUSED), bias=out.bias is not None or compensated)
-        setattr(parent, name, constant.to(device=out.weight.device, dtype=out.weight.dtype))
-        return
     out_name = _name(attention, _OUT_PROJECTIONS)
     out = getattr(attention, out_name)
+    if keep == 0:
+        constant = ConstantAttention(out.out_features, alone=out_name == _ALONE, bias=out.bias is not None or compensated)
+        setattr(parent, name, constant.to(device=out.weight.device, dtype=out.weight.dtype))
+        return
     width = out.in_features * keep // of
     if hasattr(attention, _FUSED):
         _shrink_(attention, _FUSED, keep, of)
@@ -131,6 +153,8 @@ def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compen
             setattr(attention, attribute, width // attention.head_dim)
     if getattr(attention, "embed_dim", None) == out.in_features:  # some blocks reshape the heads' contexts to it
         attention.embed_dim = width
+    if out_name == _WIDE:
+        setattr(parent, name, NarrowAttention(attention))
 
 
 def _shrink_(attention: nn.Module, name: str, keep: int, of: int) -> None:

@@ -35,12 +35,14 @@ class Encoded:
         answer: Ids of the answer and the end-of-sequence token.
         types: (tokens, ...) the family's further input per token of prompt and answer, if it has one.
         positions: (dimensions, tokens) positions of prompt and answer, where the family does not count them one by one.
+        question: What the family makes of the question alone, by the input's name: (length of its own,) each.
     """
 
     prompt: list[int]
     answer: list[int]
     types: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    question: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class PromptEncoder:
         family: The model's family; ``None``: one whose questions can share a prefix and whose tokens have no types.
         rope: What makes the positions of a family that has :attr:`FamilyDeclaration.positions`: token ids, token types and the sizes of the
             images to positions (dimensions, rows, tokens) and something else.
+        eos: Id of the token that ends answers; ``None``: the tokenizer's.
     """
 
     processor: Any
@@ -99,17 +102,19 @@ class PromptEncoder:
     answer_prefix: str | None = None
     family: FamilyDeclaration | None = None
     rope: Callable[..., tuple[torch.Tensor, Any]] | None = None
-    _eos: int = field(init=False)
+    eos: int | None = None
+    _end: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._eos = self.processor.tokenizer.eos_token_id
+        self._end = self.processor.tokenizer.eos_token_id if self.eos is None else self.eos
 
     def prompt(self, question: str, *, images: int = 1) -> str:
         """The prompt text of one question, with a marker for each of its images in front."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}] * images + [{"type": "text", "text": question + self.suffix}]
             return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return f"{self.processor.image_token * images}{question}{self.suffix}"
+        template = "{image}{question}" if self.family is None else self.family.prompt
+        return template.format(image=self.processor.image_token * images, question=question + self.suffix)
 
     def prompt_of(self, example: Example, *, images: int = 1) -> str:
         """The prompt text of an example: as its benchmark puts the question, unless the user has a suffix of their own."""
@@ -132,7 +137,8 @@ class PromptEncoder:
 
     def _encoded(self, inputs: dict[str, torch.Tensor], answer: list[int]) -> Encoded:
         prompt, types = inputs["input_ids"][0].tolist(), self._types(inputs, len(answer))
-        return Encoded(prompt, [*answer, self._eos], types, self._positions(inputs, [*prompt, *answer], types))
+        question = {name: inputs[name][0] for name in self.question_inputs}
+        return Encoded(prompt, [*answer, self._end], types, self._positions(inputs, [*prompt, *answer], types), question)
 
     def _positions(self, inputs: dict[str, torch.Tensor], ids: list[int], types: torch.Tensor | None) -> torch.Tensor | None:
         if self.rope is None or self.token_types is None or types is None:
@@ -173,10 +179,15 @@ class PromptEncoder:
         """Name of the family's input of token types."""
         return None if self.family is None else self.family.token_types
 
+    @property
+    def question_inputs(self) -> tuple[str, ...]:
+        """Names of inputs made of the question alone."""
+        return () if self.family is None else self.family.question_inputs
+
     def image_inputs(self, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Image tensors of several images, or lists of them, padded to a common number of tiles by the processor."""
         batch = self.inputs([self.prompt("", images=len(_listed(image))) for image in images], images)
-        return {name: value for name, value in batch.items() if name not in TOKEN_INPUTS}
+        return {name: value for name, value in batch.items() if name not in (*TOKEN_INPUTS, *self.question_inputs)}
 
 
 def _listed(image: Any) -> list[Any]:
@@ -256,6 +267,7 @@ def pack_encoded(
         inputs["attention_mask"] = valid.long()
         if encoder.token_types:
             inputs[encoder.token_types] = pad_sequence([item.types for (item,) in encoded if item.types is not None], batch_first=True)
+        inputs |= {name: pad_sequence([item.question[name] for (item,) in encoded], batch_first=True) for name in encoder.question_inputs}
     else:
         seen = visible(segments, segments) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         positions = pad_sequence([layout.positions.T for layout in layouts], batch_first=True).movedim(-1, 0)

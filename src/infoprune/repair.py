@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.calibrate import Statistics, stream_name
+from infoprune.calibrate import Statistics, stream_name, unpadded
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.modeling_infoprune import ConstantAttention
 from infoprune.packing import PackedBatch, answer_logits
@@ -219,14 +219,9 @@ class _LayerRepair:
     ) -> None:
         fit = _LeastSquares(_last_linear(_writer(self.model, site)))
         for number, batch in enumerate(self.batches):
-            valid = batch.valid if site.tower == "text" and read[number].shape[:2] == batch.valid.shape else None
-            z, goal = (_flat(values, valid) for values in (read[number], targets[number] + drift[number]))
-            fit.update(z, goal, self.statistics.sites[site.path].token_weights[number])
+            z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
+            fit.update(z, target + off, self.statistics.sites[site.path].token_weights[number])
         fit.solve_(self.ridge)
-
-
-def _flat(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    return values.reshape(-1, values.shape[-1]) if valid is None else values[valid]
 
 
 def _writer(model: nn.Module, site: AttentionSite | FFNSite) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FamilyDeclaration, FFNSite, TowerDeclaration, TowerName
 from infoprune.errors import UnsupportedModelError
-from infoprune.families import FAMILIES, REFUSED
+from infoprune.families import FAMILIES, REFUSED, REFUSED_TOWERS
 
 COMPRESSED = "infoprune_"  # what compressed models put before their family's model type
 
@@ -40,24 +40,39 @@ def resolve(model: nn.Module) -> Architecture:
             modules are not what the declaration says.
     """
     family, config = family_of(model), cast(Any, model.config)
-    model_type = str(config.model_type)
-    if model_type.startswith(COMPRESSED):
+    if str(config.model_type).startswith(COMPRESSED):
         raise UnsupportedModelError("This model is already compressed. Compress the original model instead, with the smaller budget.")
     attention: list[AttentionSite] = []
     ffn: list[FFNSite] = []
+    for tower, path, tower_config, declaration in towers_of(config):
+        for number, (prefix, names) in enumerate(_layers(model, path, declaration)):
+            if not getattr(model.get_submodule(prefix), "do_layer_norm_before", True):  # OPT may normalise behind its blocks
+                names = replace(names, rescaled=True)
+            attention.append(_attention_site(model, f"{prefix}.{names.attention}", tower, number, names, tower_config))
+            ffn.append(_ffn_site(model, f"{prefix}.{names.ffn}".rstrip("."), tower, number, names))
+    return Architecture(family, tuple(attention), tuple(ffn), config.image_token_id)
+
+
+def towers_of(config: Any) -> list[tuple[TowerName, str, Any, TowerDeclaration]]:
+    """Name, path, configuration and declaration of the two towers of a model, which need not be loaded.
+
+    Raises:
+        UnsupportedModelError: The family or one of its towers has no declaration.
+    """
+    family, found = family_of(config), []
     towers: tuple[tuple[TowerName, str, Any, dict[str, TowerDeclaration]], ...] = (
         ("vision", family.vision, config.vision_config, family.vision_towers),
         ("text", family.text, config.text_config, family.text_towers),
     )
     for tower, path, tower_config, kinds in towers:
-        if tower_config.model_type not in kinds:
+        kind = tower_config.model_type
+        if kind not in kinds:
+            reason = f": {REFUSED_TOWERS[kind]}" if kind in REFUSED_TOWERS else ""
             raise UnsupportedModelError(
-                f"The {tower} tower '{tower_config.model_type}' of this {model_type} model is not supported. Supported: {', '.join(kinds)}."
+                f"The {tower} tower '{kind}' of this {family.model_type} model is not supported{reason}. Supported: {', '.join(kinds)}."
             )
-        for number, (prefix, names) in enumerate(_layers(model, path, kinds[tower_config.model_type])):
-            attention.append(_attention_site(model, f"{prefix}.{names.attention}", tower, number, names, tower_config))
-            ffn.append(_ffn_site(model, f"{prefix}.{names.ffn}", tower, number, names))
-    return Architecture(family, tuple(attention), tuple(ffn), config.image_token_id)
+        found.append((tower, path, tower_config, kinds[kind]))
+    return found
 
 
 def supported() -> str:

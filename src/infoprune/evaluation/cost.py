@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics as stats
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -84,32 +84,28 @@ def count_flops(model: Any, family: FamilyDeclaration, inputs: dict[str, torch.T
         inputs: Of :func:`prompt_inputs`.
         answer_tokens: See :class:`Workload`.
     """
-    return _flops(family, _Counts(model, inputs), answer_tokens)
+    return _flops(family, _Counts(model, family, inputs), answer_tokens)
 
 
 def count_workload(model: Any, architecture: Architecture, inputs: dict[str, torch.Tensor], answer_tokens: int) -> tuple[Flops, Workload]:
     """FLOPs of a dense model, and the workload that they are of; see :func:`count_flops`."""
-    counts = _Counts(model, inputs, architecture.attention)
+    counts = _Counts(model, architecture.family, inputs, architecture.attention)
     vision = max(counts.tokens[site.path] for site in architecture.attention if site.tower == "vision")
     attention = {site.path: counts.prefill(site.path) + (answer_tokens - 1) * counts.decode(site.path) for site in architecture.attention}
     return _flops(architecture.family, counts, answer_tokens), Workload(vision, inputs["input_ids"].shape[1], answer_tokens, attention)
 
 
 def _flops(family: FamilyDeclaration, counts: _Counts, answer_tokens: int) -> Flops:
-    projector = counts.prefill(family.projector)
-    inside = projector if family.projector.startswith(f"{family.vision}.") else 0
-    return Flops(
-        counts.prefill(family.vision) - inside, projector, counts.prefill(family.text), counts.decode(family.text),
-        counts.prefill("lm_head"), answer_tokens,
-    )  # fmt: skip
+    vision, projector, prefill, head = (family.own(part, counts.prefill) for part in family.parts)
+    return Flops(vision, projector, prefill, family.own("prefill", counts.decode), head, answer_tokens)
 
 
 class _Counts:
     """FLOPs of a model's modules in a prefill and in a decode step, and the tokens that reach attention ``sites``."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, inputs: dict[str, torch.Tensor], sites: Sequence[AttentionSite] = ()) -> None:
-        self._root = type(model).__name__
+    def __init__(self, model: Any, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], sites: Sequence[AttentionSite] = ()) -> None:
+        self._model, self._decoder = model, family.decoder
         self.tokens: dict[str, int] = {}
         # The fused attention kernels are invisible to the counter on CPU; the plain one is counted. It trips over parameters that are read
         # through views, unless they are frozen.
@@ -119,20 +115,32 @@ class _Counts:
                 stack.callback(module.register_forward_pre_hook(partial(self._see, site)).remove)
             with FlopCounterMode(display=False) as self._prefill:
                 output = model(**inputs, use_cache=True, logits_to_keep=1)
-            token = output.logits[:, -1:].argmax(-1)
+            step = decode_step(model, family, output)
             with FlopCounterMode(display=False) as self._decode:
-                model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+                step()
 
     def _see(self, site: AttentionSite, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.tokens.setdefault(site.path, args[0].numel() // args[0].shape[-1])
 
     def prefill(self, path: str) -> int:
         """FLOPs of the module at ``path`` over the prompt."""
-        return sum(self._prefill.get_flop_counts().get(f"{self._root}.{path}", {}).values())
+        return _flops_of(self._prefill, self._model, path)
 
     def decode(self, path: str) -> int:
         """FLOPs of the module at ``path`` for one further token."""
-        return sum(self._decode.get_flop_counts().get(f"{self._root}.{path}", {}).values())
+        return _flops_of(self._decode, self._model.get_submodule(self._decoder), path.removeprefix(self._decoder).lstrip("."))
+
+
+def _flops_of(counter: FlopCounterMode, called: nn.Module, path: str) -> int:
+    """FLOPs of a module inside the one that was called."""
+    return sum(counter.get_flop_counts().get(f"{type(called).__name__}.{path}".rstrip("."), {}).values())
+
+
+def decode_step(model: Any, family: FamilyDeclaration, prefilled: Any) -> Callable[[], Any]:
+    """One further token after a prefill with a cache, which gave the output ``prefilled``; the step itself is left to the caller."""
+    token = prefilled.logits[:, -1:].argmax(-1)
+    cache = getattr(prefilled, "language_model_outputs", prefilled).past_key_values
+    return partial(model.get_submodule(family.decoder), input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def tokens_through(tower: str, workload: Workload) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from infoprune.architecture import FamilyDeclaration
+from infoprune.evaluation.cost import decode_step
 from infoprune.model import VLM
 from infoprune.progress import SILENT, Progress
 
@@ -61,20 +63,22 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def _one_round(vlm: VLM, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], answer_tokens: int) -> dict[str, float]:
-    model, times = vlm.model, {}
+    model = vlm.model
+    taken: dict[str, float] = {}
     sync = synchronizer(vlm.device)
     model(**inputs, use_cache=True, logits_to_keep=1)
     handles = []
-    for part, path in (("vision", family.vision), ("projector", family.projector), ("prefill", family.text), ("lm_head", "lm_head")):
-        handles += _stopwatch(model.get_submodule(path), part, times, sync)
+    for path in itertools.chain(*family.parts.values()):
+        handles += _stopwatch(model.get_submodule(path), path, taken, sync)
     try:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
-    token = output.logits[:, -1:].argmax(-1)
+    times = {part: family.own(part, taken.__getitem__) for part in family.parts}
+    step = decode_step(model, family, output)
     start = _now(sync)
-    model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+    step()
     times["decode"] = _now(sync) - start
     start = _now(sync)
     model.generate(**inputs, max_new_tokens=answer_tokens, min_new_tokens=answer_tokens, do_sample=False)
@@ -82,14 +86,14 @@ def _one_round(vlm: VLM, family: FamilyDeclaration, inputs: dict[str, torch.Tens
     return times
 
 
-def _stopwatch(module: Any, part: str, times: dict[str, float], sync: Callable[[], None]) -> list[Any]:
+def _stopwatch(module: Any, path: str, taken: dict[str, float], sync: Callable[[], None]) -> list[Any]:
     started = [0.0]
 
     def before(*_: Any) -> None:
         started[0] = _now(sync)
 
     def after(*_: Any) -> None:
-        times[part] = times.get(part, 0.0) + _now(sync) - started[0]
+        taken[path] = taken.get(path, 0.0) + _now(sync) - started[0]
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 

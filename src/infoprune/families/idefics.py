@@ -9,7 +9,7 @@ def _idefics(model_type: str) -> FamilyDeclaration:
         model_type=model_type,
         vision="model.vision_model",
         text="model.text_model",
-        projector="model.connector",
+        projector=("model.connector",),
         vision_towers={f"{model_type}_vision": CLIP_STYLE},
         text_towers=LANGUAGE_MODELS,
     )

@@ -9,7 +9,7 @@ INTERNVL = FamilyDeclaration(
     model_type="internvl",
     vision="model.vision_tower",
     text="model.language_model",
-    projector="model.multi_modal_projector",
+    projector=("model.multi_modal_projector",),
     vision_towers={"internvl_vision": replace(DINOV2, out="projection_layer")},
     text_towers=LANGUAGE_MODELS,
 )

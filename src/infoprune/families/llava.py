@@ -9,7 +9,7 @@ def _llava(model_type: str, vision: str = "model.vision_tower", projector: str =
         model_type=model_type,
         vision=vision,
         text="model.language_model",
-        projector=projector,
+        projector=(projector,),
         vision_towers=VISION_TOWERS,
         text_towers=LANGUAGE_MODELS,
     )

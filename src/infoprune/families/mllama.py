@@ -14,7 +14,7 @@ MLLAMA = FamilyDeclaration(
     model_type="mllama",
     vision="model.vision_model",
     text="model.language_model",
-    projector="model.multi_modal_projector",
+    projector=("model.multi_modal_projector",),
     vision_towers={"mllama_vision_model": replace(_LOCAL, others=(_GLOBAL,))},
     text_towers={"mllama_text_model": replace(LLAMA_STYLE, others=(_CROSS,))},
     shares_prefix=False,

@@ -7,7 +7,7 @@ OVIS2 = FamilyDeclaration(
     model_type="ovis2",
     vision="model.vision_tower",
     text="model.language_model",
-    projector="model.vision_tower.head_linear",
+    projector=("model.vision_tower.head_linear",),
     vision_towers={
         "ovis2_vision": TowerDeclaration(
             layers="transformer.encoder.layers",

@@ -23,7 +23,7 @@ def _qwen(model_type: str, vision: TowerDeclaration) -> FamilyDeclaration:
         model_type=model_type,
         vision="model.visual",
         text="model.language_model",
-        projector="model.visual.merger",
+        projector=("model.visual.merger",),
         vision_towers={f"{model_type}_vision": vision},
         text_towers={f"{model_type}_text": LLAMA_STYLE},
         positions="get_rope_index",

@@ -2,7 +2,7 @@
 
 _EXPERTS = "its FFNs are banks of experts, which factorisation and the FLOPs count do not know"
 _NO_TOWER = "it has no vision tower beside the language model: image patches or codes are its tokens"
-_QFORMER = "a Q-Former between the towers, and language models of the OPT and T5 kind, are not declared yet"
+_FRAMES = "its Q-Former reads several frames of a video, and questions are asked about one image here"
 _CONTRASTIVE = "it is a dual encoder without answers; contrastive objectives are not built yet"
 _FUSED = "its language model fuses gate and up projection, which is not declared yet"
 _TIMM = "its vision tower comes from timm, whose parts are not declared"
@@ -20,7 +20,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("llama4", "aria", "glm5_next", "kimi_k25", "minimax_m3_vl", "mistral4", "mistral_large4", "step3p7"), _EXPERTS),
     **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr", "dots3_note", "inkling_mm_model", "inkling2", "muse_spark"), _EXPERTS),
     **dict.fromkeys(("fuyu", "chameleon", "emu3", "gemma4_unified"), _NO_TOWER),
-    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QFORMER),
+    "instructblipvideo": _FRAMES,
     **dict.fromkeys(("clip", "siglip", "siglip2", "metaclip_2", "align"), _CONTRASTIVE),
     **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm_ocr", "phi4_multimodal"), _FUSED),
     **dict.fromkeys(("perception_lm", "fast_vlm", "gemma3n"), _TIMM),
@@ -32,9 +32,10 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("got_ocr2", "pp_chart2table"), _WINDOWED),
     **dict.fromkeys(("cohere_compass", "cosmos3_edge", "cosmos3_omni", "exaone4_5", "granite_docling", "hunyuan_vl"), _UNTRIED),
     **dict.fromkeys(("hyperclovax_vision_v2", "llava_next_video", "paddleocr_vl", "qianfan_ocr", "video_llama_3"), _UNTRIED),
-    "blip": "its language model is a BERT with cross-attention, which is not declared yet",
+    "blip": "its layers have two attention blocks each, `generate` reads another prompt than the forward pass, and its VQA model is an "
+    "encoder-decoder",
     "git": "its language model is a BERT that reads the image's tokens first, which is not declared yet",
-    "florence2": "its vision tower mixes window and channel attention, and its language model is an encoder-decoder",
+    "florence2": "its vision tower attends over windows and over channels in turn, and its language model is an encoder-decoder",
     "idefics": "its language model puts layers of gated cross-attention between its own, which is not declared yet",
     "granite4_vision": "windowed Q-Formers feed several of its language layers, which is not declared yet",
     "gemma4": "its language layers differ in the width of their heads and may share keys and values, which is not declared yet",
@@ -48,3 +49,4 @@ REFUSED: dict[str, str] = {
     "pi0": "it gives a robot's movements, not answers",
     "janus": "it has heads for images and for text",
 }
+REFUSED_TOWERS = {"t5": "it is an encoder-decoder, and prompt and answer are read as one sequence here"}

@@ -15,8 +15,11 @@ import torch
 from infoprune.data import Example
 from infoprune.errors import DataError
 from infoprune.packing import TOKEN_INPUTS, PackedBatch, PromptEncoder, pack
+from infoprune.resolve import family_of
 
 CACHE_BYTES = 2_000_000_000
+# Parts of a vision tower's output that nothing behind the features reads.
+OF_THE_TOWER = ("last_hidden_state", "hidden_states", "attentions", "vision_outputs", "qformer_outputs")
 
 
 @dataclass(frozen=True)
@@ -94,16 +97,20 @@ class VisionCache:
     _features: dict[Path, torch.Tensor] = field(default_factory=dict)
     _bytes: int = 0
     _stacked: bool = False  # the family wants one tensor, not one per image
+    _others: dict[str, Any] = field(default_factory=dict)  # what a family adds to the features, the same for every image
 
     @torch.no_grad()
     def replace(self, batch: PackedBatch, images: Sequence[Path]) -> PackedBatch:
-        """``batch`` with image features in place of pixels; unchanged where the model takes none, or the tiles of all images are stacked.
+        """``batch`` with image features in place of pixels.
+
+        Unchanged where the model takes none, where they depend on the question, or where the tiles of all images are stacked.
 
         Args:
             batch: On the model's device.
             images: The image of each row.
         """
-        if "mm_encoder_outputs" not in inspect.signature(self.model.model.forward).parameters:
+        base = self.model.base_model
+        if family_of(self.model).question_inputs or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
             return batch
         pixels = {name: value for name, value in batch.inputs.items() if name not in TOKEN_INPUTS}
         if any(len(value) != len(images) for value in pixels.values()):
@@ -111,7 +118,9 @@ class VisionCache:
         missing = [row for row, image in enumerate(images) if image not in self._features]
         fresh: dict[int, torch.Tensor] = {}
         if missing:
-            found = self.model.model.get_image_features(**{n: v[missing] for n, v in pixels.items()}, return_dict=True).pooler_output
+            output = base.get_image_features(**{n: v[missing] for n, v in pixels.items()}, return_dict=True)
+            self._others = {name: None if name in OF_THE_TOWER else value for name, value in output.items()}
+            found = output.pooler_output
             self._stacked = isinstance(found, torch.Tensor)
             fresh = dict(zip(missing, (f.detach() for f in found), strict=True))
             for row, features in fresh.items():
@@ -119,9 +128,9 @@ class VisionCache:
                     self._features[images[row]] = features.clone()
                     self._bytes += features.nbytes
         features = [fresh[row] if row in fresh else self._features[image] for row, image in enumerate(images)]
-        held = SimpleNamespace(pooler_output=torch.stack(features) if self._stacked else features)
+        held = SimpleNamespace(**self._others | {"pooler_output": torch.stack(features) if self._stacked else features})
         text = {name: value for name, value in batch.inputs.items() if name in TOKEN_INPUTS}
-        return replace(batch, inputs=text | {"mm_encoder_outputs": {"image": held}})
+        return replace(batch, inputs=text | {"pixel_values": None, "mm_encoder_outputs": {"image": held}})
 
 
 def pack_rows(encoder: PromptEncoder, rows: Sequence[Sequence[Example]], device: torch.device) -> PackedBatch:

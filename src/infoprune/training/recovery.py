@@ -177,7 +177,7 @@ def layer_weights(model: nn.Module, architecture: Architecture) -> dict[str, nn.
     data shows must keep their meaning, and the towers are most sensitive to their first map.
     """
     layers = tuple({f"{site.path.rpartition('.')[0]}." for site in architecture.attention})
-    inside = (*layers, f"{architecture.family.projector}.")
+    inside = (*layers, *(f"{path}." for path in architecture.family.projector))
     trainable = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(inside))
