@@ -114,7 +114,7 @@ class PromptEncoder:
             content = [{"type": "image"}] * images + [{"type": "text", "text": question + self.suffix}]
             return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         template = "{image}{question}" if self.family is None else self.family.prompt
-        return template.format(image=self.processor.image_token * images, question=question + self.suffix)
+        return template.format(image=str(self.processor.image_token) * images, question=question + self.suffix)
 
     def prompt_of(self, example: Example, *, images: int = 1) -> str:
         """The prompt text of an example: as its benchmark puts the question, unless the user has a suffix of their own."""
