@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import infoprune
 from common import log, whole_images, write
-from infoprune.compress import apply_decisions, calibration_statistics, measure
 from infoprune.decide import decide, solve_sites
 from infoprune.evaluation import quality
 from infoprune.evaluation.cost import ffn_flops
 from infoprune.options import CompressionOptions
+from infoprune.steps import apply_decisions, calibration_statistics, measure
 
 SHARES = (0.5, 0.3, 0.2)
 SVD_LLM = {

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import infoprune
 from common import log, whole_images, write
-from infoprune.compress import apply_decisions, calibration_statistics
 from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
 from infoprune.decide import remove_units, solve_sites
 from infoprune.evaluation import quality
 from infoprune.options import CompressionOptions
+from infoprune.steps import apply_decisions, calibration_statistics
 
 CASES = (("text", 0.5), ("text", 0.25), ("vision", 0.5))
 QUESTIONS = 200

@@ -12,11 +12,11 @@ import torch
 
 import infoprune
 from common import log, write
-from infoprune.compress import calibration_statistics
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.options import CompressionOptions
 from infoprune.packing import answer_logits
 from infoprune.plan import FFNDecision
+from infoprune.steps import calibration_statistics
 from infoprune.surgery import factorizations
 
 RANK_SHARE = 0.25

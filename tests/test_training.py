@@ -111,10 +111,10 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
 
 @pytest.mark.parametrize("compensated", [True, False])
 def test_masked_equals_compacted(vlm, questions, compensated):
-    from infoprune.compress import apply_decisions
     from infoprune.decide import Decisions
     from infoprune.options import CompressionOptions
     from infoprune.plan import HeadDecision
+    from infoprune.steps import apply_decisions
 
     statistics = statistics_of(vlm, questions)
     batch = next(iter(batches(vlm.encoder, questions)))[0]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from infoprune.compress import QUESTIONS_PER_IMAGE, example_pool
 from infoprune.data import Example, load_examples, subset
 from infoprune.errors import CertificateError
 from infoprune.evaluation.certify import by_image
 from infoprune.evaluation.sample_size import Expectation, images_needed, least_images, perfect_evidence
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT, Progress
+from infoprune.steps import QUESTIONS_PER_IMAGE, example_pool
 
 UNEVEN = 0.1
 

@@ -11,14 +11,6 @@ import torch
 from infoprune.calibrate import Statistics
 from infoprune.certification.certificate import Measured
 from infoprune.certification.data import CertificationSplit
-from infoprune.compress import (
-    apply_decisions,
-    calibration_record,
-    calibration_statistics,
-    checked_flops,
-    make_plan,
-    measure,
-)
 from infoprune.data import Example
 from infoprune.decide import Decisions, decide, solve_sites
 from infoprune.errors import BudgetError
@@ -30,6 +22,14 @@ from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
+from infoprune.steps import (
+    apply_decisions,
+    calibration_record,
+    calibration_statistics,
+    checked_flops,
+    make_plan,
+    measure,
+)
 
 KL_IMAGES = 128  # of the certification images give the KL, for which the dense model runs along; all give the accuracy
 

@@ -22,7 +22,6 @@ from infoprune.certification.certificate import Certificate, CertificationData, 
 from infoprune.certification.data import CertificationSplit, check_enough, split_data
 from infoprune.certification.path import PlannedPath, Scored, judge, kl_questions, plan_path, score_plan
 from infoprune.checkpoint import save
-from infoprune.compress import Compressed, fingerprint
 from infoprune.data import Example
 from infoprune.errors import CertificateError, CheckpointError
 from infoprune.evaluation.cost import Flops, num_parameters
@@ -32,6 +31,7 @@ from infoprune.model import VLM, load
 from infoprune.options import CompressionOptions
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
+from infoprune.steps import Compressed, fingerprint
 from infoprune.training.state import WorkFolder
 
 

@@ -56,8 +56,8 @@ def apply(
     """Cut MODEL by PLAN; weights are solved again from calibration data."""
     import infoprune
     from infoprune.checkpoint import check_output_folder
-    from infoprune.compress import calibration_examples
     from infoprune.evaluation.cost import num_parameters, prompt_inputs
+    from infoprune.steps import calibration_examples
 
     loaded = CompressionPlan.read(plan)
     check_output_folder(output, source=model, overwrite=overwrite)

@@ -1,0 +1,223 @@
+"""The steps that compression is made of: data, calibration, plans, cutting, counting. Each can be used by itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from infoprune._version import __version__
+from infoprune.architecture import Architecture
+from infoprune.calibrate import Statistics, calibrate
+from infoprune.certification.certificate import Certificate
+from infoprune.data import Example, load_examples, subset
+from infoprune.decide import Decisions
+from infoprune.errors import DataError, PlanError, UnsupportedModelError
+from infoprune.evaluation.cost import (
+    Flops,
+    Workload,
+    count_flops,
+    count_workload,
+    predicted_flops,
+    prompt_inputs,
+    typical_example,
+)
+from infoprune.evaluation.quality import can_share_prefix
+from infoprune.model import VLM
+from infoprune.options import CompressionOptions
+from infoprune.packing import PackedBatch, batches
+from infoprune.plan import CalibrationRecord, CompressionPlan
+from infoprune.progress import SILENT, Progress
+from infoprune.repair import cut_and_repair_
+from infoprune.surgery import apply_, ffn_options
+
+QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
+ROWS_PER_BATCH = 4  # bounds the memory of activations kept for the backward pass
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Outcome of :func:`compress`.
+
+    Attributes:
+        vlm: The compressed model, with its plan.
+        dense_flops, flops: Counted on the real models, before and after.
+        workload: What they were counted over.
+        predicted_loss: Second-order prediction of the information lost by the cut, in nats per example.
+        dense_parameters, parameters: Before and after.
+        seconds: Wall time by step.
+        probe: Inputs of one example, to compare a saved checkpoint on.
+        training: What gate training and recovery were like, by stage.
+        main_process: False in all but one of several processes; that one saves.
+        certificate: Of the accuracy that was kept, where ``max_drop`` asked for one.
+    """
+
+    vlm: VLM
+    dense_flops: Flops
+    flops: Flops
+    workload: Workload
+    predicted_loss: float
+    dense_parameters: int
+    parameters: int
+    seconds: dict[str, float]
+    probe: dict[str, torch.Tensor]
+    training: dict[str, Any] = field(default_factory=dict)
+    main_process: bool = True
+    certificate: Certificate | None = None
+
+    @property
+    def flops_ratio(self) -> float:
+        """Compressed / dense FLOPs over the workload."""
+        return self.flops.total / self.dense_flops.total
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures for ``report.json``."""
+        certified = {} if self.certificate is None else {"certificate": self.certificate.model_dump(mode="json")}
+        return {
+            "flops_ratio": self.flops_ratio,
+            "dense_flops": self.dense_flops.as_dict(),
+            "flops": self.flops.as_dict(),
+            "workload": {name: value for name, value in self.workload.__dict__.items() if name != "attention"},
+            "predicted_loss_nats": self.predicted_loss,
+            "dense_parameters": self.dense_parameters,
+            "parameters": self.parameters,
+            "seconds": self.seconds,
+            "training": self.training,
+            **certified,
+        }
+
+
+def example_pool(data: str | Sequence[Example], progress: Progress, *, skip_bad: bool = False) -> list[Example]:
+    """All examples that ``data`` names."""
+    pool = load_examples(data, default_split="train", skip_bad=skip_bad, notify=progress.note) if isinstance(data, str) else list(data)
+    if not pool:
+        raise DataError("There are no calibration examples.")
+    return pool
+
+
+def calibration_examples(
+    data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT, *, skip_bad: bool = False
+) -> list[Example]:
+    """The calibration sample: a few questions on each of as many images as that takes."""
+    return subset(example_pool(data, progress, skip_bad=skip_bad), count, seed=seed, per_image=QUESTIONS_PER_IMAGE)
+
+
+def calibration_statistics(
+    vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
+) -> tuple[Statistics, list[PackedBatch]]:
+    """Moments of a dense model over the calibration sample, and the batches they came from."""
+    inputs = packed_batches(vlm, calibration_examples(data, options.examples, options.seed, progress, skip_bad=options.skip_bad))
+    return statistics_of(vlm, inputs, options, progress), inputs
+
+
+def calibration_record(data: str | Sequence[Example], examples: Sequence[Example], options: CompressionOptions) -> CalibrationRecord:
+    """Where the statistics of ``examples``, drawn from ``data``, came from."""
+    return CalibrationRecord(
+        data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, weighting=options.weighting,
+        temperature=options.temperature, fingerprint=fingerprint(examples),
+    )  # fmt: skip
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Digest of what was asked about which images (by file name), for the record."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.image.name}\0{example.question}\0{example.answer}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], Flops, Workload]:
+    """A typical example's inputs, the FLOPs of answering it, and its workload."""
+    example, answer_tokens = typical_example(vlm.encoder, examples)
+    probe = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
+    return probe, *count_workload(vlm.model, dense_architecture(vlm), probe, answer_tokens)
+
+
+def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
+    """The plan that records ``decisions`` and how they came about."""
+    method = ("heads", "ffn", "ffn_metric", "centred", "structure", "allocation", "repair")
+    return CompressionPlan(
+        library=__version__,
+        model_type=dense_architecture(vlm).family.model_type,
+        model_id=vlm.model_id,
+        revision=getattr(vlm.model.config, "_commit_hash", None),
+        budget={name: value for name, value in (("flops", options.flops), ("ks", options.ks)) if value is not None},
+        method={name: getattr(options, name) for name in method},
+        calibration=record,
+        heads=decisions.heads,
+        ffn=decisions.ffn,
+    )
+
+
+def apply_decisions(
+    vlm: VLM, decisions: Decisions, options: CompressionOptions, statistics: Statistics, inputs: Sequence[PackedBatch],
+    record: CalibrationRecord | None = None, progress: Progress = SILENT,
+) -> VLM:  # fmt: skip
+    """A cut copy of ``vlm``; for those who decide by other means than :func:`compress`."""
+    target, plan = vlm.copy(), make_plan(vlm, decisions, options, record)
+    cut_(target, plan, statistics, inputs, progress)
+    return replace(target, plan=plan)
+
+
+def cut_(vlm: VLM, plan: CompressionPlan, statistics: Statistics, inputs: Sequence[PackedBatch], progress: Progress) -> None:
+    """Cut ``vlm`` in place, refitting layer by layer where the plan says so."""
+    architecture = dense_architecture(vlm)
+    if not plan.method.get("repair", True):
+        with progress.task("cutting", len(plan.heads) + len(plan.ffn)) as advance:
+            apply_(vlm.model, architecture, plan, statistics, progress=lambda: advance(1))
+        return
+    with progress.task("cutting and repairing", len(architecture.attention)) as advance:
+        cut_and_repair_(vlm.model, architecture, plan, statistics, inputs, ffn_options(plan), progress=lambda: advance(1))
+
+
+def checked_flops(cut: VLM, plan: CompressionPlan, probe: dict[str, torch.Tensor], workload: Workload, dense: Flops) -> Flops:
+    """FLOPs counted on a cut model.
+
+    Raises:
+        PlanError: They are not what the plan predicts.
+    """
+    architecture = dense_architecture(cut)
+    flops = count_flops(cut.model, architecture.family, probe, workload.answer_tokens)
+    expected = predicted_flops(architecture, plan, workload, dense.total)
+    if abs(flops.total - expected) > 0.005 * dense.total:
+        raise PlanError(f"The compressed model takes {flops.total:,} FLOPs where the plan predicts {expected:,}; please report this.")
+    return flops
+
+
+def dense_architecture(vlm: VLM) -> Architecture:
+    """Its sites.
+
+    Raises:
+        UnsupportedModelError: The model is compressed already.
+    """
+    if vlm.architecture is None:
+        raise UnsupportedModelError(
+            f"'{vlm.model_id}' is already compressed. Compress the original model instead, with the smaller budget."
+        )
+    return vlm.architecture
+
+
+def packed_batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
+    """Calibration batches on the model's device."""
+    share = can_share_prefix(vlm)
+    found = batches(vlm.encoder, examples, images_per_batch=ROWS_PER_BATCH, share_prefix=share)
+    return [batch.to(vlm.device) for batch, _ in found]
+
+
+def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOptions, progress: Progress) -> Statistics:
+    """Moments of a dense model over ``inputs``, as ``options`` ask for them."""
+    with progress.task("calibrating", sum(batch.num_questions for batch in inputs)) as advance:
+        return calibrate(
+            vlm.model,
+            dense_architecture(vlm),
+            inputs,
+            weighting=options.weighting,
+            gradients=options.needs_gradients,
+            branches=options.structure != "joint" and options.ffn_metric == "task",
+            temperature=options.temperature,
+            seed=options.seed,
+            progress=advance,
+        )
