@@ -96,10 +96,10 @@ class PromptEncoder:
     family: FamilyDeclaration | None = None
     rope: Callable[..., tuple[torch.Tensor, Any]] | None = None
     eos: int | None = None
+    _eos: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.eos is None:
-            self.eos = self.processor.tokenizer.eos_token_id
+        self._eos = self.processor.tokenizer.eos_token_id if self.eos is None else self.eos
 
     def prompt(self, question: str) -> str:
         """The prompt text of one question, with one image marker."""
@@ -121,7 +121,7 @@ class PromptEncoder:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
         types = self._types(inputs, len(answer))
         question = {name: inputs[name][0] for name in self.question_inputs}
-        return Encoded(prompt, [*answer, self.eos], types, self._positions(inputs, [*prompt, *answer], types), question)
+        return Encoded(prompt, [*answer, self._eos], types, self._positions(inputs, [*prompt, *answer], types), question)
 
     def _positions(self, inputs: dict[str, torch.Tensor], ids: list[int], types: torch.Tensor | None) -> torch.Tensor | None:
         if self.rope is None or self.token_types is None or types is None:
