@@ -49,12 +49,28 @@ def test_prompts_are_put_as_the_family_was_trained(blip2, instructblip):
 
 
 def test_answers_end_where_generation_stops(blip2, questions):
-    assert blip2.encoder.eos == blip2.processor.tokenizer.eos_token_id
     own = blip2.model.language_model.generation_config
     for stops, expected in ((7, 7), ([7, 1], 1), (None, 1)):
         own.eos_token_id = stops
         encoder = prompt_encoder(blip2.model, blip2.processor)
         assert encoder.encode(questions[0], questions[0].load_image()).answer[-1] == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["blip2-opt", "instructblip-llama"])
+def test_generation_goes_on_from_the_prompt_also_in_padded_batches(name, questions):
+    vlm = build(tiny(name))
+    texts, images = [vlm.encoder.prompt(e.question) for e in questions[:3]], [e.load_image() for e in questions[:3]]
+    inputs = vlm.encoder.inputs(texts, images)  # image tokens, padding, question
+    assert not inputs["attention_mask"].all()
+    answers = vlm.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert answers.shape == (3, 4)
+    for text, image, answer in zip(texts, images, answers, strict=True):
+        alone = vlm.encoder.inputs([text], [image])
+        found = vlm.model.generate(**alone, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, alone["input_ids"].shape[1] :]
+        logits = vlm.model(**alone).logits[0, -1]
+        logits[1] = -torch.inf  # no end before four tokens
+        assert torch.equal(found, answer) and int(found[0]) == int(logits.argmax())
 
 
 @torch.no_grad()

@@ -98,7 +98,8 @@ class FamilyDeclaration:
         paths = self.parts[part]
         others = (other for name, modules in self.parts.items() if name != part for other in modules)
         inside = [other for other in others if other.startswith(tuple(f"{path}." for path in paths))]
-        return sum(map(cost, paths)) - sum(map(cost, inside))
+        costs = [*map(cost, paths), *(-cost(other) for other in inside)]
+        return sum(costs[1:], costs[0])
 
 
 @dataclass(frozen=True)
