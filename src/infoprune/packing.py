@@ -139,7 +139,11 @@ class PromptEncoder:
     def inputs(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
         """What the model reads for rendered prompts with one image each, padded to a common length and number of tiles."""
         batch = self.processor(text=list(texts), images=[[image] for image in images], padding=True, return_tensors="pt")
-        return {name: value for name, value in batch.items() if name != "labels"}
+        found = {name: value for name, value in batch.items() if name != "labels"}
+        if self.question_inputs:  # on the left, where processors may pad them, padding would move their absolute positions
+            alone = [self.processor(text=[text], return_tensors="pt") for text in texts]
+            found |= {name: pad_sequence([one[name][0] for one in alone], batch_first=True) for name in self.question_inputs}
+        return found
 
     @property
     def shares_prefix(self) -> bool:
