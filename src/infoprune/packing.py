@@ -157,7 +157,11 @@ class PromptEncoder:
         """What the model reads for rendered prompts with the image, or list of images, of each; lengths and numbers of tiles are padded."""
         listed = [_listed(image) for image in images]
         batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt")
-        return {name: value for name, value in batch.items() if name != "labels"}
+        found = {name: value for name, value in batch.items() if name != "labels"}
+        if self.question_inputs:  # on the left, where processors may pad them, padding would move their absolute positions
+            alone = [self.processor(text=[text], return_tensors="pt") for text in texts]
+            found |= {name: pad_sequence([one[name][0] for one in alone], batch_first=True) for name in self.question_inputs}
+        return found
 
     @contextmanager
     def one_image(self) -> Iterator[None]:
