@@ -266,7 +266,7 @@ def test_configuration_states_the_heads_of_every_layer(vlm, questions, tmp_path)
     for site in (s for s in vlm.architecture.attention if s.tower == "text"):
         block, stated = model.get_submodule(site.path), text.per_layer_config[site.layer]
         assert stated.head_dim == site.head_dim
-        found = stated.num_attention_heads, stated.num_key_value_heads
+        found = stated.num_attention_heads, getattr(stated, "num_key_value_heads", stated.num_attention_heads)
         if isinstance(block, ConstantAttention):  # no heads, but no cache can be that small
             assert found == ((1, 1) if site.multi_query else (site.num_heads // site.num_key_value_heads, 1))
         else:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from infoprune.errors import InfoPruneError
-from infoprune.evaluation.quality import generated_answers, score
+from infoprune.evaluation.generation import generate_answers
+from infoprune.evaluation.quality import score
 
 lmms_eval = pytest.importorskip("lmms_eval.api.instance", reason="lmms-eval is not here: pip install 'infoprune[lmms-eval]'")
 from infoprune.integrations.lmms_eval import InfoPrune, cut, generation_options  # noqa: E402
@@ -41,13 +42,13 @@ def test_is_found_by_its_entry_point():
 def test_answers_are_those_of_infoprune(lm, questions):
     settings = {"max_new_tokens": 5, "temperature": 0, "until": ["\n\n"]}
     found = lm.generate_until([request("generate_until", "one", n, e.question, settings) for n, e in enumerate(questions)])
-    assert found == generated_answers(lm.vlm, questions, max_new_tokens=5)
+    assert found == generate_answers(lm.vlm, questions, max_new_tokens=5)
     assert len(set(found)) > 1
 
 
 @torch.no_grad()
 def test_continuations_are_scored_as_by_infoprune(lm, questions):
-    said = generated_answers(lm.vlm, questions[:1], max_new_tokens=1)[0]
+    said = generate_answers(lm.vlm, questions[:1], max_new_tokens=1)[0]
     asked = [*questions, dataclasses.replace(questions[0], answer=said)]
     found = lm.loglikelihood([request("loglikelihood", "one", n % len(questions), e.question, f" {e.answer}") for n, e in enumerate(asked)])
     (own,) = score([lm.vlm], asked)

@@ -11,7 +11,7 @@ from typing import Any
 from infoprune.plan import CompressionPlan
 
 
-def layer_geometry(plan: CompressionPlan, tower: str, heads: int, key_value_heads: int) -> dict[int, dict[str, int]]:
+def layer_geometry(plan: CompressionPlan, tower: str, heads: int, key_value_heads: int | None) -> dict[int, dict[str, int]]:
     """What a plan leaves of each language layer's attention, by layer; layers that it does not name are as they were.
 
     A block that was dropped whole has no heads and never writes to a cache, but a cache without heads is nothing that any tool can
@@ -20,7 +20,7 @@ def layer_geometry(plan: CompressionPlan, tower: str, heads: int, key_value_head
     Args:
         plan: The plan.
         tower: Path of the language model.
-        heads, key_value_heads: Of every dense layer.
+        heads, key_value_heads: Of every dense layer; ``None``: the configuration has no word for the latter, which are as many.
     """
     multi_query, found = key_value_heads == 1 and heads > 1, {}
     for path, decision in plan.heads.items():
@@ -28,10 +28,9 @@ def layer_geometry(plan: CompressionPlan, tower: str, heads: int, key_value_head
             continue
         units = max(len(decision.keep_units), 1)
         layer = int(path.rsplit(".", 2)[1])
-        found[layer] = {
-            "num_attention_heads": heads * units // decision.num_units,
-            "num_key_value_heads": 1 if multi_query else units,
-        }
+        found[layer] = {"num_attention_heads": heads * units // decision.num_units}
+        if key_value_heads is not None:
+            found[layer]["num_key_value_heads"] = 1 if multi_query else units
     return found
 
 
@@ -40,7 +39,8 @@ def state_geometry_(config: Any, plan: CompressionPlan, tower: str) -> None:
     clear_geometry_(config)
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
-    layers = layer_geometry(plan, tower, heads, getattr(text, "num_key_value_heads", None) or heads)
+    named = hasattr(text, "num_key_value_heads")
+    layers = layer_geometry(plan, tower, heads, (text.num_key_value_heads or heads) if named else None)
     if layers:
         # Some families leave the width of a head to be derived from the number of heads, which no longer tells it.
         text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -130,7 +130,8 @@ def comparison_table(result: dict[str, Any]) -> Table:
 
 
 def _judge(records: list[dict[str, Any]]) -> str:
-    return f"metric {records[0]['metric']['metric']}" if "metric" in records[0] else "exact match"
+    metric = records[0]["metric"]["metric"] if "metric" in records[0] else "exact"
+    return "exact match" if metric == "exact" else f"metric {metric}"
 
 
 def metric_table(records: list[dict[str, Any]]) -> Table:

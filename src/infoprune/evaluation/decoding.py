@@ -19,15 +19,22 @@ import torch
 from transformers import DynamicCache
 
 from infoprune.data import Example
+from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM
 from infoprune.packing import TOKEN_INPUTS, PackedBatch, encode_groups, logits_at, pack_encoded, visible
+from infoprune.resolve import family_of
 
 GREEDY = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
 
 
+def can_pack(vlm: VLM) -> bool:
+    """Whether questions on one image can be answered in one row: not where ``generate`` hands over to a language model inside."""
+    return can_share_prefix(vlm) and not family_of(vlm.model).decoder
+
+
 @torch.no_grad()
 def packed_answers(vlm: VLM, groups: Sequence[Sequence[Example]], max_new_tokens: int) -> list[str]:
-    """Answers to the questions of several images in order, for a model that :func:`~infoprune.evaluation.quality.can_share_prefix`.
+    """Answers to the questions of several images in order, for a model that :func:`can_pack`.
 
     Args:
         vlm: The model.
@@ -132,7 +139,8 @@ def batched_answers(vlm: VLM, examples: Sequence[Example], max_new_tokens: int) 
 
 def _features(vlm: VLM, rows: Sequence[Path], images: dict[Path, Any]) -> dict[str, Any]:
     """Features of the image of each row; nothing where no two rows share one, the model takes none, or tiles are not apart by image."""
-    if len(images) == len(rows) or "mm_encoder_outputs" not in inspect.signature(vlm.model.forward).parameters:
+    takes = not family_of(vlm.model).decoder and "mm_encoder_outputs" in inspect.signature(vlm.model.forward).parameters
+    if len(images) == len(rows) or not takes:
         return {}
     pixels = _on(vlm, vlm.encoder.image_inputs(list(images.values())))
     if any(len(value) != len(images) for value in pixels.values()):

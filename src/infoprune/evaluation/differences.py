@@ -55,16 +55,19 @@ def changed_questions(dense: Quality, compressed: Quality, examples: Sequence[Ex
         lost = float(dense.scores[index]) - float(compressed.scores[index])
         found.append({
             "index": index, "id": example.id, "image": str(example.image), "question": example.question, "answer": example.answer,
-            "dense_answer": _text(before, tokenizer), "compressed_answer": _text(after, tokenizer),
+            "dense_answer": _text(before, example, dense.correct[index], tokenizer),
+            "compressed_answer": _text(after, example, compressed.correct[index], tokenizer),
             "outcome": LOST if lost > 0 else WON if lost < 0 else CHANGED, "lost": lost,
             "kl_nats": None if kl is None else float(kl[index]),
         })  # fmt: skip
     return sorted(found, key=lambda item: (-item["lost"], -(item["kl_nats"] or 0.0), item["index"]))
 
 
-def _text(answer: tuple[int, ...] | str, tokenizer: Any) -> str:
+def _text(answer: tuple[int, ...] | str, example: Example, right: bool, tokenizer: Any) -> str:
     """An answer as far as it is known: of a scored one, with an ellipsis unless it ends."""
     if isinstance(answer, str):
         return answer
+    if right:
+        return example.answer
     tokens, ends = answer, answer[-1] == tokenizer.eos_token_id
     return tokenizer.decode(tokens, skip_special_tokens=True).strip() + ("" if ends else "…")

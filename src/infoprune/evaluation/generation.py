@@ -14,8 +14,7 @@ import torch
 
 from infoprune.data import Example
 from infoprune.errors import DataError, InfoPruneError
-from infoprune.evaluation.decoding import batched_answers, packed_answers
-from infoprune.evaluation.quality import can_share_prefix
+from infoprune.evaluation.decoding import batched_answers, can_pack, packed_answers
 from infoprune.evaluation.record import AnswerFile, fingerprint
 from infoprune.model import VLM
 from infoprune.progress import SILENT, Progress
@@ -102,7 +101,7 @@ def _answer_all(
     processes: Processes,
     progress: Progress,
 ) -> list[str]:
-    share = can_share_prefix(vlm)
+    share = can_pack(vlm)
     known = file.resumed() if file is not None else {}
     processes.wait()  # all have read before one writes
     found = batches(examples, images_per_batch, share_prefix=share)
