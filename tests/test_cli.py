@@ -166,6 +166,7 @@ def test_a_benchmark_is_judged_by_its_own_metric(checkpoint, questions, tmp_path
     assert " !" in own["prompt"] and "single word" not in own["prompt"] and own["models"][0]["metric"]["metric"] == "vqav2/lmms-eval"
     assert "overall" in run(*arguments, "--generate").stdout
     assert "--generate" in run(*arguments, "--metric", "official", status=2).stderr
+    assert "no form of result files" in run("evaluate", "nowhere", "--generate", "--results", results, status=2).stderr
     both = json.loads(run(*arguments, "--against", checkpoint, "--generate", "--json").stdout)
     assert both["comparison"]["drop_points"] == 0 and both["comparison"]["agreement"] == 100
     (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()

@@ -56,7 +56,7 @@ def evaluate(
     from infoprune.data import parse_spec, subset
     from infoprune.evaluation.generation import dtype_for, generate_answers
     from infoprune.evaluation.metrics import metric_for
-    from infoprune.evaluation.results import write_results
+    from infoprune.evaluation.results import check_dataset, write_results
     from infoprune.evaluation.runner import evaluate as run
     from infoprune.model import load
     from infoprune.progress import Progress
@@ -72,6 +72,8 @@ def evaluate(
     dtype = dtype_for(precision or ("auto" if generate else "fp32"), torch.device(device))
     spec = parse_spec(data)
     judge = metric_for(spec.name, metric)
+    if results is not None:
+        check_dataset(spec.name)
     loaded = infoprune.load_examples(
         data, default_split="test", skip_bad=skip_bad, unanswered=results is not None, ocr=ocr, notify=progress.note
     )

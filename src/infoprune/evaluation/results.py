@@ -23,6 +23,16 @@ def _gqa(id: str, answer: str) -> dict[str, Any]:
 FORMS: dict[str, Callable[[str, str], dict[str, Any]]] = {"vqav2": _vqa, "textvqa": _vqa, "gqa": _gqa}
 
 
+def check_dataset(dataset: str) -> None:
+    """Raise before any work is done.
+
+    Raises:
+        DataError: There is no evaluation server for this data set.
+    """
+    if dataset not in FORMS:
+        raise DataError(f"There is no form of result files for '{dataset}'; there is for {', '.join(FORMS)}.")
+
+
 def write_results(path: Path, answers: Sequence[str], examples: Sequence[Example], *, dataset: str) -> None:
     """Write a model's answers as a JSON list, aside first and then in place.
 
@@ -39,8 +49,7 @@ def write_results(path: Path, answers: Sequence[str], examples: Sequence[Example
         DataError: No such benchmark, another number of answers than of examples, or ids that are missing, doubled or of another form.
         InfoPruneError: The file can't be written.
     """
-    if dataset not in FORMS:
-        raise DataError(f"There is no form of result files for '{dataset}'; there is for {', '.join(FORMS)}.")
+    check_dataset(dataset)
     if len(answers) != len(examples):
         raise DataError(f"{len(answers):,} answers do not fit {len(examples):,} questions.")
     ids = [example.id for example in examples if example.id]
