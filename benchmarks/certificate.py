@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import infoprune
-from common import RESULTS, log, whole_images, write
+from common import RESULTS, commit, log, whole_images, write
 from infoprune import CompressionOptions
 from infoprune.certification.certificate import PathStep, plan_digest, rank_correlation
 from infoprune.certification.data import CertificationSplit, check_enough, split_data
@@ -269,6 +269,7 @@ def main() -> None:
     rows = json.loads(target.read_text())["rows"] if target.exists() else []
     for part in args.parts:
         made = coverage(args.draws) if part == "coverage" else demo(args)
+        made = [row | {"commit": commit()} for row in made]  # parts are of different runs
         parts = {row["part"] for row in made}
         rows = [row for row in rows if row["part"] not in parts] + made
         write(args.name, rows, seeds=[0], confidence=CONFIDENCE)
