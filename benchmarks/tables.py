@@ -300,7 +300,7 @@ def coverage() -> str:
     ]  # fmt: skip
     header = ["images", "questions an image", "true drop, points", "answers changed", "images that change whole", *bounds]
     draws = f"{rows[0]['draws']:,} draws each; with a true rate of 5% the standard error is {rows[0]['standard_error']:.1%}."
-    return table(header, cells) + f"\n{draws}\n" + source("certificate")
+    return table(header, cells) + f"\n\n{draws}" + source("certificate")
 
 
 def fixed_sequence() -> str:
@@ -330,9 +330,9 @@ def certificate() -> str:
     header = ["certified drop, points", "FLOPs share", "measured there [95%]", "bound at 95%", "drop on test questions [95%]"]
     told = next(r for r in rows if r["part"] == "prediction")
     text = (
-        f"\n{path[0]['num_questions']:,} questions about {path[0]['num_images']:,} images to certify on, "
+        f"\n\n{path[0]['num_questions']:,} questions about {path[0]['num_images']:,} images to certify on, "
         f"{path[0]['test_questions']:,} test questions. "
-        f"Predicted loss and measured KL of the {told['plans']} plans have a rank correlation of {told['rank_correlation']:.2f}.\n"
+        f"Predicted loss and measured KL of the {told['plans']} plans have a rank correlation of {told['rank_correlation']:.2f}."
     )
     return table(header, cells) + text + source("certificate")
 
