@@ -130,7 +130,7 @@ def test_invariants_of_vqa(data, metric, answers, prediction):
 def test_exact_is_equality_and_the_order_of_questions_is_irrelevant(pairs):
     answers, examples = [a for a, _ in pairs], [Example(IMAGE, "what ?", e) for _, e in pairs]
     scores = score_answers(answers, examples, "exact")
-    assert scores.per_example.tolist() == [float(a == e) for a, e in pairs]
+    assert scores.per_example.tolist() == [float(a.strip() == e.strip()) for a, e in pairs]
     assert scores.overall == pytest.approx(100 * scores.per_example.mean())
     assert score_answers(answers[::-1], examples[::-1], "exact").overall == scores.overall
 

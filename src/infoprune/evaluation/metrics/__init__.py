@@ -34,7 +34,7 @@ Metric = Callable[[Sequence[str], Sequence[Example]], Scores]
 
 
 def _exact(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
-    right = [float(answer.strip() == example.answer) for answer, example in zip(answers, examples, strict=True)]
+    right = [float(answer.strip() == example.answer.strip()) for answer, example in zip(answers, examples, strict=True)]
     return gathered(EXACT, right, examples, unrounded)
 
 
