@@ -66,6 +66,7 @@ benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 
 # Hours; a stopped run goes on where it was.
 headline: $(VENV)/installed
+	$(BIN)/python benchmarks/gates.py
 	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/tables.py
 
