@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -423,6 +424,9 @@ def test_work_with_other_settings_is_not_mixed_up(gqa_vlm, questions, tmp_path):
     infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)
     with pytest.raises(CheckpointError, match="gate_steps"):
         infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK | {"gate_steps": 9})
+    asked = dataclasses.replace(gqa_vlm, encoder=dataclasses.replace(gqa_vlm.encoder, suffix=" !"))
+    with pytest.raises(CheckpointError, match="prompt"):
+        infoprune.compress(asked, questions, work=tmp_path / "work", **QUICK)
     (tmp_path / "work" / "gates.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="damaged"):
         infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)

@@ -125,7 +125,13 @@ def _training_run(
     folder = WorkFolder(work) if work is not None else None
     if folder is not None:
         if processes.index == 0:
-            told = {"model": vlm.model_id, "data": fingerprint(examples), "validation": fingerprint(validation), "library": __version__}
+            told = {
+                "model": vlm.model_id,
+                "prompt": vlm.encoder.prompt("{question}"),
+                "data": fingerprint(examples),
+                "validation": fingerprint(validation),
+                "library": __version__,
+            }
             folder.claim(told | asdict(options) | asdict(training) | {"processes": processes.count})
         processes.wait()
     return TrainingRun(training, examples, validation, options.seed, processes, progress, folder)

@@ -125,7 +125,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """Digest of what was asked about which images (by file name), for the record."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{example.image.name}\0{example.question}\0{example.answer}\n".encode())
+        digest.update(f"{example.image.name}\0{example.prompt or example.question}\0{example.answer}\n".encode())
     return digest.hexdigest()[:16]
 
 

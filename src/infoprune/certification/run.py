@@ -158,7 +158,12 @@ def _workplace(vlm: VLM, split: CertificationSplit, options: CompressionOptions,
         with tempfile.TemporaryDirectory(prefix="infoprune-") as folder:
             yield Path(folder)
         return
-    told = {"model": vlm.model_id, "calibration": fingerprint(split.calibration), "certification": fingerprint(split.certification)}
+    told = {
+        "model": vlm.model_id,
+        "prompt": vlm.encoder.prompt("{question}"),
+        "calibration": fingerprint(split.calibration),
+        "certification": fingerprint(split.certification),
+    }
     settings = {key: value for key, value in asdict(replace(options, certify=None)).items() if key != "certify"}
     WorkFolder(work).claim(told | settings | {"library": __version__})
     yield work

@@ -25,7 +25,7 @@ def model_card(
 
     Args:
         plan: What was cut.
-        report: Of :meth:`infoprune.compress.Compressed.as_dict`; its figures are left out where it is missing.
+        report: Of :meth:`infoprune.steps.Compressed.as_dict`; its figures are left out where it is missing.
         certificate: Shown if there is one.
         licence: The original's, as a hub's identifier; where unknown, the card says whose licence holds and names none.
     """
