@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from huggingface_hub import HfApi, constants
 from transformers import AutoProcessor
@@ -17,6 +18,10 @@ from tiny_current import CURRENT
 from tiny_models import TINY, Tiny, build, examples
 
 ALL = [*TINY, *CURRENT]
+
+# The same cases in every run, so that a change is judged by what it changed; `pytest --hypothesis-profile default` draws new ones.
+hypothesis.settings.register_profile("same-cases", derandomize=True)
+hypothesis.settings.load_profile("same-cases")
 
 
 def pytest_addoption(parser):

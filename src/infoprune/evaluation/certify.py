@@ -186,8 +186,12 @@ def betting_evidence(data: ByImage, drop: float, confidence: float, *, target: f
 
 
 def stakes(sums: np.ndarray, sizes: np.ndarray, largest: float, drop: float, highest: float = 1.0) -> np.ndarray:
-    """Z_j over its largest possible value, at most 1."""
-    return np.minimum((sums - drop * sizes) / (largest * (highest - drop)), 1.0)
+    """Z_j over its largest possible value, at most 1: m / max m - (highest * m - S) / (max m * (highest - drop)).
+
+    In this form rounding keeps two facts that a bet of everything rests on: the stake never grows with the drop, and an image of the
+    largest size that lost all of its questions has a stake of exactly 1 at every drop.
+    """
+    return sizes / largest - (highest * sizes - sums) / (largest * (highest - drop))
 
 
 def bets(sizes: np.ndarray, confidence: float, target: float | None) -> tuple[np.ndarray, np.ndarray]:
