@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import infoprune
 from common import log, whole_images, write
-from infoprune.decide import decide, solve_sites
+from infoprune.decide import decide
 from infoprune.evaluation import quality
 from infoprune.evaluation.cost import ffn_flops
 from infoprune.options import CompressionOptions
+from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_statistics, measure
 
 SHARES = (0.5, 0.3, 0.2)

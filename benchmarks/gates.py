@@ -17,9 +17,10 @@ import infoprune
 from common import log, write
 from infoprune.architecture import AttentionSite
 from infoprune.cli.console import BarProgress
-from infoprune.decide import attention_share, decide, solve_sites, unit_percentiles
+from infoprune.decide import attention_share, decide, unit_percentiles
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT
+from infoprune.solve import solve_sites
 from infoprune.steps import calibration_statistics, measure
 from infoprune.training.costs import flop_costs
 from infoprune.training.loop import Processes

@@ -11,9 +11,10 @@ from __future__ import annotations
 import infoprune
 from common import log, whole_images, write
 from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
-from infoprune.decide import remove_units, solve_sites
+from infoprune.decide import remove_units
 from infoprune.evaluation import quality
 from infoprune.options import CompressionOptions
+from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_statistics
 
 CASES = (("text", 0.5), ("text", 0.25), ("vision", 0.5))

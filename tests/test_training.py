@@ -16,11 +16,12 @@ import torch
 import infoprune
 from conftest import ALL, built
 from infoprune.criteria.heads import Removal, block_of, compensate
-from infoprune.decide import SolvedSite, unit_percentiles
+from infoprune.decide import unit_percentiles
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import answer_logits, batches
 from infoprune.progress import SILENT
+from infoprune.solve import SolvedSite
 from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of

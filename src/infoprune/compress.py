@@ -14,7 +14,7 @@ from infoprune.architecture import AttentionSite
 from infoprune.calibrate import Statistics
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example, subset
-from infoprune.decide import Decisions, SolvedSite, attention_share, decide, solve_sites, unit_percentiles, with_units
+from infoprune.decide import Decisions, attention_share, decide, unit_percentiles, with_units
 from infoprune.errors import BudgetError, PlanError
 from infoprune.evaluation.cost import (
     Workload,
@@ -27,6 +27,7 @@ from infoprune.options import TRAINED, UNTRAINED, CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
+from infoprune.solve import SolvedSite, solve_sites
 from infoprune.steps import (
     QUESTIONS_PER_IMAGE,
     Compressed,

@@ -12,7 +12,7 @@ from infoprune.calibrate import Statistics
 from infoprune.certification.certificate import Measured
 from infoprune.certification.data import CertificationSplit
 from infoprune.data import Example
-from infoprune.decide import Decisions, decide, solve_sites
+from infoprune.decide import Decisions, decide
 from infoprune.errors import BudgetError
 from infoprune.evaluation.certify import by_image, p_value, upper_bounds
 from infoprune.evaluation.cost import Flops, Workload, num_parameters
@@ -22,6 +22,7 @@ from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
+from infoprune.solve import solve_sites
 from infoprune.steps import (
     apply_decisions,
     calibration_record,

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from infoprune.criteria.heads import block_of, conditional_rate_score, erank_score, ks_score, rate_score, removal_loss
-from infoprune.decide import solve_sites, tokens_per_example
 from infoprune.errors import InfoPruneError
 from infoprune.model import VLM
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT, Progress
+from infoprune.solve import solve_sites, tokens_per_example
 from infoprune.spectrum import effective_rank, normalize, rank_for_ks
 from infoprune.steps import calibration_statistics
 
