@@ -1,0 +1,242 @@
+"""The arena: our default, its variants and the peers at equal FLOPs, on the demo model.
+
+    python benchmarks/arena.py [--scopes heads ffn model] [--shares S ...] [--seeds N ...] [--methods NAME ...] [--questions N] [--recover]
+
+A method is a set of the library's own options (``infoprune.peers``). In each scope a budget is a share of that scope's dense FLOPs: of the
+attention blocks, of the FFNs, or of the whole model; heads and FFNs of both towers are cut. All methods of a seed share one calibration
+sample of the training split. Each model answers test questions and a second data set that no choice was made on (``shifted.py``); times are
+interleaved with the dense model's, for the first seed. ``--recover`` adds the same short recovery to every model of the scope ``model``.
+Rows are written as they come; a stopped run goes on where it was, and a row that failed is a row with the error in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from infoprune.peers import PEERS
+
+import infoprune
+from common import RESULTS, log, processor, whole_images, write
+from infoprune.calibrate import Statistics
+from infoprune.decide import decide
+from infoprune.evaluation import latency, quality
+from infoprune.evaluation.cost import attention_flops, ffn_flops, num_parameters, predicted_flops
+from infoprune.evaluation.runner import bytes_on_disk
+from infoprune.options import CompressionOptions
+from infoprune.packing import PackedBatch
+from infoprune.progress import SILENT
+from infoprune.solve import SolvedSite, solve_sites
+from infoprune.steps import apply_decisions, calibration_examples, measure, packed_batches, statistics_of
+from shifted import shifted
+
+WORK = Path(__file__).parent / "work"
+SHARES = (0.75, 0.6, 0.5, 0.4, 0.31, 0.2)
+SEEDS = (0, 1, 2)
+QUESTIONS = 400
+TOGETHER = 6  # models scored in one pass beside the dense one
+REPEATS = 12
+OURS: dict[str, dict[str, dict[str, Any]]] = {
+    "heads": {
+        "infoprune": {"ffn": "none"},
+        "infoprune:no repair": {"ffn": "none", "repair": False},
+        "infoprune:no compensation": {"ffn": "none", "repair": False, "compensate": "none"},
+        "infoprune:no task term": {"ffn": "none", "metric": "identity", "weighting": "uniform"},
+    },
+    "ffn": {
+        "infoprune": {"heads": "none"},
+        "infoprune:no repair": {"heads": "none", "repair": False},
+        "infoprune:no task term": {"heads": "none", "metric": "identity", "weighting": "uniform"},
+        "infoprune:separate gate": {"heads": "none", "structure": "separate"},
+        "infoprune:uniform shares": {"heads": "none", "allocation": "uniform"},
+        "infoprune:width": {"heads": "none", "ffn": "width"},
+    },
+    "model": {
+        "infoprune": {},
+        "infoprune:no repair": {"repair": False},
+        "infoprune:no task term": {"metric": "identity", "weighting": "uniform"},
+        "infoprune:width": {"ffn": "width"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the arena."""
+
+    scope: str
+    method: str
+    share: float
+    seed: int
+    options: CompressionOptions
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        """What tells it from the others."""
+        return self.scope, self.method, self.share, self.seed
+
+
+def entries(
+    scopes: Iterable[str], shares: Iterable[float], seeds: Iterable[int], methods: list[str] | None, shares_of: dict[str, float]
+) -> list[Entry]:
+    """All models, in an order that lets those with the same calibration follow each other.
+
+    ``shares_of`` is each scope's part of the dense FLOPs.
+    """
+    found = []
+    for seed in seeds:
+        for scope in scopes:
+            peers = {name: peer.options for name, peer in PEERS.items() if peer.scope == scope}
+            for method, fields in (OURS[scope] | peers).items():
+                if methods is None or method in methods:
+                    for share in shares:
+                        budget = 1 - (1 - share) * shares_of[scope]
+                        found.append(Entry(scope, method, share, seed, CompressionOptions(**(fields | {"flops": budget, "seed": seed}))))
+    return found
+
+
+class Calibrations:
+    """Statistics of the dense model by seed and by what they gather; one at a time is kept."""
+
+    def __init__(self, dense: infoprune.VLM) -> None:
+        self.dense, self.key = dense, None
+        self.found: tuple[Statistics, list[PackedBatch], float] | None = None
+
+    def of(self, options: CompressionOptions) -> tuple[Statistics, list[PackedBatch], float]:
+        """Statistics, the batches they are of, and the seconds that they took."""
+        key = (options.seed, options.examples, options.gathered)
+        if self.found is None or key != self.key:
+            start = time.perf_counter()
+            inputs = packed_batches(self.dense, calibration_examples("easy-vqa:train", options.examples, options.seed))
+            statistics = statistics_of(self.dense, inputs, options, SILENT)
+            self.key, self.found = key, (statistics, inputs, time.perf_counter() - start)
+            log(f"calibrated, seed {options.seed}: {self.found[2]:.0f} s")
+        return self.found
+
+
+class Arena:
+    """The dense model, what it is asked, and the rows so far."""
+
+    def __init__(self, dense: infoprune.VLM, questions: int) -> None:
+        self.dense, self.questions = dense, questions
+        self.examples = whole_images("test", questions)
+        self.others = shifted(WORK / "shifted", questions)
+        self.probe, self.dense_flops, self.workload = measure(dense, self.examples)
+        self.calibrations = Calibrations(dense)
+        self.solved: tuple[Any, list[SolvedSite]] | None = None
+        path = RESULTS / "arena.json"
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def shares_of(self) -> dict[str, float]:
+        """Each scope's part of the dense model's FLOPs."""
+        assert self.dense.architecture is not None
+        attention = sum(attention_flops(s, s.num_units, self.workload) for s in self.dense.architecture.attention)
+        ffn = sum(ffn_flops(s, None, self.workload) for s in self.dense.architecture.ffn)
+        total = self.dense_flops.total
+        return {"heads": attention / total, "ffn": ffn / total, "model": 1.0}
+
+    def lacks(self, entry: Entry, *, recovered: bool) -> bool:
+        """Whether there is no row for it yet."""
+        return not any(
+            (row["scope"], row["method"], row["budget"], row["seed"]) == entry.key
+            and row["recovered"] == recovered
+            and row["num_questions"] == len(self.examples)
+            for row in self.rows
+        )
+
+    def cut(self, entry: Entry) -> tuple[infoprune.VLM, dict[str, Any]]:
+        """The model and what making it took."""
+        options, architecture = entry.options, self.dense.architecture
+        assert architecture is not None
+        statistics, inputs, calibrating = self.calibrations.of(options)
+        start = time.perf_counter()
+        same = replace(options, flops=1.0)  # solving sites does not depend on the budget
+        if self.solved is None or self.solved[0] != same:
+            self.solved = same, solve_sites(self.dense.model, architecture, statistics, options)
+        decisions = decide(self.solved[1], architecture, self.workload, self.dense_flops.total, options)
+        deciding = time.perf_counter() - start
+        small = apply_decisions(self.dense, decisions, options, statistics, inputs)
+        seconds = {"calibrate": calibrating, "decide": deciding, "cut": time.perf_counter() - start - deciding}
+        return small, {"seconds": seconds, "predicted_loss_nats": decisions.predicted_loss}
+
+    def run(self, wanted: list[Entry], *, timed_seed: int) -> None:
+        """Make, score and time what is lacking."""
+        pending: list[tuple[Entry, infoprune.VLM, dict[str, Any]]] = []
+        for entry in (entry for entry in wanted if self.lacks(entry, recovered=False)):
+            try:
+                small, facts = self.cut(entry)
+                pending.append((entry, small, facts))
+            except infoprune.InfoPruneError as error:
+                self.rows.append(self.head(entry) | {"recovered": False, "num_questions": len(self.examples), "error": str(error)})
+                log(f"{entry.key}: {error}")
+            if len(pending) == TOGETHER:
+                self.score(pending, timed_seed)
+                pending = []
+        if pending:
+            self.score(pending, timed_seed)
+        self.save()
+
+    def score(self, made: list[tuple[Entry, infoprune.VLM, dict[str, Any]]], timed_seed: int) -> None:
+        """Add the rows of a few models."""
+        models = [self.dense, *(small for _, small, _ in made)]
+        known, other = quality.score(models, self.examples), quality.score(models, self.others)
+        timed = [index for index, (entry, _, _) in enumerate(made) if entry.seed == timed_seed]
+        times = self.time([made[index][1] for index in timed])
+        for index, (entry, small, facts) in enumerate(made):
+            row = self.head(entry) | {"recovered": False} | quality.comparison(known[0], known[index + 1], self.examples) | facts
+            row["shifted"] = quality.comparison(other[0], other[index + 1], self.others)
+            row |= {"flops_ratio": self.flops_ratio(small), "params": num_parameters(small.model), "bytes_on_disk": bytes_on_disk(small)}
+            if index in timed:
+                row |= latency.speedups(times[0], times[1 + timed.index(index)])
+            self.rows.append(row)
+            log(f"{entry.scope} {entry.share} {entry.method} seed {entry.seed}: {row['accuracy']:.2f}%, KL {row['kl_nats']:.4f}; "
+                f"shifted {row['shifted']['accuracy']:.2f}%, KL {row['shifted']['kl_nats']:.4f}")  # fmt: skip
+        self.save()
+
+    def time(self, models: list[infoprune.VLM]) -> list[dict[str, dict[str, float]]]:
+        """Latency of the dense model and of ``models``."""
+        if not models:
+            return []
+        assert self.dense.architecture is not None
+        return latency.measure(
+            [self.dense, *models], self.dense.architecture.family, self.probe, answer_tokens=self.workload.answer_tokens, repeats=REPEATS
+        )
+
+    def flops_ratio(self, small: infoprune.VLM) -> float:
+        """Of the whole model."""
+        assert self.dense.architecture is not None
+        return predicted_flops(self.dense.architecture, small.plan, self.workload, self.dense_flops.total) / self.dense_flops.total
+
+    def head(self, entry: Entry) -> dict[str, Any]:
+        """What a row starts with."""
+        return {"method": entry.method, "scope": entry.scope, "budget": entry.share, "seed": entry.seed, "hardware": processor()}
+
+    def save(self) -> None:
+        """Write the result file."""
+        seeds = sorted({row["seed"] for row in self.rows})
+        write("arena", self.rows, seeds=seeds, data="easy-vqa:test", num_questions=len(self.examples), num_shifted=len(self.others))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scopes", nargs="+", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--methods", nargs="+", default=None, help="default: all of the scope")
+    parser.add_argument("--questions", type=int, default=QUESTIONS)
+    args = parser.parse_args()
+    WORK.mkdir(exist_ok=True)
+    arena = Arena(infoprune.load("demo", notify=log), args.questions)
+    wanted = entries(args.scopes, args.shares, args.seeds, args.methods, arena.shares_of())
+    wanted.sort(key=lambda entry: (entry.seed, repr(entry.options.gathered)))  # stable: methods that share a calibration follow each other
+    log(f"{len(wanted)} models")
+    arena.run(wanted, timed_seed=args.seeds[0])
+
+
+if __name__ == "__main__":
+    main()
