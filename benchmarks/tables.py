@@ -1,4 +1,4 @@
-"""Write the tables of README and docs, and the curve's picture from ``benchmarks/results``.
+"""Write the tables and pictures of README and docs from ``benchmarks/results``.
 
     python benchmarks/tables.py [--check]
 
@@ -7,39 +7,16 @@ Tables stand between ``<!-- table:NAME -->`` and ``<!-- end -->``. With ``--chec
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from arena_tables import ARENA_TABLES
+from pictures import draw_arena, draw_curve, draw_gates
+from result_tables import RESULTS, ROOT, drop, load, source, table
+
 PARTS = ("vision", "prefill", "decode", "end_to_end")
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "families.md")
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def source(name: str) -> str:
-    """Circumstances of a result file; rows that were made in several runs say their own commit and processor."""
-    meta, rows = load(name)["meta"], load(name)["rows"]
-    commits, hardware = (", ".join(dict.fromkeys(row[key] for row in rows if key in row)) or meta[key] for key in ("commit", "hardware"))
-    versions = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
-    return f"\n\n`{meta['command']}`, commit {commits}, {meta['date']}; {hardware}, {meta['threads']} threads; {versions}."
-
-
-def drop(row: dict[str, Any]) -> str:
-    """Paired drop with its interval."""
-    return f"{row['drop_points']:.2f} [{row['drop_ci95'][0]:.2f}, {row['drop_ci95'][1]:.2f}]"
 
 
 def demo() -> str:
@@ -354,9 +331,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tail": tail,
 }
 TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill, "generate": generate}
-TABLES |= {"runner": runner, "crash": crash}
+TABLES |= {"runner": runner, "crash": crash} | ARENA_TABLES
 
-FILES = {
+FILES = dict.fromkeys((name for name in ARENA_TABLES if name.startswith("arena")), "arena") | {
     "refused": "families",
     "ablation": "demo",
     "cost": "demo",
@@ -364,66 +341,8 @@ FILES = {
     "terms": "headline",
     "coverage": "certificate",
     "fixed_sequence": "certificate",
+    "decode": "efficiency",
 }  # tables that share a result file
-
-
-def draw() -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = load("demo")["rows"]
-    curve = [row for row in rows if row["method"] in ("dense", "infoprune")]
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    shares = [row["flops_ratio"] for row in curve]
-    left.plot(shares, [row["accuracy"] for row in curve], "o-", label="infoprune")
-    for method in dict.fromkeys(row["method"] for row in rows if ":" in row["method"]):
-        other = [row for row in rows if row["method"] == method]
-        left.plot([r["flops_ratio"] for r in other], [r["accuracy"] for r in other], "s", mfc="none", label=method.partition(":")[2])
-    left.set(xlabel="share of the dense FLOPs", ylabel="accuracy, % (easy-VQA test)")
-    left.legend()
-    for part in ("vision", "prefill", "end_to_end"):
-        right.plot(shares, [row.get(f"speedup_{part}", 1.0) for row in curve], "o-", label=part.replace("_", " "))
-    right.plot(shares, [1 / share for share in shares], "k:", label="1 / FLOPs share")
-    right.set(xlabel="share of the dense FLOPs", ylabel="speed-up, CPU")
-    right.legend()
-    figure.savefig(ROOT / "docs" / "demo-curve.png", dpi=120)
-
-
-def draw_gates() -> None:
-    """Gates by layer and unit over training, and what stayed: one row per tower."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    gates = next((row["gates"] for row in load("headline")["rows"] if "gates" in row), None)
-    if gates is None:
-        return
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, width_ratios=(3, 2))
-    places, start = {}, 0
-    for path, units in gates["units"].items():
-        places[path] = range(start, start := start + units)
-    snapshots = [*gates["trajectory"], gates["final"]]
-    for (over, end), (title, marker) in zip(axes, (("vision tower", "vision"), ("language model", "language")), strict=True):
-        paths = [path for path in places if (marker in path)]
-        columns = [place for path in paths for place in places[path]]
-        image = over.imshow(
-            [[snapshot[c] for c in columns] for snapshot in snapshots], vmin=0, vmax=1, aspect="auto", interpolation="nearest",
-            extent=(0, len(paths), gates["steps"], 0),
-        )  # fmt: skip
-        over.set(title=f"{title}: gates over training", xlabel="layer (units side by side)", ylabel="step")
-        width = max(len(places[path]) for path in paths)
-        kept = [
-            [float(unit in gates["kept"][path]) if unit < len(places[path]) else float("nan") for path in paths] for unit in range(width)
-        ]
-        end.imshow(kept, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        share = sum(len(gates["kept"][path]) for path in paths) / len(columns)
-        gone = sum(not gates["kept"][path] for path in paths)
-        end.set(title=f"{share:.0%} kept, {gone} of {len(paths)} blocks gone", xlabel="layer", ylabel="unit", yticks=range(width))
-        figure.colorbar(image, ax=over, label="gate")
-    figure.savefig(ROOT / "docs" / "gates.png", dpi=110)
 
 
 def main() -> None:
@@ -440,9 +359,8 @@ def main() -> None:
         else:
             document.write_text(text)
     if "--check" not in sys.argv[1:]:
-        draw()
-        if (RESULTS / "headline.json").is_file():
-            draw_gates()
+        for draw in (draw_curve, draw_gates, draw_arena):
+            draw()
 
 
 if __name__ == "__main__":

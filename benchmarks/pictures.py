@@ -1,0 +1,90 @@
+"""The pictures of README and docs, from the result files."""
+
+from __future__ import annotations
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from arena_tables import SCOPES, arena_rows, mean, methods_of
+from result_tables import RESULTS, ROOT, load
+
+
+def draw_curve() -> None:
+    """Accuracy and speed-up of the training-free demo model over FLOPs."""
+    rows = load("demo")["rows"]
+    curve = [row for row in rows if row["method"] in ("dense", "infoprune")]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    shares = [row["flops_ratio"] for row in curve]
+    left.plot(shares, [row["accuracy"] for row in curve], "o-", label="infoprune")
+    for method in dict.fromkeys(row["method"] for row in rows if ":" in row["method"]):
+        other = [row for row in rows if row["method"] == method]
+        left.plot([r["flops_ratio"] for r in other], [r["accuracy"] for r in other], "s", mfc="none", label=method.partition(":")[2])
+    left.set(xlabel="share of the dense FLOPs", ylabel="accuracy, % (easy-VQA test)")
+    left.legend()
+    for part in ("vision", "prefill", "end_to_end"):
+        right.plot(shares, [row.get(f"speedup_{part}", 1.0) for row in curve], "o-", label=part.replace("_", " "))
+    right.plot(shares, [1 / share for share in shares], "k:", label="1 / FLOPs share")
+    right.set(xlabel="share of the dense FLOPs", ylabel="speed-up, CPU")
+    right.legend()
+    figure.savefig(ROOT / "docs" / "demo-curve.png", dpi=120)
+
+
+def draw_gates() -> None:
+    """Gates by layer and unit over training, and what stayed: one row per tower."""
+    rows = load("headline")["rows"] if (RESULTS / "headline.json").is_file() else []
+    gates = next((row["gates"] for row in rows if "gates" in row), None)
+    if gates is None:
+        return
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, width_ratios=(3, 2))
+    places, start = {}, 0
+    for path, units in gates["units"].items():
+        places[path] = range(start, start := start + units)
+    snapshots = [*gates["trajectory"], gates["final"]]
+    for (over, end), (title, marker) in zip(axes, (("vision tower", "vision"), ("language model", "language")), strict=True):
+        paths = [path for path in places if (marker in path)]
+        columns = [place for path in paths for place in places[path]]
+        image = over.imshow(
+            [[snapshot[c] for c in columns] for snapshot in snapshots], vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+            extent=(0, len(paths), gates["steps"], 0),
+        )  # fmt: skip
+        over.set(title=f"{title}: gates over training", xlabel="layer (units side by side)", ylabel="step")
+        width = max(len(places[path]) for path in paths)
+        kept = [
+            [float(unit in gates["kept"][path]) if unit < len(places[path]) else float("nan") for path in paths] for unit in range(width)
+        ]
+        end.imshow(kept, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        share = sum(len(gates["kept"][path]) for path in paths) / len(columns)
+        gone = sum(not gates["kept"][path] for path in paths)
+        end.set(title=f"{share:.0%} kept, {gone} of {len(paths)} blocks gone", xlabel="layer", ylabel="unit", yticks=range(width))
+        figure.colorbar(image, ax=over, label="gate")
+    figure.savefig(ROOT / "docs" / "gates.png", dpi=110)
+
+
+def draw_arena() -> None:
+    """KL over the scope's FLOPs, one line a method, for test questions and for the second data set."""
+    rows = arena_rows()
+    if not rows:
+        return
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(SCOPES), sharex=True, squeeze=False)
+    for column, scope in enumerate(SCOPES):
+        for line, (title, figure_of) in enumerate(
+            (("test questions", lambda r: r["kl_nats"]), ("second data set", lambda r: r["shifted"]["kl_nats"]))
+        ):
+            axis = axes[line][column]
+            for method in methods_of(rows, scope):
+                own = [row for row in rows if row["scope"] == scope and row["method"] == method]
+                shares = sorted({row["budget"] for row in own})
+                points = [mean([figure_of(row) for row in own if row["budget"] == share]) for share in shares]
+                ours = method == "infoprune"
+                axis.plot(shares, points, "o-" if ours else ".--", label=method, lw=2.5 if ours else 1, zorder=3 if ours else 2)
+            axis.set(
+                title=f"{scope}: {title}", yscale="log", xlabel=f"share of the FLOPs kept ({scope})", ylabel="KL, nats per answer token"
+            )
+            axis.legend(fontsize=6)
+    figure.savefig(ROOT / "docs" / "arena.png", dpi=110)
