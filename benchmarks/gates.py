@@ -61,7 +61,7 @@ def main() -> None:
         for name, variant in VARIANTS.items():
             training = TrainingOptions(**settings | variant)
             run = TrainingRun(training, examples, validation, 0, Processes(), BarProgress())
-            learned = run.learn_heads(dense, sites, blocks, costs, target, percentiles, compensated=True)
+            learned = run.learn_heads(dense, sites, blocks, costs, target, percentiles, options.compensate)
             losses = learned.best.losses
             rows.append({
                 "method": f"infoprune:{name}", "budget": share, "gate_prior": training.gate_prior, "gate_rate": training.gate_rate,

@@ -76,7 +76,7 @@ def runs(
         ]
     if "ablation" in parts:
         cases = {"all terms": {}} | {f"without {term.removesuffix('_weight')}": {term: 0.0} for term in TERMS}
-        cases |= {"without compensation": {"compensate": False}}
+        cases |= {"without compensation": {"compensate": "none"}}
         found += [
             Run("ablation", name, 1 / 3.2, 0, SHORT | {"heads": "trained", "recovery": recovery} | case)
             for recovery in ("none",)

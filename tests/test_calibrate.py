@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infoprune.calibrate import Moments, calibrate, fisher_sample
+from infoprune.calibrate import Moments, calibrate
 from infoprune.errors import CalibrationError
-from infoprune.packing import batches
+from infoprune.fisher import fisher_sample
+from infoprune.packing import answer_logits, batches
 
 
 def test_moments_equal_the_direct_ones_and_are_safe_in_float64():
@@ -35,6 +36,17 @@ def test_fisher_sample_has_the_fisher_information_as_covariance():
     samples = fisher_sample(logits.expand(200_000, 4), 1.0, torch.Generator().manual_seed(0)).double()
     p = torch.softmax(logits[0].double(), 0)
     torch.testing.assert_close(samples.T @ samples / len(samples), torch.diag(p) - torch.outer(p, p), atol=2e-3, rtol=0)
+
+
+def test_the_most_probable_tokens_alone():
+    logits = torch.tensor([[1.0, 0.0, -1.0, 0.5]])
+    samples = fisher_sample(logits.expand(200_000, 4), 2.0, torch.Generator().manual_seed(0), top_k=2).double()
+    p = torch.tensor([1.0, 0.0, 0.0, 1.0]) * torch.exp(logits[0] / 2)
+    p = (p / p.sum()).double()
+    torch.testing.assert_close(samples.T @ samples / len(samples), torch.diag(p) - torch.outer(p, p), atol=2e-3, rtol=0)
+    assert not samples[:, 1:3].any()
+    everything = [fisher_sample(logits, 1.0, torch.Generator().manual_seed(1), top_k=k) for k in (None, 4, 99)]
+    assert torch.equal(everything[0], everything[1]) and torch.equal(everything[0], everything[2])
 
 
 def run(vlm, questions, rows, **options):
@@ -67,8 +79,6 @@ def test_image_and_text_tokens_apart_add_up(gqa_vlm, questions):
 
 def test_gradients_equal_autograd(gqa_vlm, questions):
     """F at a block's output, and the FFN's W^T g, against gradients taken by hand."""
-    from infoprune.packing import answer_logits
-
     found = run(gqa_vlm, questions[:3], 1, seed=5)
     site = next(s for s in gqa_vlm.architecture.ffn if s.tower == "text" and s.layer == 0)
     block = gqa_vlm.model.get_submodule(site.path)
@@ -88,6 +98,25 @@ def test_gradients_equal_autograd(gqa_vlm, questions):
     for tap, gradient in (("x", statistics.input_gradient), ("y", statistics.output_gradient)):
         g = held[tap].grad[batch.valid].double()
         torch.testing.assert_close(gradient.second_moment, g.T @ g / len(g), rtol=1e-3, atol=1e-9)
+
+
+def test_magnitudes_are_of_what_the_linears_read(gqa_vlm, questions):
+    uneven = [questions[0], *questions[3:6], questions[6]]  # rows of different lengths: padding is excluded
+    found = run(gqa_vlm, uneven, 3, magnitudes=True)
+    site = next(s for s in gqa_vlm.architecture.ffn if s.tower == "text")
+    block, read = gqa_vlm.model.get_submodule(site.path), {"input": [], "intermediate": []}
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(lambda module, args, tap=tap: read[tap].append(args[0]))
+        for tap, name in (("input", site.names.up), ("intermediate", site.names.down))
+    ]
+    for batch, _ in batches(gqa_vlm.encoder, uneven, images_per_batch=1):
+        answer_logits(gqa_vlm.model, batch)
+    for hook in hooks:
+        hook.remove()
+    for tap, values in read.items():
+        mean = torch.cat([v.flatten(0, 1) for v in values]).double().abs().mean(0)
+        torch.testing.assert_close(found.sites[site.path].mean_magnitude(tap), mean, rtol=1e-4, atol=1e-7)
+    assert not run(gqa_vlm, uneven, 3).sites[site.path].magnitudes
 
 
 def test_nan_is_reported_with_its_site(gqa_vlm, questions):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,13 +13,17 @@ from infoprune.criteria.heads import (
     CRITERIA,
     RANKINGS,
     Block,
+    block_of,
     compensate,
     conditional_rate_score,
     erank_score,
+    fluctuation_score,
     information_loss,
     rank_units,
     removal_loss,
+    taylor_score,
 )
+from infoprune.errors import CalibrationError
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
 from infoprune.linalg import root_and_inverse, symmetric_power
 
@@ -64,6 +69,7 @@ def test_set_loss_equals_the_measured_loss_after_compensation():
     for removed in itertools.combinations(range(4), 2):
         kept = [u for u in range(4) if u not in removed]
         weight, bias = compensate(block, kept)
+        assert bias is not None
         error = contexts @ block.out.T - (contexts[:, block.index(kept)] @ weight.T + bias)
         assert removal_loss(block, list(removed)) == pytest.approx(weighted_loss(block, error), rel=1e-6)
         assert float(error.mean(0).abs().max()) < 1e-9  # the bias carries the means
@@ -74,7 +80,66 @@ def test_compensation_is_never_worse_than_plain_removal():
         block, _ = random_block(seed)
         for count in (1, 2, 3):
             for removed in itertools.combinations(range(4), count):
-                assert removal_loss(block, list(removed)) <= removal_loss(block, list(removed), compensated=False) * (1 + 1e-9)
+                losses = [removal_loss(block, list(removed), c) for c in ("least-squares", "mean", "none")]
+                assert losses[0] <= losses[1] * (1 + 1e-9) and losses[1] <= losses[2] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("compensation", ["mean", "none"])
+def test_losses_without_regression_are_the_measured_ones(compensation):
+    block, contexts = random_block(1)
+    for count in (1, 2, 4):
+        for removed in itertools.combinations(range(4), count):
+            kept = [u for u in range(4) if u not in removed]
+            weight, bias = compensate(block, kept, compensation)
+            assert torch.equal(weight, block.out[:, block.index(kept)])  # columns stay as they are
+            error = contexts @ block.out.T - contexts[:, block.index(kept)] @ weight.T - (0 if bias is None else bias)
+            measured = 0.5 * float(((error @ block.metric) * error).sum() / len(error))
+            assert removal_loss(block, list(removed), compensation) == pytest.approx(measured, rel=1e-9)
+            assert (bias is None) == (compensation == "none")
+
+
+@pytest.mark.parametrize("compensation", ["mean", "none"])
+def test_greedy_losses_without_regression_equal_those_of_each_set(compensation):
+    block, _ = random_block(4)
+    removal = information_loss(block, compensation)
+    assert len(removal.order) == 3
+    for k in range(1, 4):
+        assert removal.losses[k] == pytest.approx(removal_loss(block, removal.order[:k], compensation), rel=1e-8)
+    assert removal.losses[1] == pytest.approx(min(removal_loss(block, [u], compensation) for u in range(4)), rel=1e-9)
+
+
+def test_the_ridge_is_for_regression_alone():
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randn(50, 20, generator=generator, dtype=torch.float64)
+    statistics = SiteStatistics(by_class={"input": {"all": Moments(20)}})
+    statistics.by_class["input"]["all"].update(contexts)
+    block = block_of(SITE, statistics, torch.randn(16, 20, generator=generator))
+    torch.testing.assert_close(block.measured, torch.cov(contexts.T, correction=0))
+    lost = contexts[:, block.columns(2)] @ block.out[:, block.columns(2)].T
+    assert removal_loss(block, [2], "mean") == pytest.approx(0.5 * float((lost - lost.mean(0)).square().sum() / 50), rel=1e-9)
+
+
+def test_fluctuation_is_standardised_over_the_channels_of_a_block():
+    block, contexts = random_block(5)
+    channel = [(float(contexts[:, j].var(correction=0)) * float(block.out[:, j] @ block.out[:, j])) ** 2 for j in range(20)]
+    mean = sum(channel) / 20
+    deviation = (sum((c - mean) ** 2 for c in channel) / 19) ** 0.5
+    expected = [sum((channel[j] - mean) / deviation for j in range(5 * u, 5 * u + 5)) / 5 for u in range(4)]
+    scores = fluctuation_score(block, torch.Generator())
+    assert scores == pytest.approx(expected, rel=1e-9)
+    assert sum(scores) == pytest.approx(0, abs=1e-9)
+    louder = Block(SITE, 9 * block.covariance, 3 * block.mean, 2 * block.out, block.metric)
+    assert fluctuation_score(louder, torch.Generator()) == pytest.approx(scores, rel=1e-9)  # blocks can be compared
+
+
+def test_first_order_scores_have_norm_one_and_must_have_been_gathered():
+    block, _ = random_block()
+    with pytest.raises(CalibrationError, match="heads='taylor'"):
+        taylor_score(block, torch.Generator())
+    for scale in (1.0, 1e-3):
+        known = dataclasses.replace(block, sensitivity=scale * torch.tensor([3.0, 0.0, 4.0, 0.0], dtype=torch.float64))
+        assert taylor_score(known, torch.Generator()) == pytest.approx([0.6, 0, 0.8, 0])
+    assert taylor_score(dataclasses.replace(block, sensitivity=torch.zeros(4)), torch.Generator()) == [0, 0, 0, 0]
 
 
 def test_a_duplicated_head_has_no_conditional_rate_and_is_free_to_remove_once():
@@ -98,10 +163,8 @@ def test_erank_of_a_head_is_that_of_its_output_covariance():
 
 
 def test_every_criterion_scores_every_unit_and_random_depends_on_the_seed():
-    blocks = [random_block(seed)[0] for seed in range(2)]
-    blocks[1] = Block(
-        AttentionSite("b", "text", 1, LLAMA_STYLE, 4, 4, 5, 16), *(getattr(blocks[1], n) for n in ("covariance", "mean", "out", "metric"))
-    )
+    blocks = [dataclasses.replace(random_block(seed)[0], sensitivity=torch.arange(4.0)) for seed in range(2)]
+    blocks[1] = dataclasses.replace(blocks[1], site=AttentionSite("b", "text", 1, LLAMA_STYLE, 4, 4, 5, 16))
     for name in CRITERIA[1:]:
         scores = rank_units(blocks, name)
         assert set(scores) == {"a", "b"}
@@ -200,6 +263,39 @@ def test_output_side_tail_and_full_rank(with_bias):
         a, b, correction = solved.factors(12)
         torch.testing.assert_close(b @ a, weight, atol=1e-8, rtol=1e-8)
         assert float(correction.abs().max()) < 1e-7
+
+
+def svd_product(weight, moment, rank):
+    """Best approximation of rank ``rank`` under an input moment, by its Cholesky factor and a full SVD."""
+    root = torch.linalg.cholesky(moment)
+    u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root)
+
+
+@pytest.mark.parametrize("whitening", ["full", "diagonal", "none"])
+def test_whitened_factors_are_those_of_the_dense_formula(whitening):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(500, 12, generator=generator, dtype=torch.float64) @ torch.randn(12, 12, generator=generator, dtype=torch.float64) + 0.5
+    weight = torch.randn(20, 12, generator=generator, dtype=torch.float64)
+    h = torch.randn(500, 20, generator=generator, dtype=torch.float64).exp() - 1
+    down = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+    statistics = SiteStatistics(by_class={"input": {"all": Moments(12)}, "output": {"all": Moments(12)}})
+    statistics.by_class["input"]["all"].update(x)
+    statistics.by_class["output"]["all"].update(h @ down.T)
+    statistics.magnitudes = {"input": x.abs().sum(0), "intermediate": h.abs().sum(0)}
+    options = FFNOptions("identity", centred=False, structure="separate", whitening=whitening)
+    solved = factorize_inputs(PLAIN, statistics, weight, "up", options), factorize_down(statistics, down, None, options)
+    for factorization, w, z in zip(solved, (weight, down), (x, h), strict=True):  # the down projection too, by its m x m input moment
+        moment = {"full": z.T @ z / 500, "diagonal": torch.diag(z.abs().mean(0)), "none": torch.eye(z.shape[1], dtype=torch.float64)}
+        a, b, correction = factorization.factors(4)
+        torch.testing.assert_close(b @ a, svd_product(w, moment[whitening], 4), atol=1e-8, rtol=1e-8)
+        assert not correction.any()
+        energies = torch.linalg.svdvals(w @ torch.linalg.cholesky(moment[whitening])).square()
+        torch.testing.assert_close(factorization.energies, energies, atol=1e-8, rtol=1e-8)
+    if whitening == "full":  # what an output side of size m x m would give
+        _, u = torch.linalg.eigh(weight @ (x.T @ x) @ weight.T)
+        a, b, _ = solved[0].factors(4)
+        torch.testing.assert_close(b @ a, u[:, -4:] @ u[:, -4:].T @ weight, atol=1e-8, rtol=1e-8)
 
 
 def test_zero_gradient_makes_the_site_free_but_still_sensible():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from infoprune.modeling_infoprune import ConstantAttention
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import resolve
+from infoprune.sensitivity import head_sensitivities
 from infoprune.surgery import apply_
 from tiny_models import WORDS, build
 
@@ -29,7 +31,7 @@ def statistics_of(vlm, questions, **options):
     return calibrate(vlm.model, vlm.architecture, (b for b, _ in batches(vlm.encoder, questions)), **options)
 
 
-def plan_of(vlm, *, compensate=True, rank=8, heads=True, ffn=True, structure="joint"):
+def plan_of(vlm, *, compensate="least-squares", rank=8, heads=True, ffn=True, structure="joint"):
     """Drop the first unit of every block that has two, factorise every FFN."""
     decisions = {}
     for site in vlm.architecture.ffn:
@@ -94,7 +96,7 @@ def test_empty_plan_changes_nothing(vlm, questions):
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_masked_equals_compacted(vlm, questions, tower):
     statistics = statistics_of(vlm, questions)
-    masked, plan = copy.deepcopy(vlm.model), plan_of(vlm, compensate=False, ffn=False)
+    masked, plan = copy.deepcopy(vlm.model), plan_of(vlm, compensate="none", ffn=False)
     sites = {s.path: s for s in vlm.architecture.attention if s.tower == tower and s.num_units > 1}
     assert sites
     for path, site in sites.items():
@@ -139,14 +141,14 @@ def dropping(vlm, *, compensate):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("compensate", ["least-squares", "none"])
 def test_dropped_blocks_leave_their_mean(vlm, questions, tmp_path, compensate):
     statistics = statistics_of(vlm, questions, weighting="uniform")
     plan, masked, inputs = dropping(vlm, compensate=compensate), copy.deepcopy(vlm.model), inputs_of(vlm, questions)
     for path in plan.heads:
         site = vlm.architecture.site(path)
         out = masked.get_submodule(f"{path}.{site.names.out}")
-        mean = statistics.sites[path].pooled("input").mean.float() if compensate else torch.zeros(out.in_features)
+        mean = statistics.sites[path].pooled("input").mean.float() if compensate != "none" else torch.zeros(out.in_features)
         constant = out.weight @ mean + (0 if out.bias is None else out.bias)
         out.register_forward_hook(lambda m, a, output, constant=constant: constant.expand_as(output))
     dense, workload = count_workload(vlm.model, vlm.architecture, inputs, 2)
@@ -202,6 +204,25 @@ def test_calibration_leaves_nothing_behind(vlm, questions):
         assert statistics.sites[site.path].pooled("input").count > 0
 
 
+def test_sensitivities_are_derivatives_in_gates(vlm, questions):
+    gates = {s.path: torch.ones(s.num_units, requires_grad=True) for s in vlm.architecture.attention}
+    expected = {path: torch.zeros(len(gate)) for path, gate in gates.items()}
+    for batch, _ in batches(vlm.encoder, questions[2:4], images_per_batch=1, share_prefix=False):
+        with ExitStack() as stack:
+            for site in vlm.architecture.attention:
+                gate = gates[site.path].repeat_interleave(site.unit_width)
+                out = vlm.model.get_submodule(f"{site.path}.{site.names.out}")
+                stack.callback(out.register_forward_pre_hook(lambda module, args, gate=gate: (args[0] * gate,)).remove)
+            loss = nn.functional.cross_entropy(answer_logits(vlm.model, batch), batch.targets, reduction="sum")
+        found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+        for path, gradient in zip(gates, found, strict=True):
+            expected[path] += 0 if gradient is None else gradient.abs() / 2
+    packed = (batch for batch, _ in batches(vlm.encoder, questions[2:4]))
+    for path, found in head_sensitivities(vlm.model, vlm.architecture, packed).items():
+        torch.testing.assert_close(found.float(), expected[path], rtol=1e-3, atol=1e-6)
+    assert any(gradient.any() for gradient in expected.values())
+
+
 @torch.no_grad()
 @pytest.mark.capability("image and text inputs")
 def test_packed_equals_unpacked(vlm, questions):
@@ -255,8 +276,8 @@ def test_loads_without_infoprune_only_through_trust_remote_code(vlm, questions, 
 @pytest.mark.capability("per-layer geometry")
 def test_configuration_states_the_heads_of_every_layer(vlm, questions, tmp_path):
     statistics = statistics_of(vlm, questions[:2], weighting="uniform", gradients=False)
-    plan = plan_of(vlm, compensate=False, ffn=False)
-    plan = plan.model_copy(update={"heads": plan.heads | dropping(vlm, compensate=False).heads})
+    plan = plan_of(vlm, compensate="none", ffn=False)
+    plan = plan.model_copy(update={"heads": plan.heads | dropping(vlm, compensate="none").heads})
     apply_(vlm.model, vlm.architecture, plan, statistics)
     folder = infoprune.save(dataclasses.replace(vlm, plan=plan), tmp_path / "out", probe=inputs_of(vlm, questions))
     text = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)

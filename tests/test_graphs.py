@@ -21,7 +21,7 @@ GRAPHED = ("llava", "vipllava", "aya_vision", "cohere2_vision", "deepseek_vl", "
 def cut(vlm, questions):
     """Some heads gone, some blocks whole, FFNs factorised."""
     plan = plan_of(vlm)
-    plan = plan.model_copy(update={"heads": plan.heads | dropping(vlm, compensate=True).heads})
+    plan = plan.model_copy(update={"heads": plan.heads | dropping(vlm, compensate="least-squares").heads})
     apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions))
     return dataclasses.replace(vlm, plan=plan)
 

@@ -37,6 +37,16 @@ def test_json_round_trip(heads, ranks, revision):
     assert CompressionPlan.from_json(plan.to_json()) == plan
 
 
+def test_earlier_plans_said_whether_heads_are_compensated():
+    plan = json.loads(CompressionPlan(library="x", model_type="llava", model_id="m").to_json())
+    heads = {name: {"keep_units": [0], "num_units": 2, "compensate": value} for name, value in (("a", True), ("b", False), ("c", "mean"))}
+    found = CompressionPlan.from_json(json.dumps(plan | {"heads": heads}))
+    assert [head.compensate for head in found.heads.values()] == ["least-squares", "none", "mean"]
+    assert [head["compensated"] for head in found.shapes()["heads"].values()] == [True, False, True]
+    with pytest.raises(PlanError, match="compensate"):
+        CompressionPlan.from_json(json.dumps(plan | {"heads": {"a": {"keep_units": [0], "num_units": 2, "compensate": "somehow"}}}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -93,7 +103,8 @@ def test_every_criterion_meets_the_budget(gqa_vlm, questions, criterion):
     "fields",
     [
         {"structure": "separate"}, {"structure": "best"}, {"ffn_metric": "identity", "weighting": "uniform", "centred": False},
-        {"allocation": "uniform"}, {"compensate": False}, {"heads": "none"}, {"towers": ("text",)},
+        {"whitening": "diagonal", "centred": False}, {"allocation": "tolerance", "structure": "separate"}, {"allocation": "effective-rank"},
+        {"top_k": 5}, {"allocation": "uniform"}, {"compensate": "none"}, {"compensate": "mean"}, {"heads": "none"}, {"towers": ("text",)},
     ],
 )  # fmt: skip
 def test_every_variant_works(gqa_vlm, questions, fields):
@@ -130,6 +141,7 @@ def test_impossible_budget_says_the_smallest_reachable(gqa_vlm, questions):
 
 @pytest.mark.parametrize("fields", [{}, {"flops": 0.5, "ks": 0.1}, {"flops": 0}, {"flops": 1.5}, {"flops": 0.5, "heads": "nonsense"},
         {"flops": 0.5, "structure": "nonsense"}, {"flops": 0.5, "ffn_metric": "nonsense"}, {"flops": 0.5, "towers": ("ear",)},
+        {"flops": 0.5, "compensate": True}, {"flops": 0.5, "whitening": "nonsense"}, {"flops": 0.5, "top_k": 1},
                                     {"flops": 0.5, "examples": 0}, {"flops": 0.5, "heads": "none", "ffn": "none"}])  # fmt: skip
 def test_bad_options_are_refused(fields):
     with pytest.raises(InfoPruneError):

@@ -97,7 +97,7 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
     blocks = blocks_of(vlm, questions)
     gates = HeadGates(list(vlm.architecture.attention))
     for site in gates.sites:
-        found = structure_of(blocks[site.path], dense_structure(blocks[site.path]), torch.zeros(site.num_units), compensated=True)
+        found = structure_of(blocks[site.path], dense_structure(blocks[site.path]), torch.zeros(site.num_units), "least-squares")
         gates.compensate_(site.path, found.coefficient, found.mean)
     with gates.attached(vlm.model):
         assert torch.equal(vlm.model(**inputs).logits, dense)
@@ -111,8 +111,8 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
     assert torch.equal(vlm.model(**inputs).logits, dense)
 
 
-@pytest.mark.parametrize("compensated", [True, False])
-def test_masked_equals_compacted(vlm, questions, compensated):
+@pytest.mark.parametrize("compensation", ["least-squares", "mean", "none"])
+def test_masked_equals_compacted(vlm, questions, compensation):
     from infoprune.decide import Decisions
     from infoprune.options import CompressionOptions
     from infoprune.plan import HeadDecision
@@ -123,10 +123,10 @@ def test_masked_equals_compacted(vlm, questions, compensated):
     blocks = blocks_of(vlm, questions)
     sites = list(vlm.architecture.attention)
     kept = {site.path: list(range(0, site.num_units, 2)) for site in sites}
-    heads = {s.path: HeadDecision(keep_units=tuple(kept[s.path]), num_units=s.num_units, compensate=compensated) for s in sites}
-    options = CompressionOptions(flops=0.5, repair=False, compensate=compensated)
+    heads = {s.path: HeadDecision(keep_units=tuple(kept[s.path]), num_units=s.num_units, compensate=compensation) for s in sites}
+    options = CompressionOptions(flops=0.5, repair=False, compensate=compensation)
     small = apply_decisions(vlm, Decisions(heads, {}, 0.0), options, statistics, [batch])
-    masked = masked_logits(vlm.model, HeadGates(sites), blocks, kept, batch, compensated=compensated)
+    masked = masked_logits(vlm.model, HeadGates(sites), blocks, kept, batch, compensation)
     with torch.no_grad():
         assert check_agreement(masked, answer_logits(small.model, batch)) < 1e-4
         with pytest.raises(InfoPruneError, match="differs"):
@@ -154,11 +154,11 @@ def test_leave_one_out_is_regression_on_the_others(gqa_vlm, questions):
         assert not leave_one_out(block, [units[0]])[block.columns(0)].any()
 
 
-@pytest.mark.parametrize("compensated", [True, False])
-def test_structure_at_the_ends(vlm, questions, compensated):
+@pytest.mark.parametrize("compensation", ["least-squares", "none"])
+def test_structure_at_the_ends(vlm, questions, compensation):
     for block in blocks_of(vlm, questions).values():
         n = block.site.num_units
-        found = structure_of(block, dense_structure(block), torch.ones(n), compensated=compensated)
+        found = structure_of(block, dense_structure(block), torch.ones(n), compensation)
         assert found.ks(torch.ones(n)) == pytest.approx(0, abs=1e-4)
         assert float(found.rate(torch.zeros(n))) == 0
         rates = [float(found.rate(torch.full((n,), z))) for z in (0.0, 0.3, 0.7, 1.0)]
@@ -177,7 +177,7 @@ def test_ks_gradient_is_that_of_the_true_spectrum(gqa_vlm, questions):
         dense = torch.linalg.eigvalsh(block.out @ block.covariance @ block.out.T).flip(0).clamp_min(0)
         return float(((energies / energies.sum()).cumsum(0) - (dense / dense.sum()).cumsum(0)).abs().max())
 
-    found = structure_of(block, dense_structure(block), z, compensated=False)
+    found = structure_of(block, dense_structure(block), z, "none")
     assert float(found.ks(z)) == pytest.approx(exact(z), abs=1e-4)
     leaf = z.clone().requires_grad_(True)
     found.ks(leaf).backward()

@@ -19,6 +19,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
+from infoprune.fisher import fisher_sample
 from infoprune.freeze import frozen
 from infoprune.memory import release_memory
 from infoprune.packing import PackedBatch, answer_logits
@@ -103,6 +104,9 @@ class SiteStatistics:
         branch_gradients: Gated FFN only, on request: the same for the gate and the up projection apart.
         intermediate_gradient_energy: FFN only: sum over tokens of |g|^2 at the input linears' outputs.
         token_weights: Per batch, (tokens,) weights at the block's output; ones without relevance weighting.
+        magnitudes: FFN only, on request: sum over tokens of |x| at the block's input (``input``) and at the down projection's
+            (``intermediate``); tokens count the same, whatever their weights.
+        sensitivity: Attention only, on request: see :func:`infoprune.sensitivity.head_sensitivities`.
     """
 
     by_class: dict[str, dict[TokenClass, Moments]] = field(default_factory=dict)
@@ -111,6 +115,8 @@ class SiteStatistics:
     branch_gradients: dict[str, Moments] = field(default_factory=dict)
     intermediate_gradient_energy: float = 0.0
     token_weights: list[torch.Tensor] = field(default_factory=list)
+    magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
+    sensitivity: torch.Tensor | None = None
 
     def pooled(self, tap: str) -> Moments:
         """Moments of image and text tokens together."""
@@ -119,6 +125,10 @@ class SiteStatistics:
         for other in moments[1:]:
             total = total.merge(other)
         return total
+
+    def mean_magnitude(self, tap: str) -> torch.Tensor:
+        """E|x|, (dimension,) float64, of what ``magnitudes`` names."""
+        return self.magnitudes[tap] / self.pooled("input").count
 
 
 @dataclass
@@ -136,24 +146,6 @@ class Statistics:
     weighting: Weighting
 
 
-def fisher_sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """Random vector v with E[v v^T] = diag(p) - p p^T, the Fisher information of a categorical in its logits.
-
-    v = sqrt(p) * n - p (sqrt(p) . n), n standard normal: unbiased like the gradient of a label drawn from the model, but without the
-    draw's variance when the model is nearly certain. Gradients of sum(v * logits) then have the Fisher information as their
-    covariance (cf. Martens, "New insights and perspectives on the natural gradient method", 2020).
-
-    Args:
-        logits: (targets, vocabulary).
-        temperature: p = softmax(logits / temperature). Above 1, answers the model is sure of still count: their margin can be lost to
-            a large change though their curvature is nearly zero.
-        generator: Source of randomness.
-    """
-    root = torch.softmax(logits.float() / temperature, dim=-1).sqrt()
-    noise = torch.randn(root.shape, generator=generator).to(root.device)
-    return root * noise - root.square() * (root * noise).sum(-1, keepdim=True)
-
-
 def calibrate(
     model: nn.Module,
     architecture: Architecture,
@@ -162,8 +154,10 @@ def calibrate(
     weighting: Weighting = "relevance",
     gradients: bool = True,
     branches: bool = False,
+    magnitudes: bool = False,
     split_tokens: bool = False,
     temperature: float = 1.0,
+    top_k: int | None = None,
     seed: int = 0,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> Statistics:
@@ -178,8 +172,9 @@ def calibrate(
         weighting: ``relevance`` weights tokens by |g|^2 at the site's output and needs gradients.
         gradients: Also gather gradient moments.
         branches: Also gather the gate's and the up projection's gradients apart.
+        magnitudes: Also gather mean absolute inputs of the FFNs' linears.
         split_tokens: Keep image and text tokens of the language model apart (twice the memory for inputs and outputs).
-        temperature: See :func:`fisher_sample`.
+        temperature, top_k: See :func:`infoprune.fisher.fisher_sample`.
         seed: Seed of the gradient noise.
         progress: Called with the number of questions after each batch.
 
@@ -188,7 +183,7 @@ def calibrate(
     """
     if weighting == "relevance" and not gradients:
         raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
-    collector = _Collector(_Options(weighting, gradients, branches, split_tokens))
+    collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens))
     generator = torch.Generator().manual_seed(seed)
     training, questions = model.training, 0
     model.eval()
@@ -197,7 +192,7 @@ def calibrate(
             for site in (*architecture.attention, *architecture.ffn):
                 collector.attach(model, site, stack)
             if gradients:
-                _differentiate_from_first_layers(model, architecture, stack)
+                differentiate_from_first_layers(model, architecture, stack)
             for number, batch in enumerate(batches):
                 if number % RELEASE_EVERY == 0:
                     release_memory()
@@ -205,7 +200,7 @@ def calibrate(
                 logits = answer_logits(model, batch)
                 collector.check_values()  # before a backward pass would spread a NaN to every site
                 if gradients:
-                    (logits * fisher_sample(logits.detach(), temperature, generator)).sum().backward()
+                    (logits * fisher_sample(logits.detach(), temperature, generator, top_k=top_k)).sum().backward()
                 collector.finish()
                 questions += batch.num_questions
                 progress(batch.num_questions)
@@ -222,6 +217,7 @@ class _Options:
     weighting: Weighting
     gradients: bool
     branches: bool
+    magnitudes: bool
     split_tokens: bool
 
 
@@ -236,8 +232,9 @@ def unpadded(site: Site, values: torch.Tensor, valid: torch.Tensor) -> torch.Ten
     return flat[valid.flatten()] if site.tower == "text" and len(flat) == valid.numel() else flat
 
 
-def _differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
-    # Parameters stay frozen, so the graph must start at activations: the inputs of each tower's first layer.
+def differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
+    """Start the graph at the inputs of each tower's first layer while ``stack`` is open: parameters are frozen."""
+
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def leaf(x: torch.Tensor) -> torch.Tensor:
             return x if x.requires_grad else x.detach().requires_grad_(True)
@@ -309,7 +306,11 @@ class _Collector:
         for name, linear in inputs.items():
             if self.options.gradients:
                 stack.callback(linear.register_forward_hook(partial(self._ffn_branch, site, name)).remove)
-        self._watch(site, "output", block.get_submodule(site.names.down), lambda args, output: output, stack)
+        down = block.get_submodule(site.names.down)
+        self._watch(site, "output", down, lambda args, output: output, stack)
+        if self.options.magnitudes:
+            for tap, reading in (("input", inputs["up"]), ("intermediate", down)):
+                stack.callback(reading.register_forward_pre_hook(partial(self._add_magnitude, site, tap)).remove)
 
     def _watch(self, site: Site, tap: str, module: nn.Module, values: Callable[[Any, Any], torch.Tensor], stack: ExitStack) -> None:
         """A projection onto the residual stream: moments of its input or output, weighted by the gradient at its output."""
@@ -354,6 +355,11 @@ class _Collector:
             self._weigh(site, "input", energy)
 
         output.register_hook(on_gradient)
+
+    def _add_magnitude(self, site: FFNSite, tap: str, _: nn.Module, args: Any) -> None:
+        found = self._tokens(site, args[0]).abs().sum(0, dtype=torch.float64).cpu()
+        sums = self.sites[site.path].magnitudes
+        sums[tap] = sums[tap] + found if tap in sums else found
 
     def _tokens(self, site: Site, values: torch.Tensor) -> torch.Tensor:
         assert self._batch is not None

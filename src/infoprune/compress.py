@@ -32,6 +32,7 @@ from infoprune.steps import (
     QUESTIONS_PER_IMAGE,
     Compressed,
     apply_decisions,
+    calibrated,
     calibration_examples,
     calibration_record,
     checked_flops,
@@ -155,8 +156,7 @@ def _cut_free(
 ) -> Compressed:  # fmt: skip
     """Calibrate, decide (heads by training, if the options say so), cut."""
     architecture = dense_architecture(vlm)
-    inputs = packed_batches(vlm, examples)
-    statistics = statistics_of(vlm, inputs, options, progress)
+    statistics, inputs = calibrated(vlm, examples, options, progress)
     clock.lap("calibrate")
     probe, dense_flops, workload = measure(vlm, examples)
     dense_parameters = num_parameters(vlm.model)
@@ -199,7 +199,7 @@ def _learn_heads(
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     target = run.options.attention_share or attention_share(solved, decisions, workload)
     costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe))
-    return run.learn_heads(vlm, sites, blocks, costs, target, unit_percentiles(solved, costs, target), compensated=options.compensate)
+    return run.learn_heads(vlm, sites, blocks, costs, target, unit_percentiles(solved, costs, target), options.compensate)
 
 
 def _check_gates(
@@ -210,7 +210,7 @@ def _check_gates(
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     kept = {s.path: list(decisions.heads[s.path].keep_units) if s.path in decisions.heads else list(range(s.num_units)) for s in sites}
-    masked = masked_logits(vlm.model, HeadGates(sites).to(vlm.device), blocks, kept, inputs[0], compensated=options.compensate)
+    masked = masked_logits(vlm.model, HeadGates(sites).to(vlm.device), blocks, kept, inputs[0], options.compensate)
     without = apply_decisions(vlm, replace(decisions, ffn={}), replace(options, repair=False), statistics, inputs[:1])
     with torch.no_grad():
         return check_agreement(masked, answer_logits(without.model, inputs[0]))
@@ -232,15 +232,14 @@ def apply_plan(
     source = data if data is not None else (record.data if record else None)
     if source is None or (isinstance(source, str) and source == "examples"):
         raise PlanError("The plan does not say which data to calibrate on; give it with --data.")
+    recorded = {} if record is None else record.model_dump(include={"seed", "weighting", "temperature", "top_k"})
     options = CompressionOptions(
         flops=1.0,
         ffn_metric=ffn_options(plan).metric,
+        whitening=ffn_options(plan).whitening,
         structure="separate" if any(d.gate_rank for d in plan.ffn.values()) else "joint",
-        **(
-            {"examples": record.count, "seed": record.seed, "weighting": record.weighting, "temperature": record.temperature}
-            if record
-            else {}
-        ),
+        **({"examples": record.count} if record else {}),
+        **recorded,
     )
     examples = calibration_examples(source, options.examples, options.seed, progress, skip_bad=skip_bad)
     inputs = packed_batches(vlm, examples)

@@ -15,6 +15,7 @@ from infoprune.evaluation.cost import Workload, attention_flops, ffn_flops
 from infoprune.linalg import descending_eigh
 from infoprune.options import NONE, TRAINED, CompressionOptions
 from infoprune.plan import FFNDecision, HeadDecision, max_rank
+from infoprune.rank_rules import RULES, ruled_options
 from infoprune.solve import SolvedSite
 from infoprune.spectrum import ks_distance, rank_for_ks
 from infoprune.training.costs import Costs
@@ -54,7 +55,7 @@ def with_units(solved: list[SolvedSite], kept: dict[str, list[int]], options: Co
         if isinstance(item.site, AttentionSite):
             assert item.block is not None
             removed = [u for u in range(item.site.num_units) if u not in kept[item.site.path]]
-            loss = removal_loss(item.block, removed, compensated=options.compensate) if removed else 0.0
+            loss = removal_loss(item.block, removed, options.compensate) if removed else 0.0
             item = replace(item, removal=Removal(removed, [loss] * (len(removed) + 1)), fixed=len(removed))
         fixed.append(item)
     return fixed
@@ -171,7 +172,7 @@ def _removable(block: Block, removal: Removal, options: CompressionOptions) -> i
     for k in range(1, len(removal.order) + 1):
         kept = block.index([u for u in range(block.site.num_units) if u not in removal.order[:k]])
         weight = block.out[:, kept]
-        if options.compensate and len(kept):
+        if options.compensate == "least-squares" and len(kept):
             weight = torch.linalg.solve(block.covariance[kept][:, kept], block.covariance[kept, :] @ block.out.T).T
         if ks_distance(full, descending_eigh(weight @ block.covariance[kept][:, kept] @ weight.T)[0]) > options.ks:
             break
@@ -188,10 +189,10 @@ def _decide_by_flops(
     assert options.flops is not None
     cuttable = sum(_dense_cost(item.site, workload) for item in solved)
     budget = options.flops * dense_total - (dense_total - cuttable)
-    forced = _forced_heads(solved, workload, options)
+    forced = _forced_heads(solved, workload, options, budget)
     floor = options.floor
     while True:
-        groups = [group for item in solved for group in _options(item, workload, options, max(budget, 0.0) / cuttable, floor, forced)]
+        groups = _groups(solved, workload, options, budget, max(budget, 0.0) / cuttable, floor, forced)
         smallest = sum(min(option.cost for option in group) for group in groups)
         if smallest <= budget:
             break
@@ -223,6 +224,18 @@ def _dense_cost(site: AttentionSite | FFNSite, workload: Workload) -> int:
     return attention_flops(site, site.num_units, workload) if isinstance(site, AttentionSite) else ffn_flops(site, None, workload)
 
 
+def _groups(
+    solved: list[SolvedSite], workload: Workload, options: CompressionOptions, budget: float, share: float, floor: float,
+    forced: dict[str, int],
+) -> list[list[Option]]:  # fmt: skip
+    """Ways to treat every site; a rule for the ranks decides them together, under what heads leave of the budget."""
+    if options.allocation not in RULES:
+        return [group for item in solved for group in _options(item, workload, options, share, floor, forced)]
+    blocks, ffns = ([item for item in solved if isinstance(item.site, kind)] for kind in (AttentionSite, FFNSite))
+    heads = [group for item in blocks for group in _options(item, workload, options, share, floor, forced)]
+    return heads + ruled_options(ffns, workload, options, budget - sum(group[0].cost for group in heads), share, floor)
+
+
 def _options(
     item: SolvedSite, workload: Workload, options: CompressionOptions, share: float, floor: float, forced: dict[str, int]
 ) -> list[list[Option]]:
@@ -230,7 +243,7 @@ def _options(
     if isinstance(site, AttentionSite):
         assert item.removal is not None
         counts = [forced[site.path]] if site.path in forced else list(range(len(item.removal.order) + 1))
-        if options.allocation == "uniform" and site.path not in forced:
+        if options.allocation != "global" and site.path not in forced:
             counts = [min(len(item.removal.order), round(site.num_units * (1 - share)))]
         return [
             [
@@ -280,27 +293,32 @@ def _ffn_groups(
     return [[*found, *([Option(cost, 0.0)] if keep_dense else [])] for cost, found in groups]
 
 
-def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions) -> dict[str, int]:
+def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions, budget: float) -> dict[str, int]:
     """Units to remove from each block where that is decided already, or by a ranking, which has no unit to trade against FFN ranks.
 
     Rankings get the share of the attention's FLOPs that was asked of the model, filled by one global ranking; the FFNs get the rest of
-    the budget.
+    the budget. Where no FFN may be cut, the ranking goes on until the budget is met.
     """
     decided = {item.site.path: item.fixed for item in solved if item.fixed is not None}
-    if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE) or options.allocation == "uniform":
+    if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE) or options.allocation != "global":
         return decided
     assert options.flops is not None
     attention = [item for item in solved if isinstance(item.site, AttentionSite)]
     total = sum(_dense_cost(item.site, workload) for item in attention)
+    alone = len(attention) == len(solved)
+    least, most = (total - budget, total) if alone else (0.0, (1 - options.flops) * total)  # FLOPs to save
     candidates = []
     for item in attention:
         assert item.removal is not None and isinstance(item.site, AttentionSite) and item.removal.scores is not None
-        per_unit = (_dense_cost(item.site, workload) - attention_flops(item.site, 1, workload)) / max(item.site.num_units - 1, 1)
-        candidates += [(item.removal.scores[unit], place, item.site.path, per_unit) for place, unit in enumerate(item.removal.order)]
+        steps = [attention_flops(item.site, item.site.num_units - k, workload) for k in range(len(item.removal.order) + 1)]
+        candidates += [
+            (item.removal.scores[unit], place, item.site.path, steps[place] - steps[place + 1])
+            for place, unit in enumerate(item.removal.order)
+        ]
     counts = {item.site.path: 0 for item in attention}
     saved = 0.0
     for _, _, path, cost in sorted(candidates, key=lambda c: c[:2]):
-        if saved + cost > (1 - options.flops) * total:
+        if saved + cost > most or (alone and saved >= least):
             break
         saved += cost
         counts[path] += 1

@@ -115,18 +115,19 @@ def _ask_for_biases_(config: Any, architecture: Architecture, lacking: list[str]
                 raise CheckpointError(
                     f"No dense checkpoint of the family can hold this model: compression added a bias, '{names[0]}', for which the "
                     f"configuration '{part.model_type}' has no place ({len(lacking)} in all). Compress the original again without them, "
-                    "with what else you asked for then: put the two lines 'compensate: false' and 'centred: false' into a file "
-                    f"no-biases.yaml and run\n{_without_biases(plan)}"
+                    f"with what else you asked for then:\n{_without_biases(plan)}"
                 )
             setattr(part, FLAGS[kind], True)
             switched.add((site.tower, kind))
 
 
 def _without_biases(plan: CompressionPlan) -> str:
-    """The command that compresses as this plan did, by a recipe that adds no biases."""
+    """The command that compresses as this plan did, but adds no biases."""
     data = plan.calibration.data if plan.calibration and plan.calibration.data != "examples" else "DATA"
     budget = [text for name, value in plan.budget.items() for text in (f"--{name}", f"{value:g}")]
-    return shlex.join(["infoprune", "compress", plan.model_id, "--data", data, *budget, "--recipe", "no-biases.yaml", "-o", "DIR"])
+    return shlex.join(
+        ["infoprune", "compress", plan.model_id, "--data", data, *budget, "--compensate", "none", "--no-centred", "-o", "DIR"]
+    )
 
 
 def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: CompressionPlan) -> dict[str, torch.Tensor]:

@@ -8,12 +8,14 @@ from typing import Literal
 
 from infoprune.architecture import TowerName
 from infoprune.calibrate import Weighting
-from infoprune.criteria.ffn import FFNOptions
-from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
+from infoprune.criteria.ffn import FFNOptions, Whitening
+from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS, TAYLOR
 from infoprune.data import Example
 from infoprune.errors import BudgetError, InfoPruneError
+from infoprune.plan import Compensation
 
 NONE, TRAINED = "none", "trained"
+RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.rank_rules`
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -42,12 +44,14 @@ class CompressionOptions:
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
         ffn: ``low-rank`` or ``none``.
         towers: Which towers may be cut.
-        compensate: Repair the output projection after removing heads.
+        compensate: What takes the place of removed heads in the output projection, see :class:`infoprune.plan.HeadDecision`. ``repair``
+            refits that projection whatever this says.
         alpha: Weight of eRank in ``erank-ks``.
-        ffn_metric, centred, structure: See :class:`infoprune.criteria.ffn.FFNOptions`.
-        allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline).
+        ffn_metric, centred, structure, whitening: See :class:`infoprune.criteria.ffn.FFNOptions`.
+        allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline); ``tolerance``,
+            ``effective-rank``: FFN ranks by a rule of other methods, see :mod:`infoprune.rank_rules`, heads the same share everywhere.
         weighting: See :func:`infoprune.calibrate.calibrate`.
-        temperature: Of the Fisher information, see :func:`infoprune.calibrate.fisher_sample`.
+        temperature, top_k: Of the Fisher information, see :func:`infoprune.fisher.fisher_sample`.
         examples: Calibration questions, three per image as far as images go.
         repair: Cut layer by layer and refit each block's last linear to the dense residual stream
             (:mod:`infoprune.repair`).
@@ -68,14 +72,16 @@ class CompressionOptions:
     heads: str = INFORMATION_LOSS
     ffn: Literal["low-rank", "none"] = "low-rank"
     towers: tuple[TowerName, ...] = ("vision", "text")
-    compensate: bool = True
+    compensate: Compensation = "least-squares"
     alpha: float = 0.5
     ffn_metric: Literal["task", "identity"] = "task"
     centred: bool = True
     structure: Literal["joint", "separate", "best"] = "joint"
-    allocation: Literal["global", "uniform"] = "global"
+    whitening: Whitening = "full"
+    allocation: Literal["global", "uniform", "tolerance", "effective-rank"] = "global"
     weighting: Weighting = "relevance"
     temperature: float = 1.0
+    top_k: int | None = None
     examples: int = 384
     repair: bool = True
     rank_multiple: int = 8
@@ -101,7 +107,9 @@ class CompressionOptions:
             "ffn": ("low-rank", NONE),
             "ffn_metric": ("task", "identity"),
             "structure": ("joint", "separate", "best"),
-            "allocation": ("global", "uniform"),
+            "whitening": ("full", "diagonal", "none"),
+            "compensate": ("least-squares", "mean", "none"),
+            "allocation": ("global", "uniform", *RANK_RULES),
             "weighting": ("uniform", "relevance"),
         }
         for name, known in choices.items():
@@ -113,6 +121,8 @@ class CompressionOptions:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+        if self.top_k is not None and self.top_k < 2:
+            raise InfoPruneError(f"top_k must be at least 2, not {self.top_k}: one token alone leaves nothing uncertain.")
 
     def _check_certificate(self) -> None:
         if self.max_drop is not None and not 0 < self.max_drop < 100:
@@ -138,9 +148,14 @@ class CompressionOptions:
     @property
     def ffn_options(self) -> FFNOptions:
         """The FFN method."""
-        return FFNOptions(self.ffn_metric, self.centred, self.structure)
+        return FFNOptions(self.ffn_metric, self.centred, self.structure, self.whitening)
 
     @property
     def needs_gradients(self) -> bool:
         """Whether calibration must take gradients."""
         return self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, TRAINED, "energy")
+
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether calibration must differentiate the answers' loss question by question."""
+        return self.heads == TAYLOR

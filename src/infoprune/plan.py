@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from infoprune.architecture import Architecture, FFNSite
 from infoprune.errors import PlanError
 
 PLAN_VERSION = 1
 Rank = Annotated[int, Field(ge=1)]
+Compensation = Literal["least-squares", "mean", "none"]
 
 
 class _Strict(BaseModel):
@@ -20,14 +21,21 @@ class _Strict(BaseModel):
 
 
 class HeadDecision(_Strict):
-    """Units that stay in one attention block, and whether the output projection is repaired for the others.
+    """Units that stay in one attention block, and what the output projection puts in the place of the others.
 
-    With no unit kept the block is dropped whole; compensation then leaves its mean output, a constant.
+    ``least-squares``: what the units that stay can reproduce of them, and means into the bias; ``mean``: their mean output into the bias;
+    ``none``: nothing. With no unit kept the block is dropped whole; compensation of either kind then leaves its mean output, a constant.
+    Earlier plans said ``true`` for least squares and ``false`` for nothing; they are read as they were meant.
     """
 
     keep_units: tuple[Annotated[int, Field(ge=0)], ...]
     num_units: int = Field(ge=1)
-    compensate: bool = True
+    compensate: Compensation = "least-squares"
+
+    @field_validator("compensate", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return ("least-squares" if value else "none") if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check(self) -> HeadDecision:
@@ -65,6 +73,7 @@ class CalibrationRecord(_Strict):
     seed: int
     weighting: Literal["uniform", "relevance"]
     temperature: float
+    top_k: int | None = None
     fingerprint: str
 
 
@@ -157,7 +166,10 @@ class CompressionPlan(_Strict):
         """What a checkpoint's config carries so that the model can be rebuilt: kept units and ranks by path."""
         biases = {} if self.method.get("centred", True) else {"centred": False}
         return {
-            "heads": {path: {"keep": len(d.keep_units), "of": d.num_units, "compensated": d.compensate} for path, d in self.heads.items()},
+            "heads": {
+                path: {"keep": len(d.keep_units), "of": d.num_units, "compensated": d.compensate != "none"}
+                for path, d in self.heads.items()
+            },
             "ffn": {path: d.model_dump(exclude_none=True) | biases for path, d in self.ffn.items()},
         }
 

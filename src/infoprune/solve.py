@@ -58,7 +58,7 @@ def solve_sites(
         setwise = options.heads in (INFORMATION_LOSS, TRAINED)  # trained heads are first given the share that the set-wise loss gives them
         scores = {} if setwise else rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
         for site, block in zip(sites, blocks, strict=True):
-            removal = information_loss(block) if setwise else _ranked_removal(block, scores[site.path], options)
+            removal = information_loss(block, options.compensate) if setwise else _ranked_removal(block, scores[site.path], options)
             # Only the KS rule and gates look at the block again; its matrices are too large to keep for nothing.
             again = options.ks is not None or options.heads == TRAINED
             solved.append(SolvedSite(site, tokens_per_example(site, statistics), removal, block if again else None))
@@ -81,7 +81,7 @@ def solve_sites(
 
 def _ranked_removal(block: Block, scores: list[float], options: CompressionOptions) -> Removal:
     order = sorted(range(len(scores)), key=lambda unit: scores[unit])[: len(scores) - block.site.min_units]
-    losses = [removal_loss(block, order[:k], compensated=options.compensate) for k in range(len(order) + 1)]
+    losses = [removal_loss(block, order[:k], options.compensate) for k in range(len(order) + 1)]
     return Removal(order, losses, scores)
 
 

@@ -27,11 +27,12 @@ from infoprune.evaluation.cost import (
 )
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM
-from infoprune.options import CompressionOptions
+from infoprune.options import NONE, CompressionOptions
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.repair import cut_and_repair_
+from infoprune.sensitivity import head_sensitivities
 from infoprune.surgery import apply_, ffn_options
 
 QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
@@ -109,15 +110,31 @@ def calibration_statistics(
     vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
 ) -> tuple[Statistics, list[PackedBatch]]:
     """Moments of a dense model over the calibration sample, and the batches they came from."""
-    inputs = packed_batches(vlm, calibration_examples(data, options.examples, options.seed, progress, skip_bad=options.skip_bad))
-    return statistics_of(vlm, inputs, options, progress), inputs
+    examples = calibration_examples(data, options.examples, options.seed, progress, skip_bad=options.skip_bad)
+    return calibrated(vlm, examples, options, progress)
+
+
+def calibrated(
+    vlm: VLM, examples: Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
+) -> tuple[Statistics, list[PackedBatch]]:
+    """Statistics of a dense model over ``examples``, with all that deciding needs, and the batches of their moments."""
+    inputs = packed_batches(vlm, examples)
+    statistics = statistics_of(vlm, inputs, options, progress)
+    if options.needs_sensitivities:
+        # One backward pass per question: over the row that it is in, not over several.
+        rows = batches(vlm.encoder, examples, images_per_batch=1, share_prefix=can_share_prefix(vlm))
+        with progress.task("differentiating in the heads", len(examples)) as advance:
+            found = head_sensitivities(vlm.model, dense_architecture(vlm), (row.to(vlm.device) for row, _ in rows), advance)
+        for path, sensitivity in found.items():
+            statistics.sites[path].sensitivity = sensitivity
+    return statistics, inputs
 
 
 def calibration_record(data: str | Sequence[Example], examples: Sequence[Example], options: CompressionOptions) -> CalibrationRecord:
     """Where the statistics of ``examples``, drawn from ``data``, came from."""
     return CalibrationRecord(
         data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, weighting=options.weighting,
-        temperature=options.temperature, fingerprint=fingerprint(examples),
+        temperature=options.temperature, top_k=options.top_k, fingerprint=fingerprint(examples),
     )  # fmt: skip
 
 
@@ -138,7 +155,7 @@ def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tens
 
 def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
     """The plan that records ``decisions`` and how they came about."""
-    method = ("heads", "ffn", "ffn_metric", "centred", "structure", "allocation", "repair")
+    method = ("heads", "ffn", "ffn_metric", "centred", "structure", "whitening", "allocation", "repair")
     return CompressionPlan(
         library=__version__,
         model_type=dense_architecture(vlm).family.model_type,
@@ -208,7 +225,7 @@ def packed_batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
 
 
 def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOptions, progress: Progress) -> Statistics:
-    """Moments of a dense model over ``inputs``, as ``options`` ask for them."""
+    """Moments of a dense model over ``inputs``, as ``options`` ask for them: all that cutting needs."""
     with progress.task("calibrating", sum(batch.num_questions for batch in inputs)) as advance:
         return calibrate(
             vlm.model,
@@ -217,7 +234,9 @@ def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionO
             weighting=options.weighting,
             gradients=options.needs_gradients,
             branches=options.structure != "joint" and options.ffn_metric == "task",
+            magnitudes=options.ffn != NONE and options.whitening == "diagonal",
             temperature=options.temperature,
+            top_k=options.top_k,
             seed=options.seed,
             progress=advance,
         )

@@ -55,8 +55,9 @@ def ffn_options(plan: CompressionPlan) -> FFNOptions:
     method: dict[str, Any] = dict(plan.method)
     try:
         return FFNOptions(
-            metric=method.get("ffn_metric", "task"), centred=bool(method.get("centred", True)), structure=method.get("structure", "joint")
-        )
+            metric=method.get("ffn_metric", "task"), centred=bool(method.get("centred", True)),
+            structure=method.get("structure", "joint"), whitening=method.get("whitening", "full"),
+        )  # fmt: skip
     except TypeError as error:
         raise PlanError(f"The plan's method is not usable: {error}") from error
 
@@ -82,12 +83,9 @@ def prune_heads_(model: nn.Module, site: AttentionSite, decision: HeadDecision, 
     names = site.names
     old = {name: getattr(attention, name) for name in (*names.projections, names.out)}
     kept = list(decision.keep_units)
-    columns, rows = kept_places(site, kept)
-    if decision.compensate:
-        weight, correction = compensate(block_of(site, statistics, old[names.out].weight.cpu()), kept)
-    else:
-        weight, correction = old[names.out].weight[:, columns], None
-    shape_attention_(parent, name, len(kept), site.num_units, compensated=decision.compensate)
+    rows = kept_places(site, kept)[1]
+    weight, correction = compensate(block_of(site, statistics, old[names.out].weight.cpu()), kept, decision.compensate)
+    shape_attention_(parent, name, len(kept), site.num_units, compensated=correction is not None)
     if not kept:
         _set_bias(getattr(parent, name), old[names.out].bias, correction)
         return

@@ -12,8 +12,10 @@ import typer
 from rich.table import Table
 
 from infoprune.cli.console import BarProgress, console, print_json
+from infoprune.peers import PEERS, peer
 
 DEFAULT_DATA = "easy-vqa"
+METHODS = f"The options of another method: {', '.join(PEERS)}. Options given beside it win."
 
 
 def register(app: typer.Typer) -> None:
@@ -40,11 +42,25 @@ def compress(
     share: Annotated[
         Optional[list[float]], typer.Option(help="FLOPs shares to try with --max-drop, from mild to aggressive; repeatable.")
     ] = None,
+    method: Annotated[Optional[str], typer.Option(help=METHODS)] = None,
     heads: Annotated[Optional[str], typer.Option(help="Head criterion, 'trained' or 'none'. Default: information-loss.")] = None,
     ffn: Annotated[Optional[str], typer.Option(help="'low-rank' (default) or 'none'.")] = None,
     towers: Annotated[Optional[list[str]], typer.Option(help="Towers to cut: vision, text; repeat for both (default).")] = None,
+    compensate: Annotated[
+        Optional[str], typer.Option(help="In the place of removed heads: 'least-squares' (default), 'mean' (into the bias) or 'none'.")
+    ] = None,
     ffn_metric: Annotated[Optional[str], typer.Option(help="'task' (default: output gradients) or 'identity'.")] = None,
     structure: Annotated[Optional[str], typer.Option(help="Gate and up: 'joint' (default), 'separate' or 'best'.")] = None,
+    centred: Annotated[
+        Optional[bool], typer.Option("--centred/--no-centred", help="Factorise covariances, means into the biases (default: yes).")
+    ] = None,
+    whitening: Annotated[
+        Optional[str], typer.Option(help="Moment of the FFNs' inputs: 'full' (default), 'diagonal' (mean magnitudes) or 'none'.")
+    ] = None,
+    allocation: Annotated[
+        Optional[str], typer.Option(help="Of the budget: 'global' (default: least loss), 'uniform', 'tolerance' or 'effective-rank'.")
+    ] = None,
+    top_k: Annotated[Optional[int], typer.Option(help="Take the Fisher information over the most probable tokens (default: all).")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
     examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 384).")] = None,
     skip_bad: Annotated[Optional[bool], typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = None,
@@ -92,6 +108,7 @@ def compress(
         "certify": certify, "certify_images": certify_images, "certify_per_image": certify_per_image,
         "shares": tuple(share) if share else None, "heads": heads, "ffn": ffn,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
+        "method": method, "compensate": compensate, "centred": centred, "whitening": whitening, "allocation": allocation, "top_k": top_k,
         "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,
         "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
         "attention_share": attention_share, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
@@ -102,6 +119,8 @@ def compress(
     if any(budget is not None for budget in (flops, ks, max_drop)):  # the command line's replaces the recipe's, whichever kind it is
         settings = {key: value for key, value in settings.items() if key not in ("flops", "ks", "max_drop")}
     settings |= {key: value for key, value in given.items() if value is not None}
+    if "method" in settings:
+        settings = peer(settings.pop("method")).options | settings
     if not settings.get("model") or not settings.get("output"):
         raise InfoPruneError("Say which model to compress and where to: infoprune compress MODEL --flops 0.5 -o DIR (or in the recipe).")
     options = CompressionOptions(**_for(CompressionOptions, settings))

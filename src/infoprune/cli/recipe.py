@@ -12,7 +12,7 @@ from infoprune.errors import InfoPruneError
 from infoprune.options import CompressionOptions
 from infoprune.training.options import TrainingOptions
 
-OTHER_KEYS = {"model", "data", "output", "prompt_suffix", "device"}
+OTHER_KEYS = {"model", "data", "output", "method", "prompt_suffix", "device"}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _kinds(key: str, default: Any) -> tuple[type, ...]:
     if key in ("flops", "ks", "max_drop"):
         return (int, float)
-    if key in ("certify_images", "certify_per_image"):
+    if key in ("certify_images", "certify_per_image", "top_k"):
         return (int,)
     if key in ("validation", "certify"):
         return (str,)

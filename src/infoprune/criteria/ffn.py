@@ -6,12 +6,14 @@ tail of squared singular values. Both sides of that SVD are d x d eigenproblems,
 
 * input linears (up, or gate and up stacked): K = S^(1/2) W^T F W S^(1/2), W_r = W S^(1/2) V_r V_r^T S^(-1/2). W^T F W is the second
   moment of W^T g, the gradient at the FFN's input: F itself (m x m) is never formed. Gate and up share the r-dimensional input map.
-* down projection: K = F^(1/2) Cov(y) F^(1/2), W_r = F^(-1/2) U_r U_r^T F^(1/2) W.
+* down projection: K = F^(1/2) W S W^T F^(1/2), W_r = F^(-1/2) U_r U_r^T F^(1/2) W, where W S W^T is the moment of y itself.
 
 Centred moments with b' = b + (W - W_r) mean(x) are never worse on calibration data than uncentred ones.
 
-Special cases: F = I with uncentred uniform moments is SVD-LLM (arXiv 2403.07378) on the input side and Swift-SVD (arXiv
-2604.01609) on the output side.
+What S is makes the methods (``whitening``): the moment that calibration saw, E[x x^T] or Cov(x); its diagonal stand-in
+diag(E|x|)^(2 alpha) of ASVD (Yuan et al., arXiv 2312.05821); or I, the plain SVD of W, which needs no data. With F = I and uncentred
+uniform moments the first is SVD-LLM (Wang et al., arXiv 2403.07378), which whitens on the input side by a Cholesky factor, and Swift-SVD
+(arXiv 2604.01609), which projects on the output side: both have the same optimum, which is what is computed here.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from infoprune.calibrate import Moments, SiteStatistics
 from infoprune.linalg import RELATIVE_FLOOR, descending_eigh, root_and_inverse, with_ridge
 
 Metric = Literal["task", "identity"]
+Whitening = Literal["full", "diagonal", "none"]
 Branch = Literal["joint", "gate", "up", "down"]
 METRIC_RIDGE = 0.05
+MAGNITUDE_POWER = 0.5  # alpha of ASVD, the default of its public code
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,13 @@ class FFNOptions:
         centred: Covariances with a bias correction, or raw second moments.
         structure: Gate and up share their input map (``joint``), have one each (``separate``), or whichever loses less at equal cost
             (``best``).
+        whitening: Moment of the inputs: as measured (``full``), of mean magnitudes per channel (``diagonal``), or the identity (``none``).
     """
 
     metric: Metric = "task"
     centred: bool = True
     structure: Literal["joint", "separate", "best"] = "joint"
+    whitening: Whitening = "full"
 
 
 @dataclass(frozen=True)
@@ -94,18 +100,26 @@ def _moment(moments: Moments, centred: bool) -> tuple[torch.Tensor, torch.Tensor
     return (moments.covariance, moments.mean) if centred else (moments.second_moment, torch.zeros_like(moments.mean))
 
 
+def _stand_in(statistics: SiteStatistics, tap: str, size: int, whitening: Whitening) -> torch.Tensor:
+    """(size,) diagonal of an input moment that is not the measured one: diag(E|x|)^(2 alpha), or ones."""
+    return statistics.mean_magnitude(tap).pow(2 * MAGNITUDE_POWER) if whitening == "diagonal" else torch.ones(size, dtype=torch.float64)
+
+
 def factorize_inputs(site: FFNSite, statistics: SiteStatistics, weight: torch.Tensor, branch: Branch, options: FFNOptions) -> Factorization:
     """Factorisation of the linears that read the FFN's input.
 
     Args:
         site: The FFN.
-        statistics: Its moments; ``task`` needs gradients (``branch_gradients`` unless ``branch`` covers all input linears).
+        statistics: Its moments; ``task`` needs gradients (``branch_gradients`` unless ``branch`` covers all input linears), diagonal
+            whitening needs magnitudes.
         weight: (out, hidden) the linear, or gate stacked above up.
         branch: What ``weight`` is.
         options: The method.
     """
     weight = weight.double()
     moment, mean = _moment(statistics.pooled("input"), options.centred)
+    if options.whitening != "full":
+        moment = torch.diag(_stand_in(statistics, "input", len(moment), options.whitening))
     gram = weight.T @ weight
     if options.metric == "task":
         gradient = statistics.input_gradient if branch == "joint" or not site.gated else statistics.branch_gradients[branch]
@@ -126,7 +140,7 @@ def factorize_down(statistics: SiteStatistics, weight: torch.Tensor, bias: torch
     """Factorisation of the down projection from its output side.
 
     Args:
-        statistics: Moments of the FFN; ``output`` includes the bias.
+        statistics: Moments of the FFN; ``output`` includes the bias. Diagonal whitening needs magnitudes.
         weight: (hidden, intermediate).
         bias: (hidden,) or ``None``.
         options: The method.
@@ -134,7 +148,10 @@ def factorize_down(statistics: SiteStatistics, weight: torch.Tensor, bias: torch
     outputs = statistics.pooled("output")
     offset = torch.zeros_like(outputs.mean) if bias is None else bias.double()
     mean = outputs.mean - offset  # of W x, without the bias
-    moment = outputs.covariance if options.centred else outputs.covariance + torch.outer(mean, mean)
+    if options.whitening == "full":
+        moment = outputs.covariance if options.centred else outputs.covariance + torch.outer(mean, mean)
+    else:
+        moment = weight.double() * _stand_in(statistics, "intermediate", weight.shape[1], options.whitening) @ weight.double().T
     metric, free = torch.eye(len(moment), dtype=torch.float64), False
     if options.metric == "task":
         assert statistics.output_gradient is not None

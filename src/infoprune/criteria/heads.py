@@ -14,7 +14,9 @@ import torch
 from infoprune.architecture import AttentionSite
 from infoprune.calibrate import SiteStatistics
 from infoprune.criteria.ffn import METRIC_RIDGE
+from infoprune.errors import CalibrationError
 from infoprune.linalg import descending_eigh, with_ridge
+from infoprune.plan import Compensation
 from infoprune.spectrum import effective_rank, gaussian_rate, ks_distance
 
 NOISE_SHARE = 0.1
@@ -33,6 +35,8 @@ class Block:
         mean: (n,) of the same.
         out: (hidden, n) weight of the output projection.
         metric: (hidden, hidden) F; the identity where no gradients were taken, zero where none arrives.
+        ridge: What the diagonal of ``covariance`` has been raised by.
+        sensitivity: (units,) see :func:`infoprune.sensitivity.head_sensitivities`; ``None``: not gathered.
     """
 
     site: AttentionSite
@@ -40,6 +44,13 @@ class Block:
     mean: torch.Tensor
     out: torch.Tensor
     metric: torch.Tensor
+    ridge: float = 0.0
+    sensitivity: torch.Tensor | None = None
+
+    @property
+    def measured(self) -> torch.Tensor:
+        """(n, n) the contexts' covariance as it was seen, without the ridge."""
+        return self.covariance - self.ridge * torch.eye(len(self.covariance), dtype=torch.float64)
 
     def columns(self, unit: int) -> slice:
         """Columns of the output projection that belong to ``unit``."""
@@ -59,14 +70,14 @@ def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.
     moments = statistics.pooled("input")
     covariance = moments.covariance
     covariance = (covariance + covariance.T) / 2  # float32 products leave it slightly asymmetric, which an inverse would magnify
-    ridge = COMPENSATION_RIDGE * float(covariance.diagonal().mean())
-    covariance = covariance + max(ridge, 1e-30) * torch.eye(len(covariance), dtype=torch.float64)
+    ridge = max(COMPENSATION_RIDGE * float(covariance.diagonal().mean()), 1e-30)
+    covariance = covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
     if statistics.output_gradient is None:
         metric = torch.eye(site.hidden_size, dtype=torch.float64)
     else:
         raw = statistics.output_gradient.second_moment
         metric = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
-    return Block(site, covariance, moments.mean, out_weight.double(), metric)
+    return Block(site, covariance, moments.mean, out_weight.double(), metric, ridge, statistics.sensitivity)
 
 
 @dataclass(frozen=True)
@@ -84,15 +95,22 @@ class Removal:
     scores: list[float] | None = None
 
 
-def information_loss(block: Block) -> Removal:
+def information_loss(block: Block, compensation: Compensation = "least-squares") -> Removal:
     """Set-wise loss of information after compensation, minimised greedily within the block (the default).
 
-    D(G) = 1/2 tr(F Cov(residual of the block's output that the kept heads cannot reproduce)), in nats per token. With Lambda the
-    inverse covariance of the kept contexts and W' the compensated output projection, removing unit u on top of G adds
+    With least squares D(G) = 1/2 tr(F Cov(residual of the block's output that the kept heads cannot reproduce)), in nats per token. With
+    Lambda the inverse covariance of the kept contexts and W' the compensated output projection, removing unit u on top of G adds
     1/2 tr(W'_u^T F W'_u Lambda_uu^-1) exactly, because Lambda_uu^-1 is the covariance of what the other kept heads cannot predict of
     u (Schur complement), and that part is uncorrelated with all that was lost before. Each step is a rank-d_h update (cf. Hassibi &
     Stork, "Optimal brain surgeon", 1993, for single weights).
+
+    With less compensation D(G) is the loss of the removed contexts themselves, a sum over pairs of removed units; see
+    :func:`removal_loss`.
     """
+    return _greedy_regression(block) if compensation == "least-squares" else _greedy_pairs(block, compensation)
+
+
+def _greedy_regression(block: Block) -> Removal:
     precision, out = torch.linalg.inv(block.covariance), block.out.clone()
     kept, order, losses = list(range(block.site.num_units)), [], [0.0]
     while len(kept) > block.site.min_units:
@@ -112,26 +130,55 @@ def information_loss(block: Block) -> Removal:
     return Removal(order, losses)
 
 
-def removal_loss(block: Block, removed: list[int], *, compensated: bool = True) -> float:
-    """D(G) of one set, directly from the Schur complement (or, uncompensated, from the removed contexts' covariance); nats per token."""
+def _greedy_pairs(block: Block, compensation: Compensation) -> Removal:
+    """Losses D(G) = sum over a, b in G of 1/2 tr(F W_a M_ab W_b^T), M the covariance or the second moment of the contexts."""
+    elements = 0.5 * _lost_without_regression(block, compensation) * (block.out.T @ block.metric @ block.out)
+    n, width = block.site.num_units, block.site.unit_width
+    pairs = elements.reshape(n, width, n, width).sum((1, 3))
+    order: list[int] = []
+    losses = [0.0]
+    while len(order) < n - block.site.min_units:
+        marginal = {u: float(pairs[u, u] + 2 * pairs[u, order].sum()) for u in range(n) if u not in order}
+        unit = min(marginal, key=lambda u: marginal[u])
+        order.append(unit)
+        losses.append(max(losses[-1] + marginal[unit], 0.0))
+    return Removal(order, losses)
+
+
+def _lost_without_regression(block: Block, compensation: Compensation) -> torch.Tensor:
+    """(n, n) moment of what a removed context leaves behind: its deviation from the mean, or with nothing in its place all of it."""
+    return block.measured if compensation == "mean" else block.measured + torch.outer(block.mean, block.mean)
+
+
+def removal_loss(block: Block, removed: list[int], compensation: Compensation = "least-squares") -> float:
+    """D(G) = 1/2 tr(F W_G M W_G^T) of one set, nats per token.
+
+    M is the moment of what is missing at the output projection's input: with least squares the Schur complement of the kept contexts'
+    covariance (ridge included), with the mean in the bias the removed contexts' covariance, with nothing their second moment.
+    """
     kept = [u for u in range(block.site.num_units) if u not in removed]
     r, k = block.index(removed), block.index(kept)
-    lost = block.covariance[r][:, r]
-    if compensated and kept:
+    lost = (block.covariance if compensation == "least-squares" else _lost_without_regression(block, compensation))[r][:, r]
+    if compensation == "least-squares" and kept:
         lost = lost - block.covariance[r][:, k] @ torch.linalg.solve(block.covariance[k][:, k], block.covariance[k][:, r])
     out = block.out[:, r]
     return 0.5 * float(((block.metric @ out) * (out @ lost)).sum())
 
 
-def compensate(block: Block, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least-squares repair of the output projection: W' = W S_{:,K} S_KK^-1, and the means into the bias.
+def compensate(block: Block, kept: list[int], compensation: Compensation = "least-squares") -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output projection that reads only the units ``kept``.
+
+    ``least-squares``: W' = W S_{:,K} S_KK^-1, and the means into the bias. ``mean``: columns as they are and the mean of the removed
+    contexts into the bias, FLAP's baseline bias compensation (An et al., arXiv 2312.11983). ``none``: columns as they are.
 
     Returns:
-        (hidden, kept columns) weight and the (hidden,) bias correction.
+        (hidden, kept columns) weight and the (hidden,) bias correction, ``None`` without one.
     """
     k = block.index(kept)
-    if not kept:
-        return block.out[:, k], block.out @ block.mean
+    if compensation == "none":
+        return block.out[:, k], None
+    if compensation == "mean" or not kept:
+        return block.out[:, k], block.out @ block.mean - block.out[:, k] @ block.mean[k]
     weight = torch.linalg.solve(block.covariance[k][:, k], block.covariance[k, :] @ block.out.T).T
     return weight, block.out @ block.mean - weight @ block.mean[k]
 
@@ -189,14 +236,36 @@ def magnitude_score(block: Block, generator: torch.Generator) -> list[float]:
 
 
 def energy_score(block: Block, generator: torch.Generator) -> list[float]:
-    """Task-weighted energy 1/2 tr(F Cov(o_h)) in nats per token: information loss of plain removal, heads one by one."""
-    return [removal_loss(block, [u], compensated=False) for u in range(block.site.num_units)]
+    """Task-weighted energy 1/2 tr(F Cov(o_h)) in nats per token: the loss that leaves a head's mean in its place, heads one by one."""
+    return [removal_loss(block, [u], "mean") for u in range(block.site.num_units)]
 
 
 def fluctuation_score(block: Block, generator: torch.Generator) -> list[float]:
-    """FLAP-like fluctuation (An et al., arXiv 2312.11983): variance of each input channel times the squared norm of its column, summed."""
-    channel = block.covariance.diagonal() * block.out.square().sum(0)
-    return [float(channel[block.columns(u)].sum()) for u in range(block.site.num_units)]
+    """FLAP's score of heads (An et al., arXiv 2312.11983, and its public code), comparable between blocks.
+
+    Channel j of the output projection's input has the fluctuation s_j = (Var(c_j) ||W_:j||^2)^2, their WIFV, which the code squares for
+    heads. s is standardised over the block's channels, (s - mean) / std, and averaged over the unit's. Their variances weigh all tokens
+    the same, which is ``weighting="uniform"``; otherwise tokens count here by relevance.
+    """
+    channel = (block.measured.diagonal() * block.out.square().sum(0)).square()
+    spread = float(channel.std())
+    standard = (channel - channel.mean()) / spread if spread > 0 else torch.zeros_like(channel)
+    return standard.reshape(block.site.num_units, -1).mean(1).tolist()
+
+
+def taylor_score(block: Block, generator: torch.Generator) -> list[float]:
+    """First-order Taylor: mean absolute derivative of the loss in a gate on the unit, with l2 norm 1 in each block.
+
+    Michel, Levy & Neubig 2019 (arXiv 1905.10650), section 4.1, on reference answers; normalised per layer as there, after Molchanov et al.
+    2017 (arXiv 1611.06440). The absolute value is taken per question, as in the paper; their code takes it per token.
+
+    Raises:
+        CalibrationError: Calibration was not asked for sensitivities.
+    """
+    if block.sensitivity is None:
+        raise CalibrationError("First-order scores need gradients of the answers' loss; calibrate with heads='taylor'.")
+    norm = float(block.sensitivity.norm())
+    return (block.sensitivity / norm if norm > 0 else block.sensitivity).tolist()
 
 
 def random_score(block: Block, generator: torch.Generator) -> list[float]:
@@ -204,6 +273,7 @@ def random_score(block: Block, generator: torch.Generator) -> list[float]:
     return torch.rand(block.site.num_units, generator=generator).tolist()
 
 
+TAYLOR = "taylor"
 Score = Callable[[Block, torch.Generator], list[float]]
 # Rankings: higher is more worth keeping. ``information-loss`` is not among them, being a function of sets.
 RANKINGS: dict[str, Score] = {
@@ -214,6 +284,7 @@ RANKINGS: dict[str, Score] = {
     "magnitude": magnitude_score,
     "energy": energy_score,
     "fluctuation": fluctuation_score,
+    TAYLOR: taylor_score,
     "random": random_score,
 }
 INFORMATION_LOSS, ERANK_KS = "information-loss", "erank-ks"

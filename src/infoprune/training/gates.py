@@ -5,8 +5,8 @@ A gated block reads, at its output projection's input,
     c~_u = z_u c_u + (1 - z_u) (m_u + C_u (c - m))
 
 for each unit u: its own context while the gate is open, and what the units that stay can linearly reproduce of it when it is closed
-(C = 0 without compensation, and no m). Gates therefore learn what a unit adds to the others, and a closed gate equals removal with
-the least-squares compensation of :func:`infoprune.criteria.heads.compensate`, exactly.
+(C = 0 where only means are put in their place, and no m either without compensation). Gates therefore learn what a unit adds to the
+others, and a closed gate equals removal with the compensation of :func:`infoprune.criteria.heads.compensate`, exactly.
 """
 
 from __future__ import annotations

@@ -14,13 +14,14 @@ from infoprune.criteria.heads import Block
 from infoprune.data import Example
 from infoprune.errors import BudgetError, PlanError
 from infoprune.packing import PackedBatch, answer_logits
+from infoprune.plan import Compensation
 from infoprune.training import objective
 from infoprune.training.costs import Costs
 from infoprune.training.data import VisionCache
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
 from infoprune.training.loop import Terms, Totals
 from infoprune.training.options import TrainingOptions
-from infoprune.training.structure import BlockStructure, dense_structure, leave_one_out, structure_of
+from infoprune.training.structure import BlockStructure, dense_structure, stand_in, structure_of
 
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
 
@@ -67,7 +68,7 @@ class GateStage:
         options: TrainingOptions,
         validation: Callable[[], Iterable[PackedBatch]],
         *,
-        compensated: bool,
+        compensation: Compensation,
         seed: int,
         autocast: bool = False,
         extra: dict[str, torch.nn.Parameter] | None = None,
@@ -75,7 +76,7 @@ class GateStage:
         cache: VisionCache | None = None,
     ) -> None:
         self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
-        self.compensated, self.seed, self.cache, self.without_extra = compensated, seed, cache, without_extra
+        self.compensation, self.seed, self.cache, self.without_extra = compensation, seed, cache, without_extra
         self.validation, self.autocast = validation, autocast
         self.best = BestGates(torch.ones_like(gates.log_alpha, device="cpu"))
         self.steps = options.gate_steps
@@ -111,7 +112,7 @@ class GateStage:
         for path, z in self.gates.by_site(deterministic_gate(log_alpha)).items():
             if path in before and torch.equal(before[path], z):  # nothing moved
                 continue
-            self.structures[path] = structure_of(self.blocks[path], self.dense[path], z, compensated=self.compensated)
+            self.structures[path] = structure_of(self.blocks[path], self.dense[path], z, self.compensation)
         self._compensate()
 
     def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
@@ -152,7 +153,7 @@ class GateStage:
     def validate(self, step: int) -> float:
         """Data terms of the objective, per answer token of the validation questions, with the gates that binarising leaves open."""
         kept = binarise(self.gates, self.costs, self.budget.target)
-        close_(self.gates, self.blocks, kept, compensated=self.compensated)
+        close_(self.gates, self.blocks, kept, self.compensation)
         open_ = torch.cat([z.cpu() for z in gates_of(self.gates.sites, kept).values()])
         if not self.moving and torch.equal(open_, self.best.open) and self.best.step >= 0:  # measured before
             self._compensate()
@@ -179,7 +180,7 @@ class GateStage:
         return len(self.parameters) > 1
 
     def _compensate(self) -> None:
-        if self.compensated:
+        if self.compensation != "none":
             for path, found in self.structures.items():
                 self.gates.compensate_(path, found.coefficient, found.mean)
 
@@ -240,21 +241,21 @@ def gates_of(sites: Sequence[AttentionSite], kept: dict[str, list[int]]) -> dict
     return {site.path: torch.tensor([float(unit in kept[site.path]) for unit in range(site.num_units)]) for site in sites}
 
 
-def close_(gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], *, compensated: bool) -> None:
+def close_(gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], compensation: Compensation) -> None:
     """Put gates at exactly 0 and 1 in force, with the compensation for the units that stay."""
     gates.values = {path: z.to(gates.log_alpha.device) for path, z in gates_of(gates.sites, kept).items()}
-    if compensated:
+    if compensation != "none":
         for path, units in kept.items():
-            gates.compensate_(path, leave_one_out(blocks[path], units), blocks[path].mean)
+            gates.compensate_(path, *stand_in(blocks[path], units, compensation))
 
 
 @torch.no_grad()
 def masked_logits(
-    model: Any, gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], batch: PackedBatch, *, compensated: bool
+    model: Any, gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], batch: PackedBatch, compensation: Compensation
 ) -> torch.Tensor:
     """Answer logits of the dense model with gates at exactly 0 and 1, compensation set for the units that stay."""
     with gates.attached(model):
-        close_(gates, blocks, kept, compensated=compensated)
+        close_(gates, blocks, kept, compensation)
         return answer_logits(model, batch)
 
 

@@ -19,6 +19,7 @@ from infoprune.evaluation.quality import can_share_prefix
 from infoprune.freeze import frozen
 from infoprune.model import VLM, load
 from infoprune.packing import PackedBatch, batches
+from infoprune.plan import Compensation
 from infoprune.progress import Progress
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
@@ -91,8 +92,7 @@ class TrainingRun:
         costs: Costs,
         target: float,
         prior: Sequence[float],
-        *,
-        compensated: bool,
+        compensation: Compensation,
     ) -> LearnedHeads:
         """Train gates on ``sites`` under ``target`` of their dense cost, starting from ``prior``, a percentile per unit.
 
@@ -111,7 +111,7 @@ class TrainingRun:
                 extra = {"cache": VisionCache(model)}
             with self._spread(vlm, vlm) as working, gates.attached(working.model):
                 stage = GateStage(
-                    working.model, gates, blocks, costs, target, options, lambda: self._validation(vlm), compensated=compensated,
+                    working.model, gates, blocks, costs, target, options, lambda: self._validation(vlm), compensation=compensation,
                     seed=self.seed, autocast=self._autocast(vlm), **extra,
                 )  # fmt: skip
                 trained = self._train(stage, working, options.gate_images_per_step)

@@ -17,6 +17,7 @@ import torch
 
 from infoprune.criteria.heads import Block, head_spectrum, noise_energy
 from infoprune.linalg import descending_eigh
+from infoprune.plan import Compensation
 from infoprune.spectrum import normalize
 
 
@@ -25,8 +26,8 @@ class BlockStructure:
     """One block's constants between two refreshes; float32, on the gates' device.
 
     Attributes:
-        coefficient: (n, n) C, zero without compensation.
-        mean: (n,) m.
+        coefficient: (n, n) C, zero without regression.
+        mean: (n,) m, zero without compensation.
         snr: (units, unit width) lambda_i / s^2 of each unit's output, for the rate.
         dense: (hidden,) cumulative energy shares C(k) of the dense block's output spectrum.
         forms: (hidden, units + 1, units + 1) the quadratic forms Q, one per direction.
@@ -77,6 +78,15 @@ def leave_one_out(block: Block, kept: list[int]) -> torch.Tensor:
     return coefficient
 
 
+def stand_in(block: Block, kept: list[int], compensation: Compensation) -> tuple[torch.Tensor, torch.Tensor]:
+    """C (n, n) and m (n,) of what stands in for each unit while ``kept`` stay; zero as far as compensation does not go."""
+    regression = compensation == "least-squares"
+    return (
+        leave_one_out(block, kept) if regression else torch.zeros_like(block.covariance),
+        torch.zeros_like(block.mean) if compensation == "none" else block.mean,
+    )
+
+
 @dataclass(frozen=True)
 class DenseStructure:
     """What does not depend on the gates; float64.
@@ -99,12 +109,12 @@ def dense_structure(block: Block) -> DenseStructure:
     return DenseStructure(root, snr, normalize(descending_eigh(output @ output.T)[0]).cumsum(0))
 
 
-def structure_of(block: Block, dense: DenseStructure, gates: torch.Tensor, *, compensated: bool) -> BlockStructure:
+def structure_of(block: Block, dense: DenseStructure, gates: torch.Tensor, compensation: Compensation) -> BlockStructure:
     """Constants of one block at the present gates (units,), which say what stays (z > 1/2) and turn the directions."""
     z = gates.detach().double().cpu()
     kept = [u for u in range(block.site.num_units) if z[u] > 0.5]
     n, root = len(block.covariance), dense.root
-    coefficient = leave_one_out(block, kept) if compensated else torch.zeros(n, n, dtype=torch.float64)
+    coefficient, mean = stand_in(block, kept, compensation)
     identity = torch.eye(n, dtype=torch.float64)
     maps = [block.out @ coefficient @ root]  # A_0 S^1/2, then one per unit
     for unit in range(block.site.num_units):
@@ -116,7 +126,7 @@ def structure_of(block: Block, dense: DenseStructure, gates: torch.Tensor, *, co
     projected = directions.T @ stacked
     pieces = (
         coefficient,
-        block.mean if compensated else torch.zeros_like(block.mean),
+        mean,
         dense.snr,
         dense.dense,
         torch.einsum("akn,bkn->kab", projected, projected),

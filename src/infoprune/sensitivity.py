@@ -1,0 +1,71 @@
+"""First-order sensitivity of the answers to gates on attention heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from infoprune.architecture import Architecture, AttentionSite
+from infoprune.calibrate import differentiate_from_first_layers
+from infoprune.freeze import frozen
+from infoprune.packing import PackedBatch, answer_logits
+
+
+def head_sensitivities(
+    model: nn.Module, architecture: Architecture, batches: Iterable[PackedBatch], progress: Callable[[int], None] = lambda questions: None
+) -> dict[str, torch.Tensor]:
+    """Mean absolute derivative of a question's loss in a gate on unit u, I_u = E_q |sum over tokens of c_u . dL_q / dc_u|.
+
+    L_q is the cross-entropy of question q's reference answer, summed over its tokens, c_u the unit's context at the input of the output
+    projection: a gate xi_u = 1 on it has dL/dxi_u = sum c_u . dL/dc_u (Michel, Levy & Neubig 2019, arXiv 1905.10650, section 4.1).
+
+    Every question takes a backward pass over the whole batch that it is in, so batches should hold one row. Rows do not see each other,
+    so that all of a batch's contexts can be summed.
+
+    Args:
+        model: The dense model; used in eval mode and restored, nothing of the hooks stays behind.
+        architecture: Its sites.
+        batches: The calibration batches.
+        progress: Called with the number of questions after each batch.
+
+    Returns:
+        (units,) float64 by attention path; zero where no answer depends on the block.
+    """
+    sites, contexts = architecture.attention, {}
+    sums = {site.path: torch.zeros(site.num_units, dtype=torch.float64) for site in sites}
+    training, questions = model.training, 0
+    model.eval()
+    try:
+        with ExitStack() as stack, frozen(model), torch.enable_grad():
+            differentiate_from_first_layers(model, architecture, stack)
+            for site in sites:
+
+                def hold(module: nn.Module, args: Any, path: str = site.path) -> None:
+                    contexts[path] = args[0]
+
+                out = model.get_submodule(f"{site.path}.{site.names.out}")
+                stack.callback(out.register_forward_pre_hook(hold).remove)
+            for batch in batches:
+                losses = nn.functional.cross_entropy(answer_logits(model, batch).float(), batch.targets, reduction="none")
+                for question in range(batch.num_questions):
+                    loss = losses[batch.question == question].sum()
+                    found = torch.autograd.grad(loss, [contexts[s.path] for s in sites], retain_graph=True, allow_unused=True)
+                    for site, gradient in zip(sites, found, strict=True):
+                        if gradient is not None:
+                            sums[site.path] += _of_gates(site, contexts[site.path].detach(), gradient).abs()
+                contexts.clear()
+                questions += batch.num_questions
+                progress(batch.num_questions)
+    finally:
+        model.train(training)
+    return {path: total / max(questions, 1) for path, total in sums.items()}
+
+
+def _of_gates(site: AttentionSite, contexts: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """(units,) derivatives in the gates, from contexts and their gradients (..., units x width)."""
+    products = (contexts.float() * gradients.float()).reshape(-1, site.num_units, site.unit_width)
+    return products.sum((0, 2), dtype=torch.float64).cpu()
