@@ -1,0 +1,55 @@
+"""Median wall times of several pieces of work that take turns, so that a machine that slows down slows all of them alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+ENOUGH = 5
+Work = Callable[[], Callable[[], Any]]  # prepares, untimed, and returns what is timed
+
+
+def median_seconds(
+    works: Sequence[Work],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int,
+    limit: float = math.inf,
+    after_round: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Median seconds of each of ``works`` over ``repeats`` rounds, after ``warmup`` rounds that do not count.
+
+    In every round each runs once. Between two runs of one all others' weights pass through the caches, as a layer of a model finds them.
+    After ``limit`` seconds :data:`ENOUGH` rounds do.
+    """
+    begin = time.perf_counter()
+    sync = synchronizer(device)
+    samples: list[list[float]] = [[] for _ in works]
+    for number in range(warmup + repeats):
+        if number >= warmup + ENOUGH and time.perf_counter() - begin > limit:
+            break
+        for work, found in zip(works, samples, strict=True):
+            call = work()
+            sync()
+            start = time.perf_counter()
+            call()
+            sync()
+            if number >= warmup:
+                found.append(time.perf_counter() - start)
+        after_round()
+    return [statistics.median(found) for found in samples]
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits until ``device`` has done all that it was given."""
+    if device.type == "cuda":
+        return torch.cuda.synchronize
+    if device.type == "mps":
+        return torch.mps.synchronize
+    return lambda: None
