@@ -1,9 +1,10 @@
-"""Median wall times of several pieces of work that take turns, so that a machine that slows down slows all of them alike."""
+"""Median times of several pieces of work that take turns, so that a machine that slows down slows all of them alike."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ def median_seconds(
     In every round each runs once. Between two runs of one all others' weights pass through the caches, as a layer of a model finds them.
     After ``limit`` seconds :data:`ENOUGH` rounds do.
     """
-    begin = time.perf_counter()
+    begin, clock = time.perf_counter(), clock_of(device)
     sync = synchronizer(device)
     samples: list[list[float]] = [[] for _ in works]
     for number in range(warmup + repeats):
@@ -37,13 +38,20 @@ def median_seconds(
         for work, found in zip(works, samples, strict=True):
             call = work()
             sync()
-            start = time.perf_counter()
+            start = clock()
             call()
             sync()
             if number >= warmup:
-                found.append(time.perf_counter() - start)
+                found.append(clock() - start)
         after_round()
     return [statistics.median(found) for found in samples]
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Wall time, in seconds. On a CPU only while the calling thread runs, or waits in a loop for its like: what other programs take of the
+    processor meanwhile, which long work suffers from and short work hardly, is not the model's. Windows counts that too coarsely.
+    """
+    return time.thread_time if device.type == "cpu" and sys.platform != "win32" else time.perf_counter
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

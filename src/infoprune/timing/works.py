@@ -14,8 +14,9 @@ from torch import nn
 from transformers import Cache
 
 from infoprune.architecture import AttentionSite, FamilyDeclaration
+from infoprune.calibrate import stream_name
 from infoprune.evaluation.cost import decode_step
-from infoprune.modeling_infoprune import shape_attention_
+from infoprune.modeling_infoprune import norm_before, shape_attention_
 from infoprune.timing.stopwatch import Work
 
 PASS, STEP = "pass", "step"  # over the image or the prompt at once; over one further token
@@ -39,31 +40,34 @@ class BlockCall:
 
     Attributes:
         block: The dense block.
+        norm: The norm that it alone reads through, which goes with its last unit.
         args, kwargs: Of its forward; a cache among them has moved on since.
-        layer: The block's layer of that cache, as it was then.
+        entry: The block's layer of that cache, as it was then.
     """
 
     block: Any
+    norm: nn.Module | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    layer: Any = None
+    entry: Any = None
 
     def shaped(self, site: AttentionSite, units: int) -> Work:
-        """The block with ``units`` of its units, in uninitialised weights, on the same inputs."""
+        """The block with ``units`` of its units, in uninitialised weights, behind its norm, on the same inputs."""
         holder = nn.ModuleDict({"block": copy.deepcopy(self.block)})
         if units < site.num_units:
             shape_attention_(holder, "block", units, site.num_units, compensated=True)
-        heads = 1 if site.multi_query else units
+        block, norm = holder["block"], copy.deepcopy(self.norm) if self.norm and units else nn.Identity()
+        hidden, heads = self.args[0] if self.args else self.kwargs[stream_name(self.kwargs)], 1 if site.multi_query else units
 
         def prepare() -> Any:
             kwargs = {name: self._cache(value, heads) if isinstance(value, Cache) else value for name, value in self.kwargs.items()}
-            return lambda: holder["block"](*self.args, **kwargs)
+            return lambda: (norm(hidden), block(*self.args, **kwargs))[1]
 
         return prepare
 
     def _cache(self, cache: Any, heads: int) -> Any:
         """A cache as the block found it, with its first ``heads`` key/value heads; updates replace what it holds, and leave ours alone."""
-        fresh, layer = copy.copy(cache), copy.copy(self.layer)
+        fresh, layer = copy.copy(cache), copy.copy(self.entry)
         layer.keys, layer.values = layer.keys[:, :heads].contiguous(), layer.values[:, :heads].contiguous()
         fresh.layers = list(cache.layers)
         fresh.layers[self.block.layer_idx] = layer
@@ -93,7 +97,11 @@ def _watched(model: nn.Module, sites: Sequence[AttentionSite]) -> Iterator[dict[
 
     def see(path: str, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        found.setdefault(path, BlockCall(block, args, kwargs, None if cache is None else copy.copy(cache.layers[block.layer_idx])))
+        layer = model.get_submodule(path.rpartition(".")[0])
+        name = norm_before(layer)
+        norm = layer.get_submodule(name) if name else None
+        entry = None if cache is None else copy.copy(cache.layers[block.layer_idx])
+        found.setdefault(path, BlockCall(block, norm, args, kwargs, entry))
 
     with ExitStack() as stack:
         for site in sites:
