@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infoprune.peers import PEERS
-
 import infoprune
 from common import RESULTS, log, processor, whole_images, write
 from infoprune.calibrate import Statistics
@@ -30,7 +28,9 @@ from infoprune.evaluation.cost import attention_flops, ffn_flops, num_parameters
 from infoprune.evaluation.runner import bytes_on_disk
 from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch
+from infoprune.peers import PEERS
 from infoprune.progress import SILENT
+from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
 from infoprune.steps import apply_decisions, calibration_examples, measure, packed_batches, statistics_of
 from shifted import shifted
@@ -158,7 +158,7 @@ class Arena:
         same = replace(options, flops=1.0)  # solving sites does not depend on the budget
         if self.solved is None or self.solved[0] != same:
             self.solved = same, solve_sites(self.dense.model, architecture, statistics, options)
-        decisions = decide(self.solved[1], architecture, self.workload, self.dense_flops.total, options)
+        decisions = decide(self.solved[1], FlopCosts(self.workload), self.dense_flops.total, options)
         deciding = time.perf_counter() - start
         small = apply_decisions(self.dense, decisions, options, statistics, inputs)
         seconds = {"calibrate": calibrating, "decide": deciding, "cut": time.perf_counter() - start - deciding}

@@ -26,6 +26,7 @@ from infoprune.freeze import frozen
 from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.progress import SILENT
+from infoprune.site_costs import FlopCosts
 from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_examples, measure, packed_batches, statistics_of
 
@@ -50,7 +51,7 @@ def main() -> None:
     start = time.perf_counter()
     solved = solve_sites(dense.model, dense.architecture, statistics, options)
     _, dense_flops, workload = measure(dense, examples)
-    decisions = decide(solved, dense.architecture, workload, dense_flops.total, options)
+    decisions = decide(solved, FlopCosts(workload), dense_flops.total, options)
     stages.append(("decide", time.perf_counter() - start, problems))
     start = time.perf_counter()
     small = apply_decisions(dense, decisions, options, statistics, inputs)

@@ -13,6 +13,7 @@ from infoprune.decide import decide
 from infoprune.evaluation import quality
 from infoprune.evaluation.cost import ffn_flops
 from infoprune.options import CompressionOptions
+from infoprune.site_costs import FlopCosts
 from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_statistics, measure
 
@@ -56,9 +57,8 @@ def main() -> None:
         for method, fields in METHODS.items():
             options = CompressionOptions(flops=budget, heads="none", towers=("text",), **fields)
             found, inputs = statistics[options.weighting]
-            decisions = decide(
-                solve_sites(vlm.model, vlm.architecture, found, options), vlm.architecture, workload, dense_flops.total, options
-            )
+            solved = solve_sites(vlm.model, vlm.architecture, found, options)
+            decisions = decide(solved, FlopCosts(workload), dense_flops.total, options)
             models.append(apply_decisions(vlm, decisions, options, found, inputs))
             kept = sum(ffn_flops(s, decisions.ffn.get(s.path), workload) for s in vlm.architecture.ffn if s.tower == "text")
             notes.append((method, kept / ffn))

@@ -20,6 +20,7 @@ from infoprune.cli.console import BarProgress
 from infoprune.decide import attention_share, decide, unit_percentiles
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT
+from infoprune.site_costs import FlopCosts
 from infoprune.solve import solve_sites
 from infoprune.steps import calibration_statistics, measure
 from infoprune.training.costs import flop_costs
@@ -53,7 +54,7 @@ def main() -> None:
         options = CompressionOptions(flops=share, heads="trained")
         _, dense_flops, workload = measure(dense, examples)
         solved = solve_sites(dense.model, dense.architecture, statistics, options)
-        target = attention_share(solved, decide(solved, dense.architecture, workload, dense_flops.total, options), workload)
+        target = attention_share(solved, decide(solved, FlopCosts(workload), dense_flops.total, options), workload)
         sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
         blocks = {item.site.path: item.block for item in solved if item.block is not None}
         costs = flop_costs(sites, workload)

@@ -35,6 +35,20 @@ def test_compress_evaluate_ask_and_plan(checkpoint, jsonl, questions, tmp_path):
     assert json.loads((again / "plan.json").read_text()) == plan
 
 
+def test_compress_for_a_speed_up(checkpoint, jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("INFOPRUNE_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model": str(checkpoint), "data": str(jsonl), "flops": 0.7, "rank_multiple": 2, "examples": 6}))
+    out = tmp_path / "small"
+    done = run("compress", "--recipe", recipe, "--speedup", 1.0005, "-o", out)
+    assert "end to end, asked 1.00x" in done.stdout and "times faster, measured" in done.stderr
+    assert json.loads((out / "plan.json").read_text())["budget"] == {"speedup": 1.0005}
+    assert json.loads((out / "report.json").read_text())["speedup"]["measured"] > 0
+    refused = run("compress", "--recipe", recipe, "--speedup", 1000, "-o", tmp_path / "x", status=2).stderr
+    assert "the largest speed-up" in refused and "timing this machine" not in refused  # the table was kept
+    assert "above 1" in run("compress", "--recipe", recipe, "--speedup", 0.9, "-o", tmp_path / "x", status=2).stderr
+
+
 def test_certified_compression_and_a_report(checkpoint, jsonl, tmp_path):
     out, page = tmp_path / "small", tmp_path / "report.html"
     refused = run("compress", checkpoint, "--data", jsonl, "--max-drop", 0.5, "-o", out, status=2).stderr

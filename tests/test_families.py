@@ -18,7 +18,7 @@ from infoprune.calibrate import calibrate
 from infoprune.compress import compress
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.evaluation.cost import count_flops, count_workload, predicted_flops, prompt_inputs
-from infoprune.modeling_infoprune import ConstantAttention
+from infoprune.modeling_infoprune import ConstantAttention, norm_before
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import resolve
@@ -155,6 +155,11 @@ def test_dropped_blocks_leave_their_mean(vlm, questions, tmp_path, compensate):
     static = has_static_cache(vlm, inputs)
     apply_(vlm.model, vlm.architecture, plan, statistics)
     torch.testing.assert_close(vlm.model(**inputs).logits, masked(**inputs).logits, atol=1e-4, rtol=1e-4)
+    layers = [path.rpartition(".")[0] for path in plan.heads]
+    norms = [f"{layer}.{name}" for layer in layers if (name := norm_before(masked.get_submodule(layer)))]
+    assert all(isinstance(vlm.model.get_submodule(norm), nn.Identity) for norm in norms)
+    shared = vlm.model.config.text_config.model_type == "cohere2"  # one norm for both blocks of a layer
+    assert len(norms) == len(layers) - shared and not any(f"{norm}.weight" in vlm.model.state_dict() for norm in norms)
     now = count_flops(vlm.model, vlm.architecture.family, inputs, 2)
     assert now.total == predicted_flops(vlm.architecture, plan, workload, dense.total) < dense.total
     reloaded = infoprune.load(infoprune.save(dataclasses.replace(vlm, plan=plan), tmp_path / "out", probe=inputs))

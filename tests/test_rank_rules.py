@@ -8,6 +8,7 @@ from infoprune.evaluation.cost import Workload, ffn_flops
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
 from infoprune.plan import FFNDecision
 from infoprune.rank_rules import linears_of, ranks_by_effective_rank, ranks_by_tolerance
+from infoprune.site_costs import FlopCosts
 from infoprune.spectrum import effective_rank
 
 WORKLOAD = Workload(vision_tokens=9, prompt_tokens=20, answer_tokens=2, attention={})
@@ -21,7 +22,7 @@ def linears():
         names = ("gate_rank", "up_rank", "down_rank") if site.gated else ("up_rank", "down_rank")
         speeds = {name: 0.05 + 0.04 * layer + 0.013 * k for k, name in enumerate(names)}
         spectra = {name: 10.0**layer * torch.exp(-speed * torch.arange(40, dtype=torch.float64)) for name, speed in speeds.items()}
-        found += linears_of(site, spectra, WORKLOAD)
+        found += linears_of(site, spectra, FlopCosts(WORKLOAD))
     return found
 
 
@@ -31,11 +32,11 @@ def cost(chosen, ranks):
 
 def test_costs_are_those_of_the_decision():
     site = FFNSite("f", "text", 0, LLAMA_STYLE, 40, 100)
-    separate = linears_of(site, dict.fromkeys(("gate_rank", "up_rank", "down_rank"), torch.ones(40)), WORKLOAD)
+    separate = linears_of(site, dict.fromkeys(("gate_rank", "up_rank", "down_rank"), torch.ones(40)), FlopCosts(WORKLOAD))
     assert cost(separate, (3, None, 5)) == ffn_flops(site, FFNDecision(gate_rank=3, down_rank=5), WORKLOAD)
     assert cost(separate, (None, None, None)) == ffn_flops(site, None, WORKLOAD)
     names = ("joint_rank", "gate_rank", "up_rank", "down_rank")
-    joint = linears_of(site, dict.fromkeys(names, torch.ones(40)), WORKLOAD)  # both structures were solved
+    joint = linears_of(site, dict.fromkeys(names, torch.ones(40)), FlopCosts(WORKLOAD))  # both structures were solved
     assert [linear.name for linear in joint] == ["joint_rank", "down_rank"]
     assert cost(joint, (3, None)) == ffn_flops(site, FFNDecision(joint_rank=3), WORKLOAD)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,16 @@ from infoprune.certification.run import compress_certified
 from infoprune.data import Example, subset
 from infoprune.decide import Decisions, attention_share, decide, unit_percentiles, with_units
 from infoprune.errors import BudgetError, PlanError
-from infoprune.evaluation.cost import (
-    Workload,
-    count_flops,
-    num_parameters,
-)
+from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters
 from infoprune.memory import release_memory
 from infoprune.model import VLM
 from infoprune.options import TRAINED, UNTRAINED, CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
+from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
+from infoprune.speedup import Speed, cut_to_speed
 from infoprune.steps import (
     QUESTIONS_PER_IMAGE,
     Compressed,
@@ -73,7 +72,7 @@ def compress(
         data: Calibration and training data: a specification for :func:`infoprune.data.load_examples`, or examples. Never the test data.
         options: How; or give the fields of :class:`CompressionOptions` by keyword, e.g. ``flops=0.5``.
         training: How to train; or give the fields of :class:`TrainingOptions` by keyword, e.g. ``recovery="full"``.
-        in_place: Cut ``vlm`` itself instead of a copy. Not with recovery or a certificate, which need the dense model.
+        in_place: Cut ``vlm`` itself instead of a copy. Not with recovery, a certificate or a speed-up, which need the dense model.
         work: Folder for the state of training or certification, from which an interrupted run goes on; delete it afterwards. ``None``: no
             state is kept.
         progress: Shows the steps.
@@ -124,6 +123,8 @@ def _training_run(
 ) -> TrainingRun:  # fmt: skip
     examples, validation = split(pool, training, options.seed, progress, skip_bad=options.skip_bad)
     processes = Processes.current(vlm.device, training.trackers, str(work or "."))
+    if options.speedup is not None and processes.count > 1:
+        raise BudgetError("A speed-up is measured in one process; several would each cut another model. Give flops instead.")
     folder = WorkFolder(work) if work is not None else None
     if folder is not None:
         if processes.index == 0:
@@ -146,7 +147,7 @@ def _reloaded(vlm: VLM, cut: tuple[VLM, dict[str, Any]], examples: Sequence[Exam
     target = replace(found, architecture=vlm.architecture, model_id=vlm.model_id, encoder=vlm.encoder)
     return Compressed(
         target, dense_flops, flops, workload, report["predicted_loss_nats"], report["dense_parameters"], report["parameters"],
-        report["seconds"], probe, report["training"],
+        report["seconds"], probe, report["training"], speed=Speed.from_dict(report["speedup"]) if "speedup" in report else None,
     )  # fmt: skip
 
 
@@ -163,31 +164,46 @@ def _cut_free(
     num_sites = len(architecture.attention) + len(architecture.ffn)
     with progress.task("scoring heads and ranks", num_sites) as advance:
         solved = solve_sites(vlm.model, architecture, statistics, options, lambda: advance(1))
-    decisions = decide(solved, architecture, workload, dense_flops.total, options)
-    clock.lap("decide")
-    target = vlm if in_place else vlm.copy()
-    report: dict[str, Any] = {}
-    if options.heads == TRAINED:
-        assert run is not None
-        learned = _learn_heads(target, solved, decisions, workload, probe, options, run)
-        report["heads"] = learned.as_dict()
-        clock.lap("train heads")
-        if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
-            statistics = statistics_of(target, inputs, options, progress)
-            solved = solve_sites(target.model, architecture, statistics, options)
-        decisions = decide(with_units(solved, learned.kept, options), architecture, workload, dense_flops.total, options)
-        report["heads"]["agreement"] = _check_gates(target, solved, decisions, statistics, inputs, options)
-    del solved
-    plan = make_plan(vlm, decisions, options, calibration_record(data, examples, options))
-    cut_(target, plan, statistics, inputs, progress)
+    record, report, speed = calibration_record(data, examples, options), {}, None
+    if options.speedup is not None:
+        cut = partial(apply_decisions, vlm, options=options, statistics=statistics, inputs=inputs, record=record, progress=progress)
+        target, decisions, speed = cut_to_speed(vlm, solved, workload, probe, options, cut, progress)
+    else:
+        decisions = decide(solved, FlopCosts(workload), dense_flops.total, options)
+        clock.lap("decide")
+        target = vlm if in_place else vlm.copy()
+        if run and options.heads == TRAINED:
+            decisions, statistics, report["heads"] = _train_heads(
+                target, solved, decisions, statistics, inputs, workload, dense_flops, probe, options, run, clock
+            )
+        del solved
+        plan = make_plan(vlm, decisions, options, record)
+        cut_(target, plan, statistics, inputs, progress)
+        target = replace(target, plan=plan)
     clock.lap("cut")
-    flops = checked_flops(target, plan, probe, workload, dense_flops)
+    assert target.plan is not None
+    flops = checked_flops(target, target.plan, probe, workload, dense_flops)
     del statistics, inputs
     release_memory()
     return Compressed(
-        replace(target, plan=plan), dense_flops, flops, workload, decisions.predicted_loss,
-        dense_parameters, num_parameters(target.model), clock.laps, probe, report, run is None or run.processes.index == 0,
+        target, dense_flops, flops, workload, decisions.predicted_loss, dense_parameters, num_parameters(target.model), clock.laps, probe,
+        report, run is None or run.processes.index == 0, speed=speed,
     )  # fmt: skip
+
+
+def _train_heads(
+    target: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: Sequence[PackedBatch],
+    workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor], options: CompressionOptions, run: TrainingRun, clock: Clock,
+) -> tuple[Decisions, Statistics, dict[str, Any]]:  # fmt: skip
+    """Decisions with heads that are learned, starting from ``decisions``; the moments after that, and figures for the report."""
+    learned = _learn_heads(target, solved, decisions, workload, probe, options, run)
+    clock.lap("train heads")
+    if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
+        statistics = statistics_of(target, inputs, options, run.progress)
+        solved = solve_sites(target.model, dense_architecture(target), statistics, options)
+    decisions = decide(with_units(solved, learned.kept, options), FlopCosts(workload), dense_flops.total, options)
+    agreement = _check_gates(target, solved, decisions, statistics, inputs, options)
+    return decisions, statistics, learned.as_dict() | {"agreement": agreement}
 
 
 def _learn_heads(

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from infoprune.allocate import Option, allocate
-from infoprune.architecture import Architecture, AttentionSite, FFNSite
+from infoprune.architecture import AttentionSite, FFNSite
 from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, removal_loss
 from infoprune.errors import BudgetError
-from infoprune.evaluation.cost import Workload, attention_flops, ffn_flops
+from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.linalg import descending_eigh
 from infoprune.options import NONE, TRAINED, CompressionOptions
 from infoprune.plan import FFNDecision, HeadDecision, max_rank
 from infoprune.rank_rules import RULES, ruled_options
+from infoprune.site_costs import SiteCosts
 from infoprune.solve import SolvedSite
 from infoprune.spectrum import ks_distance, rank_for_ks
 from infoprune.training.costs import Costs
@@ -23,25 +24,29 @@ from infoprune.training.costs import Costs
 
 @dataclass(frozen=True)
 class Decisions:
-    """The outcome: heads and ranks by path, and the predicted loss in nats per example."""
+    """The outcome: heads and ranks by path, the predicted loss in nats per example and, under a budget, what the model is to cost."""
 
     heads: dict[str, HeadDecision]
     ffn: dict[str, FFNDecision]
     predicted_loss: float
+    predicted_cost: float | None = None
 
 
-def decide(
-    solved: list[SolvedSite], architecture: Architecture, workload: Workload, dense_total: int, options: CompressionOptions
-) -> Decisions:
-    """Choose heads and ranks under ``options.flops`` or ``options.ks``.
+def decide(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
+    """Choose heads and ranks under ``options.flops``, ``options.speedup`` or ``options.ks``.
+
+    Args:
+        solved: The sites that may be cut.
+        costs: What they cost: FLOPs, or seconds for a speed-up.
+        dense_total: What the whole dense model costs, in the same unit; what is no site of ``solved`` stays as it is.
+        options: The budget, and what may be cut.
 
     Raises:
-        BudgetError: Not reachable; says the smallest reachable share.
+        BudgetError: Not reachable; says the smallest reachable share, or the largest speed-up.
     """
     if options.ks is not None:
         return _decide_by_ks(solved, options)
-    assert options.flops is not None
-    return _decide_by_flops(solved, architecture, workload, dense_total, options)
+    return _decide_by_cost(solved, costs, dense_total, options)
 
 
 def with_units(solved: list[SolvedSite], kept: dict[str, list[int]], options: CompressionOptions) -> list[SolvedSite]:
@@ -183,28 +188,20 @@ def _removable(block: Block, removal: Removal, options: CompressionOptions) -> i
 # --- budget ------------------------------------------------------------------------------------------------------------------------
 
 
-def _decide_by_flops(
-    solved: list[SolvedSite], architecture: Architecture, workload: Workload, dense_total: int, options: CompressionOptions
-) -> Decisions:
-    assert options.flops is not None
-    cuttable = sum(_dense_cost(item.site, workload) for item in solved)
-    budget = options.flops * dense_total - (dense_total - cuttable)
-    forced = _forced_heads(solved, workload, options, budget)
+def _decide_by_cost(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
+    cuttable = sum(_dense_cost(item.site, costs) for item in solved)
+    budget = options.cost_share * dense_total - (dense_total - cuttable)
+    forced = _forced_heads(solved, costs, options, budget)
     floor = options.floor
     while True:
-        groups = _groups(solved, workload, options, budget, max(budget, 0.0) / cuttable, floor, forced)
+        groups = _groups(solved, costs, options, budget, max(budget, 0.0) / cuttable, floor, forced)
         smallest = sum(min(option.cost for option in group) for group in groups)
         if smallest <= budget:
             break
         if floor > 0:  # floors are a safeguard, the budget is a promise: lower them until it fits
             floor = floor / 2 if floor > 0.05 else 0.0
             continue
-        reachable = (smallest + dense_total - cuttable) / dense_total
-        smallest_share = math.ceil(reachable * 1000) / 1000
-        raise BudgetError(
-            f"flops={options.flops:g} is out of reach: the smallest share this configuration reaches is {smallest_share:g}. "
-            "Ask for that or more, or let more be cut (heads, ffn, towers)."
-        )
+        raise BudgetError(_out_of_reach((smallest + dense_total - cuttable) / dense_total, options))
     chosen = allocate(groups, budget)
     heads: dict[str, HeadDecision] = {}
     ranks: dict[str, dict[str, int]] = {}
@@ -217,27 +214,44 @@ def _decide_by_flops(
         else:
             ranks.setdefault(path, {}).update(decision)
     ffn = {path: FFNDecision(**names) for path, names in ranks.items()}
-    return Decisions(heads, ffn, sum(option.loss for option in chosen))
+    cost = dense_total - cuttable + sum(option.cost for option in chosen)
+    return Decisions(heads, ffn, sum(option.loss for option in chosen), cost)
 
 
-def _dense_cost(site: AttentionSite | FFNSite, workload: Workload) -> int:
-    return attention_flops(site, site.num_units, workload) if isinstance(site, AttentionSite) else ffn_flops(site, None, workload)
+def _out_of_reach(share: float, options: CompressionOptions) -> str:
+    """What to say where the cheapest options leave ``share`` of the cost, which is too much."""
+    mend = "or let more be cut (heads, ffn, towers)."
+    if options.speedup is not None:
+        fastest = math.floor(1000 / share) / 1000
+        return (
+            f"speedup={options.speedup:g} is out of reach: the largest speed-up this configuration reaches on this machine is {fastest:g}, "
+            f"by what its parts take. Ask for that or less, {mend}"
+        )
+    smallest = math.ceil(share * 1000) / 1000
+    return (
+        f"flops={options.flops:g} is out of reach: the smallest share this configuration reaches is {smallest:g}. "
+        f"Ask for that or more, {mend}"
+    )
+
+
+def _dense_cost(site: AttentionSite | FFNSite, costs: SiteCosts) -> float:
+    return costs.attention(site, site.num_units) if isinstance(site, AttentionSite) else costs.ffn(site, None)
 
 
 def _groups(
-    solved: list[SolvedSite], workload: Workload, options: CompressionOptions, budget: float, share: float, floor: float,
+    solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, share: float, floor: float,
     forced: dict[str, int],
 ) -> list[list[Option]]:  # fmt: skip
     """Ways to treat every site; a rule for the ranks decides them together, under what heads leave of the budget."""
     if options.allocation not in RULES:
-        return [group for item in solved for group in _options(item, workload, options, share, floor, forced)]
+        return [group for item in solved for group in _options(item, costs, options, share, floor, forced)]
     blocks, ffns = ([item for item in solved if isinstance(item.site, kind)] for kind in (AttentionSite, FFNSite))
-    heads = [group for item in blocks for group in _options(item, workload, options, share, floor, forced)]
-    return heads + ruled_options(ffns, workload, options, budget - sum(group[0].cost for group in heads), share, floor)
+    heads = [group for item in blocks for group in _options(item, costs, options, share, floor, forced)]
+    return heads + ruled_options(ffns, costs, options, budget - sum(group[0].cost for group in heads), share, floor)
 
 
 def _options(
-    item: SolvedSite, workload: Workload, options: CompressionOptions, share: float, floor: float, forced: dict[str, int]
+    item: SolvedSite, costs: SiteCosts, options: CompressionOptions, share: float, floor: float, forced: dict[str, int]
 ) -> list[list[Option]]:
     site = item.site
     if isinstance(site, AttentionSite):
@@ -248,23 +262,22 @@ def _options(
         return [
             [
                 Option(
-                    attention_flops(site, site.num_units - k, workload),
+                    costs.attention(site, site.num_units - k),
                     item.removal.losses[k] * item.tokens,
                     (site.path, _head_decision(site, item.removal, k, options)) if k else None,
                 )
                 for k in counts
             ]
         ]
-    return _ffn_groups(item, site, workload, options, share, floor)
+    return _ffn_groups(item, site, costs, options, share, floor)
 
 
 def _ffn_groups(
-    item: SolvedSite, site: FFNSite, workload: Workload, options: CompressionOptions, share: float, floor: float
+    item: SolvedSite, site: FFNSite, costs: SiteCosts, options: CompressionOptions, share: float, floor: float
 ) -> list[list[Option]]:
     tails = item.tails
     assert tails is not None
-    dense = ffn_flops(site, None, workload)
-    one = dense / (site.num_inputs + 1)  # a dense linear's share
+    dense, (dense_inputs, dense_down) = costs.ffn(site, None), costs.linears(site)
 
     def ladder(*names: str) -> list[Option]:
         """Options of linears that get the same rank."""
@@ -277,8 +290,8 @@ def _ffn_groups(
         result = []
         for rank in ranks:
             decision = dict.fromkeys(names, rank)
-            saved = dense - ffn_flops(site, FFNDecision(**decision), workload)
-            covered = site.num_inputs * one if "up_rank" in names or "joint_rank" in names else one
+            saved = dense - costs.ffn(site, FFNDecision(**decision))
+            covered = dense_inputs if "up_rank" in names or "joint_rank" in names else dense_down
             loss = sum(0.5 * float(tails[name][rank]) for name in names) * item.tokens
             result.append(Option(covered - saved, loss, (site.path, decision)))
         return result
@@ -288,29 +301,30 @@ def _ffn_groups(
         inputs += ladder("joint_rank")
     if "up_rank" in tails:
         inputs += ladder("gate_rank", "up_rank") if site.gated else ladder("up_rank")
-    groups = [(site.num_inputs * one, inputs), (one, ladder("down_rank"))]
-    keep_dense = options.allocation == "global"
-    return [[*found, *([Option(cost, 0.0)] if keep_dense else [])] for cost, found in groups]
+    groups = []
+    for cost, found in ((dense_inputs, inputs), (dense_down, ladder("down_rank"))):
+        faster = [option for option in found if option.cost < cost]  # fewer FLOPs always; less time not always
+        groups.append([*faster, *([Option(cost, 0.0)] if options.allocation == "global" or not faster else [])])
+    return groups
 
 
-def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions, budget: float) -> dict[str, int]:
+def _forced_heads(solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float) -> dict[str, int]:
     """Units to remove from each block where that is decided already, or by a ranking, which has no unit to trade against FFN ranks.
 
-    Rankings get the share of the attention's FLOPs that was asked of the model, filled by one global ranking; the FFNs get the rest of
+    Rankings get the share of the attention's cost that was asked of the model, filled by one global ranking; the FFNs get the rest of
     the budget. Where no FFN may be cut, the ranking goes on until the budget is met.
     """
     decided = {item.site.path: item.fixed for item in solved if item.fixed is not None}
     if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE) or options.allocation != "global":
         return decided
-    assert options.flops is not None
     attention = [item for item in solved if isinstance(item.site, AttentionSite)]
-    total = sum(_dense_cost(item.site, workload) for item in attention)
+    total = sum(_dense_cost(item.site, costs) for item in attention)
     alone = len(attention) == len(solved)
-    least, most = (total - budget, total) if alone else (0.0, (1 - options.flops) * total)  # FLOPs to save
+    least, most = (total - budget, total) if alone else (0.0, (1 - options.cost_share) * total)  # cost to save
     candidates = []
     for item in attention:
         assert item.removal is not None and isinstance(item.site, AttentionSite) and item.removal.scores is not None
-        steps = [attention_flops(item.site, item.site.num_units - k, workload) for k in range(len(item.removal.order) + 1)]
+        steps = [costs.attention(item.site, item.site.num_units - k) for k in range(len(item.removal.order) + 1)]
         candidates += [
             (item.removal.scores[unit], place, item.site.path, steps[place] - steps[place + 1])
             for place, unit in enumerate(item.removal.order)
@@ -322,7 +336,15 @@ def _forced_heads(solved: list[SolvedSite], workload: Workload, options: Compres
             break
         saved += cost
         counts[path] += 1
-    return counts
+    return {
+        item.site.path: _worth_it(item.site, counts[item.site.path], costs) for item in attention if isinstance(item.site, AttentionSite)
+    }
+
+
+def _worth_it(site: AttentionSite, count: int, costs: SiteCosts) -> int:
+    """The fewest units whose removal saves as much as that of ``count``: measured time may not change with every one."""
+    cost = costs.attention(site, site.num_units - count)
+    return next(k for k in range(count + 1) if costs.attention(site, site.num_units - k) <= cost)
 
 
 def _head_decision(site: AttentionSite, removal: Removal, count: int, options: CompressionOptions) -> HeadDecision:

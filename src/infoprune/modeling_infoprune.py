@@ -113,6 +113,9 @@ _UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1", "linear_fc1"), ("down_pr
 _FUSED = "qkv"
 _ALONE = "proj"  # the output projection of blocks that return their output alone, the others a pair
 _WIDE = "projection"  # that of blocks whose heads must fill the stream
+_NORMS_BEFORE = (
+    "input_layernorm", "layer_norm1", "norm1", "attention_norm", "layernorm_before", "rms_norm1", "self_attn_layer_norm",
+)  # fmt: skip
 
 
 def _name(module: nn.Module, names: tuple[str, ...]) -> str:
@@ -123,11 +126,18 @@ def _like(linear: nn.Linear, in_features: int, out_features: int, bias: bool) ->
     return nn.Linear(in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
+def norm_before(layer: nn.Module) -> str | None:
+    """Name of the norm that a layer's attention block alone reads through; ``None``: the FFN shares it, or it stands behind the block."""
+    norms = [name for name, _ in layer.named_children() if "norm" in name]
+    own = next((name for name in _NORMS_BEFORE if name in norms), None)
+    return own if len(norms) > 1 and getattr(layer, "do_layer_norm_before", True) else None
+
+
 def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compensated: bool) -> None:
     """Give the attention block ``parent.name`` the shapes of ``keep`` out of ``of`` units, with uninitialised weights.
 
     A unit is a key/value head with its query heads or, with a single key/value head, a query head. Compensation puts means into the
-    output projection's bias, so a compensated block has one. Without any unit only a constant is left.
+    output projection's bias, so a compensated block has one. Without any unit only a constant is left, which needs no norm before it.
     """
     attention: Any = getattr(parent, name)
     out_name = _name(attention, _OUT_PROJECTIONS)
@@ -135,6 +145,8 @@ def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compen
     if keep == 0:
         constant = ConstantAttention(out.out_features, alone=out_name == _ALONE, bias=out.bias is not None or compensated)
         setattr(parent, name, constant.to(device=out.weight.device, dtype=out.weight.dtype))
+        if norm := norm_before(parent):
+            setattr(parent, norm, nn.Identity())
         return
     width = out.in_features * keep // of
     if hasattr(attention, _FUSED):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,6 +17,7 @@ from infoprune.plan import Compensation
 
 NONE, TRAINED = "none", "trained"
 RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.rank_rules`
+BUDGETS = ("flops", "speedup", "ks", "max_drop")
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -30,6 +32,8 @@ class CompressionOptions:
 
     Attributes:
         flops: Share of the dense model's FLOPs that remains, over image, prompt and answer.
+        speedup: How many times faster the whole workload shall be on this machine, measured, instead of ``flops``; see
+            :mod:`infoprune.speedup`.
         ks: KS tolerance instead of a budget: the adaptive rule.
         max_drop: Largest drop of accuracy, in points, instead of a budget: the cheapest plan of a path whose drop is certified to be at
             most this (:mod:`infoprune.certification`).
@@ -62,6 +66,7 @@ class CompressionOptions:
     """
 
     flops: float | None = None
+    speedup: float | None = None
     ks: float | None = None
     max_drop: float | None = None
     confidence: float = 0.95
@@ -90,19 +95,21 @@ class CompressionOptions:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if [self.flops, self.ks, self.max_drop].count(None) != 2:
+        if [getattr(self, name) for name in BUDGETS].count(None) != len(BUDGETS) - 1:
             raise BudgetError(
-                "Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5), ks (a tolerance, e.g. 0.1) and "
-                "max_drop (points of accuracy, e.g. 0.5)."
+                "Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5), speedup (times faster, e.g. 1.8), ks (a tolerance, "
+                "e.g. 0.1) and max_drop (points of accuracy, e.g. 0.5)."
             )
         self._check_certificate()
         for name, value in (("flops", self.flops), ("ks", self.ks)):
             if value is not None and not 0 < value <= 1:
                 raise BudgetError(f"{name} must be above 0 and at most 1, not {value}.")
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
+            raise BudgetError(f"speedup says how many times faster and must be above 1, e.g. 1.8, not {self.speedup}.")
         if self.heads not in (*CRITERIA, TRAINED, NONE):
             raise InfoPruneError(f"Unknown head criterion '{self.heads}'. Known: {', '.join((*CRITERIA, TRAINED, NONE))}.")
         if self.heads == TRAINED and self.flops is None:
-            raise BudgetError("Trained heads need a budget: give flops instead of ks.")
+            raise BudgetError("Trained heads need a budget in FLOPs: give flops. Gates may still pay for time (gate_cost).")
         choices = {
             "ffn": ("low-rank", NONE),
             "ffn_metric": ("task", "identity"),
@@ -143,7 +150,20 @@ class CompressionOptions:
 
     def at(self, share: float) -> CompressionOptions:
         """The same with a FLOPs share as the budget, and nothing to certify."""
-        return replace(self, flops=share, ks=None, max_drop=None, certify=None, certify_images=None, certify_per_image=None)
+        return replace(self, flops=share, speedup=None, ks=None, max_drop=None, certify=None, certify_images=None, certify_per_image=None)
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """What was asked for, by name."""
+        return {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
+
+    @property
+    def cost_share(self) -> float:
+        """Share of the dense model's cost that may remain, counted in FLOPs or measured in time."""
+        if self.speedup is not None:
+            return 1 / self.speedup
+        assert self.flops is not None
+        return self.flops
 
     @property
     def ffn_options(self) -> FFNOptions:

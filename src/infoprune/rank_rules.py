@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from infoprune.allocate import Option
 from infoprune.architecture import FFNSite
-from infoprune.evaluation.cost import Workload, ffn_flops
 from infoprune.options import CompressionOptions
 from infoprune.plan import FFNDecision, max_rank
+from infoprune.site_costs import SiteCosts
 from infoprune.solve import SolvedSite
 from infoprune.spectrum import effective_rank, ks_truncation
 
@@ -34,34 +35,36 @@ class FactorizableLinear:
         site: The FFN.
         name: Of its rank in :class:`infoprune.plan.FFNDecision`.
         energies: (n,) squared singular values, descending.
-        dense: FLOPs per example as it is.
-        per_rank: FLOPs per example and rank when factorised.
+        dense: Cost per example as it is.
+        factorised: Cost per example at a rank.
     """
 
     site: FFNSite
     name: str
     energies: torch.Tensor
-    dense: int
-    per_rank: int
+    dense: float
+    factorised: Callable[[int], float]
 
     @property
     def top(self) -> int:
         """Largest rank that saves anything."""
         return max_rank(self.site, self.name)
 
-    def cost(self, rank: int | None) -> int:
-        """FLOPs per example at a rank; ``None``: dense."""
-        return self.dense if rank is None else rank * self.per_rank
+    def cost(self, rank: int | None) -> float:
+        """Cost per example at a rank; ``None``: dense."""
+        return self.dense if rank is None else self.factorised(rank)
 
 
-def linears_of(site: FFNSite, spectra: dict[str, torch.Tensor], workload: Workload) -> list[FactorizableLinear]:
+def linears_of(site: FFNSite, spectra: dict[str, torch.Tensor], costs: SiteCosts) -> list[FactorizableLinear]:
     """The linears that were factorised; gate and up together where both structures were solved."""
-    whole = ffn_flops(site, None, workload)
-    single = whole // (site.num_inputs + 1)
+    inputs, down = costs.linears(site)
     names = [name for name in spectra if "joint_rank" not in spectra or name in ("joint_rank", "down_rank")]
-    dense = {name: 2 * single if name == "joint_rank" else single for name in names}
-    per_rank = {name: ffn_flops(site, FFNDecision(**{name: 1}), workload) - (whole - dense[name]) for name in names}
-    return [FactorizableLinear(site, name, spectra[name], dense[name], per_rank[name]) for name in names]
+    dense = {"joint_rank": inputs, "down_rank": down} | dict.fromkeys(("gate_rank", "up_rank"), inputs / site.num_inputs)
+
+    def factorised(name: str, rank: int) -> float:
+        return costs.ffn(site, FFNDecision(**{name: rank})) - (inputs + down - dense[name])
+
+    return [FactorizableLinear(site, name, spectra[name], dense[name], partial(factorised, name)) for name in names]
 
 
 def ranks_by_tolerance(linears: Sequence[FactorizableLinear], budget: float, multiple: int, least: Sequence[int]) -> list[int | None]:
@@ -69,7 +72,7 @@ def ranks_by_tolerance(linears: Sequence[FactorizableLinear], budget: float, mul
 
     Args:
         linears: What may be factorised.
-        budget: FLOPs per example for all of them.
+        budget: Cost per example of all of them.
         multiple: Ranks are rounded up to multiples of it.
         least: Ignored: the tolerance alone decides.
 
@@ -90,7 +93,7 @@ def ranks_by_effective_rank(linears: Sequence[FactorizableLinear], budget: float
 
     Args:
         linears: What may be factorised.
-        budget: FLOPs per example for all of them.
+        budget: Cost per example of all of them.
         multiple: Ranks are rounded up to multiples of it.
         least: The floor of each linear.
 
@@ -120,7 +123,7 @@ def _within(
 ) -> list[int | None]:
     """Ranks at the number nearest to ``loose`` (everything stays) that the budget allows; ``strict`` costs the least."""
 
-    def cost(number: float) -> int:
+    def cost(number: float) -> float:
         return sum(linear.cost(rank) for linear, rank in zip(linears, ranks(number), strict=True))
 
     if cost(loose) <= budget:
@@ -135,22 +138,22 @@ RULES = {"tolerance": ranks_by_tolerance, "effective-rank": ranks_by_effective_r
 
 
 def ruled_options(
-    solved: Sequence[SolvedSite], workload: Workload, options: CompressionOptions, budget: float, share: float, floor: float
+    solved: Sequence[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, share: float, floor: float
 ) -> list[list[Option]]:
     """The one way to treat each linear of the FFNs under the rule that ``options.allocation`` names.
 
     Args:
         solved: FFNs.
-        workload: What FLOPs are counted over.
+        costs: What they cost.
         options: How to compress.
-        budget: FLOPs per example for all of the FFNs.
+        budget: Cost per example of all of the FFNs.
         share: Uniform share, of which ``floor`` says how much each linear keeps at least, where the rule has a floor.
         floor: See :class:`infoprune.options.CompressionOptions`.
     """
     owners, linears = [], []
     for item in solved:
         assert isinstance(item.site, FFNSite) and item.spectra is not None
-        found = linears_of(item.site, item.spectra, workload)
+        found = linears_of(item.site, item.spectra, costs)
         owners += [item] * len(found)
         linears += found
     least = [int(floor * share * (linear.top + 1)) for linear in linears]

@@ -33,6 +33,7 @@ from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.repair import cut_and_repair_
 from infoprune.sensitivity import head_sensitivities
+from infoprune.speedup import Speed
 from infoprune.surgery import apply_, ffn_options
 
 QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
@@ -54,6 +55,7 @@ class Compressed:
         training: What gate training and recovery were like, by stage.
         main_process: False in all but one of several processes; that one saves.
         certificate: Of the accuracy that was kept, where ``max_drop`` asked for one.
+        speed: How much faster it is, where ``speedup`` asked for that.
     """
 
     vlm: VLM
@@ -68,6 +70,7 @@ class Compressed:
     training: dict[str, Any] = field(default_factory=dict)
     main_process: bool = True
     certificate: Certificate | None = None
+    speed: Speed | None = None
 
     @property
     def flops_ratio(self) -> float:
@@ -88,6 +91,7 @@ class Compressed:
             "seconds": self.seconds,
             "training": self.training,
             **certified,
+            **({} if self.speed is None else {"speedup": self.speed.as_dict()}),
         }
 
 
@@ -161,7 +165,7 @@ def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, recor
         model_type=dense_architecture(vlm).family.model_type,
         model_id=vlm.model_id,
         revision=getattr(vlm.model.config, "_commit_hash", None),
-        budget={name: value for name, value in (("flops", options.flops), ("ks", options.ks)) if value is not None},
+        budget=options.budget,
         method={name: getattr(options, name) for name in method},
         calibration=record,
         heads=decisions.heads,

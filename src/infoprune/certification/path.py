@@ -22,6 +22,7 @@ from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
+from infoprune.site_costs import FlopCosts
 from infoprune.solve import solve_sites
 from infoprune.steps import (
     apply_decisions,
@@ -78,7 +79,7 @@ def plan_path(
     plans: list[CompressionPlan] = []
     for share in options.shares:
         try:
-            found = decide(solved, architecture, workload, dense_flops.total, options.at(share))
+            found = decide(solved, FlopCosts(workload), dense_flops.total, options.at(share))
         except BudgetError as error:
             if not shares:
                 raise

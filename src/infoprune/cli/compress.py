@@ -31,6 +31,10 @@ def compress(
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")] = None,
     flops: Annotated[Optional[float], typer.Option(help="Share of the dense FLOPs that remains, e.g. 0.5.")] = None,
+    speedup: Annotated[
+        Optional[float],
+        typer.Option(help="How many times faster from prompt to answer, measured on this machine, instead of --flops; e.g. 1.8."),
+    ] = None,
     ks: Annotated[Optional[float], typer.Option(help="KS tolerance instead of a budget, e.g. 0.1.")] = None,
     max_drop: Annotated[
         Optional[float], typer.Option(help="Largest drop of accuracy in points, certified, instead of a budget, e.g. 0.5.")
@@ -99,13 +103,13 @@ def compress(
     from infoprune.checkpoint import check_output_folder
     from infoprune.cli.recipe import read_recipe
     from infoprune.errors import InfoPruneError
-    from infoprune.options import TRAINED, CompressionOptions
+    from infoprune.options import BUDGETS, TRAINED, CompressionOptions
     from infoprune.progress import Progress
     from infoprune.training.options import TrainingOptions
 
     given: dict[str, Any] = {
-        "model": model, "data": data, "output": output, "flops": flops, "ks": ks, "max_drop": max_drop, "confidence": confidence,
-        "certify": certify, "certify_images": certify_images, "certify_per_image": certify_per_image,
+        "model": model, "data": data, "output": output, "flops": flops, "speedup": speedup, "ks": ks, "max_drop": max_drop,
+        "confidence": confidence, "certify": certify, "certify_images": certify_images, "certify_per_image": certify_per_image,
         "shares": tuple(share) if share else None, "heads": heads, "ffn": ffn,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
         "method": method, "compensate": compensate, "centred": centred, "whitening": whitening, "allocation": allocation, "top_k": top_k,
@@ -116,8 +120,8 @@ def compress(
         "trackers": tuple(tracker) if tracker else None, "skip_bad": skip_bad,
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}
-    if any(budget is not None for budget in (flops, ks, max_drop)):  # the command line's replaces the recipe's, whichever kind it is
-        settings = {key: value for key, value in settings.items() if key not in ("flops", "ks", "max_drop")}
+    if any(given[name] is not None for name in BUDGETS):  # the command line's replaces the recipe's, whichever kind it is
+        settings = {key: value for key, value in settings.items() if key not in BUDGETS}
     settings |= {key: value for key, value in given.items() if value is not None}
     if "method" in settings:
         settings = peer(settings.pop("method")).options | settings
@@ -167,6 +171,10 @@ def _summary(report: dict[str, Any]) -> Table:
         table.add_row(f"FLOPs, {part.replace('_', ' ')}", f"{dense / 1e9:.3f} G", f"{now / 1e9:.3f} G", f"{now / max(dense, 1):.3f}")
     dense, now = report["dense_parameters"], report["parameters"]
     table.add_row("parameters", f"{dense / 1e6:.1f} M", f"{now / 1e6:.1f} M", f"{now / dense:.3f}")
+    if speed := report.get("speedup"):
+        asked = f"asked {speed['asked']:.2f}x, predicted {speed['predicted']:.2f}x"
+        dense, now = speed["dense_ms"], speed["compressed_ms"]
+        table.add_row(f"end to end, {asked}", f"{dense:.1f} ms", f"{now:.1f} ms", f"{speed['measured']:.2f}x")
     table.add_row("predicted loss", "", f"{report['predicted_loss_nats']:.4f} nats / example", "")
     table.add_row("seconds", "", " + ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()), "")
     return table

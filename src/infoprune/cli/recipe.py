@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from infoprune.errors import InfoPruneError
-from infoprune.options import CompressionOptions
+from infoprune.options import BUDGETS, CompressionOptions
 from infoprune.training.options import TrainingOptions
 
 OTHER_KEYS = {"model", "data", "output", "method", "prompt_suffix", "device"}
@@ -43,7 +43,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _kinds(key: str, default: Any) -> tuple[type, ...]:
-    if key in ("flops", "ks", "max_drop"):
+    if key in BUDGETS:
         return (int, float)
     if key in ("certify_images", "certify_per_image", "top_k"):
         return (int,)

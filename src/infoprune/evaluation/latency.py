@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from infoprune.architecture import FamilyDeclaration
 from infoprune.evaluation.cost import decode_step
 from infoprune.model import VLM
 from infoprune.progress import SILENT, Progress
+from infoprune.timing.stopwatch import synchronizer
 
 PARTS = ("vision", "projector", "prefill", "decode", "lm_head", "end_to_end")
 
@@ -80,10 +82,16 @@ def _one_round(vlm: VLM, family: FamilyDeclaration, inputs: dict[str, torch.Tens
     start = _now(sync)
     step()
     times["decode"] = _now(sync) - start
+    answer = answering(model, inputs, answer_tokens)
     start = _now(sync)
-    model.generate(**inputs, max_new_tokens=answer_tokens, min_new_tokens=answer_tokens, do_sample=False)
+    answer()
     times["end_to_end"] = _now(sync) - start
     return times
+
+
+def answering(model: Any, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Callable[[], Any]:
+    """The work that is timed from end to end: ``generate`` of ``answer_tokens`` tokens."""
+    return partial(model.generate, **inputs, max_new_tokens=answer_tokens, min_new_tokens=answer_tokens, do_sample=False)
 
 
 def _stopwatch(module: Any, path: str, taken: dict[str, float], sync: Callable[[], None]) -> list[Any]:
@@ -101,12 +109,3 @@ def _stopwatch(module: Any, path: str, taken: dict[str, float], sync: Callable[[
 def _now(sync: Callable[[], None]) -> float:
     sync()
     return 1000 * time.perf_counter()
-
-
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until ``device`` has done all that it was given."""
-    if device.type == "cuda":
-        return torch.cuda.synchronize
-    if device.type == "mps":
-        return torch.mps.synchronize
-    return lambda: None

@@ -99,6 +99,9 @@ def _figures(report: dict[str, Any]) -> str:
         rows.append(f"| FLOPs, {label} | {dense / 1e9:.3f} G | {now / 1e9:.3f} G | {now / max(dense, 1):.3f} |")
     dense, now = report["dense_parameters"], report["parameters"]
     rows.append(f"| parameters | {dense / 1e6:.1f} M | {now / 1e6:.1f} M | {now / dense:.3f} |")
+    if speed := report.get("speedup"):
+        times = f"{speed['dense_ms']:.1f} ms | {speed['compressed_ms']:.1f} ms"
+        rows.append(f"| end to end, measured where it was cut | {times} | {1 / speed['measured']:.3f} |")
     return "\n".join([*rows, f"\nPredicted loss of information: {report['predicted_loss_nats']:.2g} nats per example (second order).\n"])
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +11,8 @@ from torch import nn
 
 from infoprune.architecture import AttentionSite
 from infoprune.evaluation.cost import Workload, attention_flops
-from infoprune.evaluation.latency import synchronizer
-from infoprune.modeling_infoprune import shape_attention_
+from infoprune.timing.stopwatch import median_seconds
+from infoprune.timing.works import PASS, BlockCall, calls_of
 
 REPEATS, WARMUP = 30, 3
 
@@ -86,41 +83,20 @@ def time_costs(model: nn.Module, sites: Sequence[AttentionSite], inputs: dict[st
     """
     measured: dict[tuple[Any, ...], tuple[float, float]] = {}
     lines = []
+    calls, device = calls_of(model, sites, inputs), next(model.parameters()).device
     for site in sites:
         shape = (site.tower, site.num_units, site.unit_width, site.head_dim, site.hidden_size)
         if shape not in measured:
-            measured[shape] = _line(model, site, inputs)
+            measured[shape] = _line(calls[site.path, PASS], site, device)
         lines.append(measured[shape])
     return _costs(sites, [fixed for fixed, _ in lines], [step for _, step in lines])
 
 
-def _line(model: nn.Module, site: AttentionSite, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
+def _line(call: BlockCall, site: AttentionSite, device: torch.device) -> tuple[float, float]:
     """Seconds: (fixed, per unit) of one block."""
-    taken: list[tuple[Any, Any]] = []
-    handle = model.get_submodule(site.path).register_forward_pre_hook(lambda _, a, k: taken.append((a, k)), with_kwargs=True)
-    try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
-    (args, kwargs), sync = taken[0], synchronizer(next(model.parameters()).device)
-    whole = copy.deepcopy(model.get_submodule(site.path))
-    if site.num_units == 1:
-        return 0.0, _median_seconds([whole], args, kwargs, sync)[0]
-    holder = nn.ModuleDict({"block": copy.deepcopy(whole)})
-    shape_attention_(holder, "block", 1, site.num_units, compensated=True)
-    full, one = _median_seconds([whole, holder["block"]], args, kwargs, sync)
-    step = max(full - one, 0.0) / (site.num_units - 1)
-    return max(one - step, 0.0), step
-
-
-def _median_seconds(modules: Sequence[nn.Module], args: Any, kwargs: Any, sync: Callable[[], None]) -> list[float]:
-    samples: list[list[float]] = [[] for _ in modules]
-    for repeat in range(REPEATS + WARMUP):
-        for module, found in zip(modules, samples, strict=True):
-            sync()
-            start = time.perf_counter()
-            module(*args, **kwargs)
-            sync()
-            if repeat >= WARMUP:
-                found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in samples]
+    sizes = [site.num_units, 1] if site.num_units > 1 else [1]
+    full, *fewer = median_seconds([call.shaped(site, size) for size in sizes], device, repeats=REPEATS, warmup=WARMUP)
+    if not fewer:
+        return 0.0, full
+    step = max(full - fewer[0], 0.0) / (site.num_units - 1)
+    return max(fewer[0] - step, 0.0), step
