@@ -48,8 +48,10 @@ def median_seconds(
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Wall time, in seconds. On a CPU only while the calling thread runs, or waits in a loop for its like: what other programs take of the
-    processor meanwhile, which long work suffers from and short work hardly, is not the model's. Windows counts that too coarsely.
+    """What tells the seconds: on a CPU the time for which the calling thread had it, else the wall clock.
+
+    What other programs take of a processor meanwhile is not the model's; long work suffers from it and short work hardly. Windows
+    counts the time of threads too coarsely.
     """
     return time.thread_time if device.type == "cpu" and sys.platform != "win32" else time.perf_counter
 
