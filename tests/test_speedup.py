@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -136,6 +138,12 @@ def test_work_takes_turns():
     order.clear()
     median_seconds([work("a")], torch.device("cpu"), repeats=50, warmup=1, limit=0.0)
     assert len(order) == 2 * (1 + 5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts the time of threads too coarsely")
+def test_what_others_take_of_the_processor_does_not_count():
+    (found,) = median_seconds([lambda: lambda: time.sleep(0.05)], torch.device("cpu"), repeats=3, warmup=0)
+    assert found < 0.02
 
 
 # --- what is timed -----------------------------------------------------------------------------------------------------------------
