@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import infoprune
 from common import log, whole_images, write
-from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
+from infoprune.criteria.heads import CRITERIA, GROUPED_TAYLOR, INFORMATION_LOSS
 from infoprune.decide import remove_units
 from infoprune.evaluation import quality
 from infoprune.options import CompressionOptions
@@ -27,7 +27,8 @@ def main() -> None:
     vlm = infoprune.load("demo", notify=log)
     assert vlm.architecture is not None
     examples = whole_images("test", QUESTIONS)
-    statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", CompressionOptions(flops=1.0))
+    needed = CompressionOptions(flops=1.0, heads=GROUPED_TAYLOR)  # has all that any criterion needs
+    statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", needed)
     log("calibrated")
     rows = []
     for tower, share in CASES:

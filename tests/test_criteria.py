@@ -27,6 +27,7 @@ SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 
 def random_block(seed: int = 0, site: AttentionSite = SITE, duplicate: tuple[int, int] | None = None) -> tuple[Block, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    saliency = torch.rand(site.num_units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     n = site.num_units * site.unit_width
     mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
     contexts = torch.randn(400, n, generator=generator, dtype=torch.float64) @ mix + 0.5
@@ -37,7 +38,7 @@ def random_block(seed: int = 0, site: AttentionSite = SITE, duplicate: tuple[int
     moments.update(contexts)
     out = torch.randn(site.hidden_size, n, generator=generator, dtype=torch.float64)
     gradient = torch.randn(300, site.hidden_size, generator=generator, dtype=torch.float64)
-    return Block(site, moments.covariance, moments.mean, out, gradient.T @ gradient / 300), contexts
+    return Block(site, moments.covariance, moments.mean, out, gradient.T @ gradient / 300, saliency), contexts
 
 
 def weighted_loss(block: Block, error: torch.Tensor) -> float:
@@ -100,7 +101,8 @@ def test_erank_of_a_head_is_that_of_its_output_covariance():
 def test_every_criterion_scores_every_unit_and_random_depends_on_the_seed():
     blocks = [random_block(seed)[0] for seed in range(2)]
     blocks[1] = Block(
-        AttentionSite("b", "text", 1, LLAMA_STYLE, 4, 4, 5, 16), *(getattr(blocks[1], n) for n in ("covariance", "mean", "out", "metric"))
+        AttentionSite("b", "text", 1, LLAMA_STYLE, 4, 4, 5, 16),
+        *(getattr(blocks[1], name) for name in ("covariance", "mean", "out", "metric", "saliency")),
     )
     for name in CRITERIA[1:]:
         scores = rank_units(blocks, name)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from infoprune import widths
 from infoprune.allocate import Option, allocate
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, removal_loss
+from infoprune.criteria.neurons import ENERGY
+from infoprune.depth import least_influential, without
 from infoprune.errors import BudgetError
 from infoprune.evaluation.cost import Workload, attention_flops, ffn_flops
 from infoprune.linalg import descending_eigh
@@ -32,7 +36,7 @@ class Decisions:
 def decide(
     solved: list[SolvedSite], architecture: Architecture, workload: Workload, dense_total: int, options: CompressionOptions
 ) -> Decisions:
-    """Choose heads and ranks under ``options.flops`` or ``options.ks``.
+    """Choose heads and ranks or widths, or whole layers, under ``options.flops`` or ``options.ks``.
 
     Raises:
         BudgetError: Not reachable; says the smallest reachable share.
@@ -40,6 +44,8 @@ def decide(
     if options.ks is not None:
         return _decide_by_ks(solved, options)
     assert options.flops is not None
+    if options.layers != NONE:
+        return _decide_layers(solved, workload, dense_total, options)
     return _decide_by_flops(solved, architecture, workload, dense_total, options)
 
 
@@ -154,7 +160,7 @@ def _decide_by_ks(solved: list[SolvedSite], options: CompressionOptions) -> Deci
                 ranks[name] = rank
                 loss += 0.5 * float(item.tails[name][rank]) * item.tokens
         if ranks:
-            ffn[item.site.path] = FFNDecision(**ranks)
+            ffn[item.site.path] = FFNDecision.model_validate(ranks)
     return Decisions(heads, ffn, loss)
 
 
@@ -182,16 +188,26 @@ def _removable(block: Block, removal: Removal, options: CompressionOptions) -> i
 # --- budget ------------------------------------------------------------------------------------------------------------------------
 
 
+def _decide_layers(solved: list[SolvedSite], workload: Workload, dense_total: int, options: CompressionOptions) -> Decisions:
+    assert options.flops is not None
+    layers = [item.layer for item in solved if item.layer is not None]
+    costs = [_dense_cost(layer.attention, workload) + _dense_cost(layer.ffn, workload) for layer in layers]
+    dropped = least_influential(layers, costs, dense_total - sum(costs), options.flops * dense_total)
+    return Decisions(*without(dropped), sum(layer.loss for layer in dropped))
+
+
 def _decide_by_flops(
     solved: list[SolvedSite], architecture: Architecture, workload: Workload, dense_total: int, options: CompressionOptions
 ) -> Decisions:
     assert options.flops is not None
     cuttable = sum(_dense_cost(item.site, workload) for item in solved)
     budget = options.flops * dense_total - (dense_total - cuttable)
-    forced = _forced_heads(solved, workload, options)
+    share = max(budget, 0.0) / cuttable
+    forced = _forced_heads(solved, workload, options, share)
+    fixed = _fixed_widths(solved, workload, options, budget, share, forced)
     floor = options.floor
     while True:
-        groups = [group for item in solved for group in _options(item, workload, options, max(budget, 0.0) / cuttable, floor, forced)]
+        groups = [group for item in solved for group in _options(item, workload, options, share, floor, forced | fixed)]
         smallest = sum(min(option.cost for option in group) for group in groups)
         if smallest <= budget:
             break
@@ -207,15 +223,19 @@ def _decide_by_flops(
     chosen = allocate(groups, budget)
     heads: dict[str, HeadDecision] = {}
     ranks: dict[str, dict[str, int]] = {}
+    narrowed: dict[str, int] = {}
     for option in chosen:
         if option.choice is None:
             continue
         path, decision = option.choice
         if isinstance(decision, HeadDecision):
             heads[path] = decision
+        elif isinstance(decision, int):
+            narrowed[path] = decision
         else:
             ranks.setdefault(path, {}).update(decision)
-    ffn = {path: FFNDecision(**names) for path, names in ranks.items()}
+    ffn = {path: FFNDecision.model_validate(names) for path, names in ranks.items()}
+    ffn |= {item.site.path: widths.decision(item, narrowed[item.site.path]) for item in solved if item.site.path in narrowed}
     return Decisions(heads, ffn, sum(option.loss for option in chosen))
 
 
@@ -230,8 +250,6 @@ def _options(
     if isinstance(site, AttentionSite):
         assert item.removal is not None
         counts = [forced[site.path]] if site.path in forced else list(range(len(item.removal.order) + 1))
-        if options.allocation == "uniform" and site.path not in forced:
-            counts = [min(len(item.removal.order), round(site.num_units * (1 - share)))]
         return [
             [
                 Option(
@@ -242,6 +260,11 @@ def _options(
                 for k in counts
             ]
         ]
+    if item.neurons is not None:
+        cost = partial(ffn_flops, site, workload=workload)
+        if site.path in forced:
+            return [[widths.option(item, cost, forced[site.path])]]
+        return [widths.ladder(item, cost, options.rank_multiple, floor * share)]
     return _ffn_groups(item, site, workload, options, share, floor)
 
 
@@ -264,7 +287,7 @@ def _ffn_groups(
         result = []
         for rank in ranks:
             decision = dict.fromkeys(names, rank)
-            saved = dense - ffn_flops(site, FFNDecision(**decision), workload)
+            saved = dense - ffn_flops(site, FFNDecision.model_validate(decision), workload)
             covered = site.num_inputs * one if "up_rank" in names or "joint_rank" in names else one
             loss = sum(0.5 * float(tails[name][rank]) for name in names) * item.tokens
             result.append(Option(covered - saved, loss, (site.path, decision)))
@@ -280,14 +303,38 @@ def _ffn_groups(
     return [[*found, *([Option(cost, 0.0)] if keep_dense else [])] for cost, found in groups]
 
 
-def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions) -> dict[str, int]:
-    """Units to remove from each block where that is decided already, or by a ranking, which has no unit to trade against FFN ranks.
+def _fixed_widths(
+    solved: list[SolvedSite], workload: Workload, options: CompressionOptions, budget: float, share: float, forced: dict[str, int]
+) -> dict[str, int]:
+    """Width of each FFN where neurons have a score without a unit, or all FFNs get the same share.
+
+    FFNs get what the blocks of ``forced`` heads leave of the budget or, where heads are free to compete, the share of their FLOPs that
+    is asked of all that can be cut.
+    """
+    narrow = [item for item in solved if item.neurons is not None]
+    if not narrow or (options.neurons == ENERGY and options.allocation == "global"):
+        return {}
+    dense = [_dense_cost(item.site, workload) for item in narrow]
+    blocks = [item.site for item in solved if isinstance(item.site, AttentionSite)]
+    target = share * sum(dense)
+    if all(site.path in forced for site in blocks):
+        target = budget - sum(attention_flops(site, site.num_units - forced[site.path], workload) for site in blocks)
+    if options.allocation == "uniform":
+        return widths.uniform(narrow, target / sum(dense), options.rank_multiple)
+    return widths.ranked(narrow, dense, target, options.rank_multiple)
+
+
+def _forced_heads(solved: list[SolvedSite], workload: Workload, options: CompressionOptions, share: float) -> dict[str, int]:
+    """Units to remove from each block where that is decided already, by a uniform share, or by a ranking, which has no unit to trade.
 
     Rankings get the share of the attention's FLOPs that was asked of the model, filled by one global ranking; the FFNs get the rest of
     the budget.
     """
     decided = {item.site.path: item.fixed for item in solved if item.fixed is not None}
-    if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE) or options.allocation == "uniform":
+    if options.allocation == "uniform":
+        removals = ((item.site, item.removal) for item in solved if isinstance(item.site, AttentionSite) and item.removal is not None)
+        return {site.path: min(len(removal.order), round(site.num_units * (1 - share))) for site, removal in removals} | decided
+    if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE):
         return decided
     assert options.flops is not None
     attention = [item for item in solved if isinstance(item.site, AttentionSite)]

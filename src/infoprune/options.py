@@ -9,11 +9,13 @@ from typing import Literal
 from infoprune.architecture import TowerName
 from infoprune.calibrate import Weighting
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS
+from infoprune.criteria.heads import CRITERIA, GROUPED_TAYLOR, INFORMATION_LOSS
+from infoprune.criteria.neurons import ENERGY, TAYLOR
+from infoprune.criteria.neurons import RANKINGS as NEURONS
 from infoprune.data import Example
 from infoprune.errors import BudgetError, InfoPruneError
 
-NONE, TRAINED = "none", "trained"
+NONE, TRAINED, LOW_RANK, WIDTH, BLOCK_INFLUENCE = "none", "trained", "low-rank", "width", "block-influence"
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -40,7 +42,9 @@ class CompressionOptions:
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
-        ffn: ``low-rank`` or ``none``.
+        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``.
+        neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
+        layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
         compensate: Repair the output projection after removing heads.
         alpha: Weight of eRank in ``erank-ks``.
@@ -51,8 +55,8 @@ class CompressionOptions:
         examples: Calibration questions, three per image as far as images go.
         repair: Cut layer by layer and refit each block's last linear to the dense residual stream
             (:mod:`infoprune.repair`).
-        rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
-        floor: Least rank of a site, as a share of the rank it would have under uniform shares.
+        rank_multiple: Ranks and widths are multiples of this: 8 suits CPUs, 64 GPUs.
+        floor: Least rank or width of a site, as a share of what it would have under uniform shares.
         seed: Seed of every draw.
         skip_bad: Go on without bad records of the data, see :func:`infoprune.data.load_examples`.
     """
@@ -66,7 +70,9 @@ class CompressionOptions:
     certify_per_image: int | None = None
     shares: tuple[float, ...] = SHARES
     heads: str = INFORMATION_LOSS
-    ffn: Literal["low-rank", "none"] = "low-rank"
+    ffn: Literal["low-rank", "width", "none"] = "low-rank"
+    neurons: str = ENERGY
+    layers: Literal["block-influence", "none"] = "none"
     towers: tuple[TowerName, ...] = ("vision", "text")
     compensate: bool = True
     alpha: float = 0.5
@@ -98,7 +104,9 @@ class CompressionOptions:
         if self.heads == TRAINED and self.flops is None:
             raise BudgetError("Trained heads need a budget: give flops instead of ks.")
         choices = {
-            "ffn": ("low-rank", NONE),
+            "ffn": (LOW_RANK, WIDTH, NONE),
+            "neurons": tuple(NEURONS),
+            "layers": (BLOCK_INFLUENCE, NONE),
             "ffn_metric": ("task", "identity"),
             "structure": ("joint", "separate", "best"),
             "allocation": ("global", "uniform"),
@@ -107,12 +115,23 @@ class CompressionOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InfoPruneError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
+        self._check_structures()
         if not self.towers or not set(self.towers) <= {"vision", "text"}:
             raise InfoPruneError(f"Unknown towers {', '.join(self.towers) or '(none)'}. Known: vision, text.")
-        if self.heads == NONE and self.ffn == NONE:
+        if self.heads == NONE and self.ffn == NONE and self.layers == NONE:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+
+    def _check_structures(self) -> None:
+        if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
+            raise BudgetError("The KS rule is about spectra, which neurons do not have: give flops instead of ks, or ffn low-rank.")
+        if self.layers == NONE:
+            return
+        if self.heads not in (INFORMATION_LOSS, NONE) or self.ffn not in (LOW_RANK, NONE):
+            raise InfoPruneError(f"layers {self.layers} drops whole layers and cuts nothing else; leave out heads and ffn.")
+        if self.ks is not None:
+            raise BudgetError("Whole layers have no KS tolerance: give flops instead of ks.")
 
     def _check_certificate(self) -> None:
         if self.max_drop is not None and not 0 < self.max_drop < 100:
@@ -139,6 +158,11 @@ class CompressionOptions:
     def ffn_options(self) -> FFNOptions:
         """The FFN method."""
         return FFNOptions(self.ffn_metric, self.centred, self.structure)
+
+    @property
+    def needs_saliencies(self) -> bool:
+        """Whether calibration must take gradients of weights."""
+        return self.layers == NONE and (self.heads == GROUPED_TAYLOR or (self.ffn == WIDTH and self.neurons == TAYLOR))
 
     @property
     def needs_gradients(self) -> bool:

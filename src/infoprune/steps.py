@@ -27,11 +27,12 @@ from infoprune.evaluation.cost import (
 )
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM
-from infoprune.options import CompressionOptions
+from infoprune.options import NONE, WIDTH, CompressionOptions
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.repair import cut_and_repair_
+from infoprune.saliency import weight_saliencies
 from infoprune.surgery import apply_, ffn_options
 
 QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
@@ -138,14 +139,17 @@ def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tens
 
 def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
     """The plan that records ``decisions`` and how they came about."""
-    method = ("heads", "ffn", "ffn_metric", "centred", "structure", "allocation", "repair")
+    names = ("heads", "ffn", "ffn_metric", "centred", "structure", "allocation", "repair")
+    method = {name: getattr(options, name) for name in names} | ({"neurons": options.neurons} if options.ffn == WIDTH else {})
+    if options.layers != NONE:  # whole layers leave nothing: no bias, and nothing to refit
+        method = {"layers": options.layers, "centred": False, "repair": False}
     return CompressionPlan(
         library=__version__,
         model_type=dense_architecture(vlm).family.model_type,
         model_id=vlm.model_id,
         revision=getattr(vlm.model.config, "_commit_hash", None),
         budget={name: value for name, value in (("flops", options.flops), ("ks", options.ks)) if value is not None},
-        method={name: getattr(options, name) for name in method},
+        method=method,
         calibration=record,
         heads=decisions.heads,
         ffn=decisions.ffn,
@@ -209,15 +213,23 @@ def packed_batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
 
 def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOptions, progress: Progress) -> Statistics:
     """Moments of a dense model over ``inputs``, as ``options`` ask for them."""
-    with progress.task("calibrating", sum(batch.num_questions for batch in inputs)) as advance:
-        return calibrate(
+    questions = sum(batch.num_questions for batch in inputs)
+    with progress.task("calibrating", questions) as advance:
+        found = calibrate(
             vlm.model,
             dense_architecture(vlm),
             inputs,
             weighting=options.weighting,
             gradients=options.needs_gradients,
             branches=options.structure != "joint" and options.ffn_metric == "task",
+            neurons=options.ffn == WIDTH,
+            layers=options.layers != NONE,
             temperature=options.temperature,
             seed=options.seed,
             progress=advance,
         )
+    if options.needs_saliencies:
+        with progress.task("gradients of weights", questions) as advance:
+            for path, saliency in weight_saliencies(vlm.model, dense_architecture(vlm), inputs, advance).items():
+                found.sites[path].saliency = saliency
+    return found

@@ -33,6 +33,7 @@ class Block:
         mean: (n,) of the same.
         out: (hidden, n) weight of the output projection.
         metric: (hidden, hidden) F; the identity where no gradients were taken, zero where none arrives.
+        saliency: (units,) of :func:`infoprune.saliency.weight_saliencies`, where it was asked for.
     """
 
     site: AttentionSite
@@ -40,6 +41,7 @@ class Block:
     mean: torch.Tensor
     out: torch.Tensor
     metric: torch.Tensor
+    saliency: torch.Tensor | None = None
 
     def columns(self, unit: int) -> slice:
         """Columns of the output projection that belong to ``unit``."""
@@ -66,7 +68,7 @@ def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.
     else:
         raw = statistics.output_gradient.second_moment
         metric = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
-    return Block(site, covariance, moments.mean, out_weight.double(), metric)
+    return Block(site, covariance, moments.mean, out_weight.double(), metric, statistics.saliency)
 
 
 @dataclass(frozen=True)
@@ -199,11 +201,21 @@ def fluctuation_score(block: Block, generator: torch.Generator) -> list[float]:
     return [float(channel[block.columns(u)].sum()) for u in range(block.site.num_units)]
 
 
+def grouped_taylor_score(block: Block, generator: torch.Generator) -> list[float]:
+    """LLM-Pruner's grouped first-order Taylor (Ma, Fang & Wang, arXiv 2305.11627), in nats per answer token.
+
+    Sum of |w dL/dw| over the unit's rows of the query, key and value projections and its columns of the output projection.
+    """
+    assert block.saliency is not None
+    return block.saliency.tolist()
+
+
 def random_score(block: Block, generator: torch.Generator) -> list[float]:
     """Uniform random scores."""
     return torch.rand(block.site.num_units, generator=generator).tolist()
 
 
+GROUPED_TAYLOR = "grouped-taylor"
 Score = Callable[[Block, torch.Generator], list[float]]
 # Rankings: higher is more worth keeping. ``information-loss`` is not among them, being a function of sets.
 RANKINGS: dict[str, Score] = {
@@ -214,6 +226,7 @@ RANKINGS: dict[str, Score] = {
     "magnitude": magnitude_score,
     "energy": energy_score,
     "fluctuation": fluctuation_score,
+    GROUPED_TAYLOR: grouped_taylor_score,
     "random": random_score,
 }
 INFORMATION_LOSS, ERANK_KS = "information-loss", "erank-ks"
