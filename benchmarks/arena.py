@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,12 @@ from infoprune.decide import decide
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import attention_flops, ffn_flops, num_parameters, predicted_flops
 from infoprune.evaluation.runner import bytes_on_disk
-from infoprune.options import CompressionOptions
+from infoprune.options import CompressionOptions, Needs
 from infoprune.packing import PackedBatch
 from infoprune.peers import PEERS
-from infoprune.progress import SILENT
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
-from infoprune.steps import apply_decisions, calibration_examples, measure, packed_batches, statistics_of
+from infoprune.steps import apply_decisions, calibrated, calibration_examples, measure
 from shifted import shifted
 
 WORK = Path(__file__).parent / "work"
@@ -41,17 +40,18 @@ SEEDS = (0, 1, 2)
 QUESTIONS = 400
 TOGETHER = 6  # models scored in one pass beside the dense one
 REPEATS = 12
+FLAGS = ("branches", "magnitudes", "neurons", "layers", "sensitivities", "saliencies")
 OURS: dict[str, dict[str, dict[str, Any]]] = {
     "heads": {
         "infoprune": {"ffn": "none"},
         "infoprune:no repair": {"ffn": "none", "repair": False},
         "infoprune:no compensation": {"ffn": "none", "repair": False, "compensate": "none"},
-        "infoprune:no task term": {"ffn": "none", "metric": "identity", "weighting": "uniform"},
+        "infoprune:no task term": {"ffn": "none", "ffn_metric": "identity", "weighting": "uniform"},
     },
     "ffn": {
         "infoprune": {"heads": "none"},
         "infoprune:no repair": {"heads": "none", "repair": False},
-        "infoprune:no task term": {"heads": "none", "metric": "identity", "weighting": "uniform"},
+        "infoprune:no task term": {"heads": "none", "ffn_metric": "identity", "weighting": "uniform"},
         "infoprune:separate gate": {"heads": "none", "structure": "separate"},
         "infoprune:uniform shares": {"heads": "none", "allocation": "uniform"},
         "infoprune:width": {"heads": "none", "ffn": "width"},
@@ -59,7 +59,7 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
     "model": {
         "infoprune": {},
         "infoprune:no repair": {"repair": False},
-        "infoprune:no task term": {"metric": "identity", "weighting": "uniform"},
+        "infoprune:no task term": {"ffn_metric": "identity", "weighting": "uniform"},
         "infoprune:width": {"ffn": "width"},
     },
 }
@@ -100,22 +100,38 @@ def entries(
     return found
 
 
-class Calibrations:
-    """Statistics of the dense model by seed and by what they gather; one at a time is kept."""
+def shared(needs: Needs) -> Needs:
+    """What methods whose statistics can be shared have in common."""
+    return Needs(needs.weighting, needs.temperature, needs.top_k, needs.seed, needs.gradients)
 
-    def __init__(self, dense: infoprune.VLM) -> None:
-        self.dense, self.key = dense, None
+
+def together(wanted: Sequence[Entry]) -> dict[Needs, Needs]:
+    """By what they have in common, all that the methods which share statistics need."""
+    found: dict[Needs, Needs] = {}
+    for entry in wanted:
+        key, needs = shared(entry.options.needs), entry.options.needs
+        known = found.get(key, key)
+        flags = {name: getattr(known, name) or getattr(needs, name) for name in FLAGS}
+        found[key] = replace(known, **flags)
+    return found
+
+
+class Calibrations:
+    """Statistics of the dense model; one at a time is kept."""
+
+    def __init__(self, dense: infoprune.VLM, wanted: Sequence[Entry]) -> None:
+        self.dense, self.needs = dense, together(wanted)
+        self.key: Needs | None = None
         self.found: tuple[Statistics, list[PackedBatch], float] | None = None
 
     def of(self, options: CompressionOptions) -> tuple[Statistics, list[PackedBatch], float]:
         """Statistics, the batches they are of, and the seconds that they took."""
-        key = (options.seed, options.examples, options.gathered)
+        key = shared(options.needs)
         if self.found is None or key != self.key:
             start = time.perf_counter()
-            inputs = packed_batches(self.dense, calibration_examples("easy-vqa:train", options.examples, options.seed))
-            statistics = statistics_of(self.dense, inputs, options, SILENT)
-            self.key, self.found = key, (statistics, inputs, time.perf_counter() - start)
-            log(f"calibrated, seed {options.seed}: {self.found[2]:.0f} s")
+            examples = calibration_examples("easy-vqa:train", options.examples, options.seed)
+            self.key, self.found = key, (*calibrated(self.dense, examples, self.needs[key]), time.perf_counter() - start)
+            log(f"calibrated in {self.found[2]:.0f} s: {self.needs[key]}")
         return self.found
 
 
@@ -123,11 +139,10 @@ class Arena:
     """The dense model, what it is asked, and the rows so far."""
 
     def __init__(self, dense: infoprune.VLM, questions: int) -> None:
-        self.dense, self.questions = dense, questions
+        self.dense = dense
         self.examples = whole_images("test", questions)
         self.others = shifted(WORK / "shifted", questions)
         self.probe, self.dense_flops, self.workload = measure(dense, self.examples)
-        self.calibrations = Calibrations(dense)
         self.solved: tuple[Any, list[SolvedSite]] | None = None
         path = RESULTS / "arena.json"
         self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -149,11 +164,11 @@ class Arena:
             for row in self.rows
         )
 
-    def cut(self, entry: Entry) -> tuple[infoprune.VLM, dict[str, Any]]:
+    def cut(self, entry: Entry, calibrations: Calibrations) -> tuple[infoprune.VLM, dict[str, Any]]:
         """The model and what making it took."""
         options, architecture = entry.options, self.dense.architecture
         assert architecture is not None
-        statistics, inputs, calibrating = self.calibrations.of(options)
+        statistics, inputs, calibrating = calibrations.of(options)
         start = time.perf_counter()
         same = replace(options, flops=1.0)  # solving sites does not depend on the budget
         if self.solved is None or self.solved[0] != same:
@@ -166,10 +181,13 @@ class Arena:
 
     def run(self, wanted: list[Entry], *, timed_seed: int) -> None:
         """Make, score and time what is lacking."""
+        wanted = [entry for entry in wanted if self.lacks(entry, recovered=False)]
+        log(f"{len(wanted)} models")
+        calibrations = Calibrations(self.dense, wanted)
         pending: list[tuple[Entry, infoprune.VLM, dict[str, Any]]] = []
-        for entry in (entry for entry in wanted if self.lacks(entry, recovered=False)):
+        for entry in wanted:
             try:
-                small, facts = self.cut(entry)
+                small, facts = self.cut(entry, calibrations)
                 pending.append((entry, small, facts))
             except infoprune.InfoPruneError as error:
                 self.rows.append(self.head(entry) | {"recovered": False, "num_questions": len(self.examples), "error": str(error)})
@@ -188,9 +206,11 @@ class Arena:
         timed = [index for index, (entry, _, _) in enumerate(made) if entry.seed == timed_seed]
         times = self.time([made[index][1] for index in timed])
         for index, (entry, small, facts) in enumerate(made):
-            row = self.head(entry) | {"recovered": False} | quality.comparison(known[0], known[index + 1], self.examples) | facts
+            row: dict[str, Any] = (
+                self.head(entry) | {"recovered": False} | quality.comparison(known[0], known[index + 1], self.examples) | facts
+            )
             row["shifted"] = quality.comparison(other[0], other[index + 1], self.others)
-            row |= {"flops_ratio": self.flops_ratio(small), "params": num_parameters(small.model), "bytes_on_disk": bytes_on_disk(small)}
+            row["flops_ratio"], row["params"], row["bytes_on_disk"] = self.flops_ratio(small), num_parameters(small.model), bytes_on_disk(small)
             if index in timed:
                 row |= latency.speedups(times[0], times[1 + timed.index(index)])
             self.rows.append(row)
@@ -233,8 +253,7 @@ def main() -> None:
     WORK.mkdir(exist_ok=True)
     arena = Arena(infoprune.load("demo", notify=log), args.questions)
     wanted = entries(args.scopes, args.shares, args.seeds, args.methods, arena.shares_of())
-    wanted.sort(key=lambda entry: (entry.seed, repr(entry.options.gathered)))  # stable: methods that share a calibration follow each other
-    log(f"{len(wanted)} models")
+    wanted.sort(key=lambda entry: (entry.seed, repr(shared(entry.options.needs))))  # those that share a calibration follow each other
     arena.run(wanted, timed_seed=args.seeds[0])
 
 

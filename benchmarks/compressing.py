@@ -41,11 +41,11 @@ def main() -> None:
     options = CompressionOptions(flops=args.share, examples=args.examples)
     examples = calibration_examples("easy-vqa:train", args.examples, options.seed)
     inputs = packed_batches(dense, examples)
-    statistics_of(dense, inputs[:1], options, SILENT)  # warm-up
+    statistics_of(dense, inputs[:1], options.needs, SILENT)  # warm-up
     passes = seconds(lambda: forward_and_backward(dense, inputs))
     log(f"forward and backward: {passes:.1f} s")
     start = time.perf_counter()
-    statistics = statistics_of(dense, inputs, options, SILENT)
+    statistics = statistics_of(dense, inputs, options.needs, SILENT)
     stages = [("calibrate", time.perf_counter() - start, passes)]
     problems = eigenproblems(dense)
     start = time.perf_counter()

@@ -14,6 +14,7 @@ from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS, TAYLOR
 from infoprune.decide import remove_units
 from infoprune.evaluation import quality
 from infoprune.options import CompressionOptions
+from infoprune.saliency import weight_saliencies
 from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_statistics
 
@@ -27,7 +28,11 @@ def main() -> None:
     vlm = infoprune.load("demo", notify=log)
     assert vlm.architecture is not None
     examples = whole_images("test", QUESTIONS)
-    statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", CompressionOptions(flops=1.0, heads=TAYLOR))  # all that any needs
+    needed = CompressionOptions(flops=1.0, heads=TAYLOR)
+    statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", needed)
+    saliencies = weight_saliencies(vlm.model, vlm.architecture, inputs)
+    for path, site in statistics.sites.items():
+        site.saliency = saliencies[path]
     log("calibrated")
     rows = []
     for tower, share in CASES:

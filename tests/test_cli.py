@@ -49,6 +49,21 @@ def test_compress_for_a_speed_up(checkpoint, jsonl, tmp_path, monkeypatch):
     assert "above 1" in run("compress", "--recipe", recipe, "--speedup", 0.9, "-o", tmp_path / "x", status=2).stderr
 
 
+def test_neurons_and_layers(checkpoint, jsonl, tmp_path):
+    out = tmp_path / "narrow"
+    common = ("compress", checkpoint, "--data", jsonl, "--examples", 12, "--rank-multiple", 2)
+    report = json.loads(run(*common, "--flops", 0.7, "--ffn", "width", "--neurons", "fluctuation", "-o", out, "--json").stdout)
+    assert report["flops_ratio"] <= 0.7
+    assert "neurons of" in run("plan", "show", out).stdout
+    assert "neurons out of" in (out / "README.md").read_text()
+    out = tmp_path / "shallow"
+    report = json.loads(run(*common, "--flops", 0.8, "--layers", "block-influence", "-o", out, "--json").stdout)
+    assert report["flops_ratio"] <= 0.8
+    assert "dropped whole" in run("plan", "show", out).stdout
+    refused = run(*common, "--flops", 0.8, "--layers", "block-influence", "--ffn", "width", "-o", tmp_path / "x", status=2).stderr
+    assert "leave out heads and ffn" in refused
+
+
 def test_certified_compression_and_a_report(checkpoint, jsonl, tmp_path):
     out, page = tmp_path / "small", tmp_path / "report.html"
     refused = run("compress", checkpoint, "--data", jsonl, "--max-drop", 0.5, "-o", out, status=2).stderr

@@ -32,6 +32,7 @@ SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 
 def random_block(seed: int = 0, site: AttentionSite = SITE, duplicate: tuple[int, int] | None = None) -> tuple[Block, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    saliency = torch.rand(site.num_units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     n = site.num_units * site.unit_width
     mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
     contexts = torch.randn(400, n, generator=generator, dtype=torch.float64) @ mix + 0.5
@@ -42,7 +43,7 @@ def random_block(seed: int = 0, site: AttentionSite = SITE, duplicate: tuple[int
     moments.update(contexts)
     out = torch.randn(site.hidden_size, n, generator=generator, dtype=torch.float64)
     gradient = torch.randn(300, site.hidden_size, generator=generator, dtype=torch.float64)
-    return Block(site, moments.covariance, moments.mean, out, gradient.T @ gradient / 300), contexts
+    return Block(site, moments.covariance, moments.mean, out, gradient.T @ gradient / 300, saliency), contexts
 
 
 def weighted_loss(block: Block, error: torch.Tensor) -> float:

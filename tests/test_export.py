@@ -15,11 +15,11 @@ from infoprune.cli import compress as compress_verb
 from infoprune.errors import CheckpointError, InfoPruneError
 from infoprune.export import export_dense
 from infoprune.surgery import apply_
-from test_families import dropping, inputs_of, plan_of, statistics_of
+from test_families import dropping, inputs_of, mixed, plan_of, statistics_of
 
 
 def compressed(vlm, questions, folder, plan):
-    apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions))
+    apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions, neurons=True))
     return infoprune.load(infoprune.save(dataclasses.replace(vlm, plan=plan), folder))
 
 
@@ -27,9 +27,8 @@ def compressed(vlm, questions, folder, plan):
 @torch.no_grad()
 def test_dense_export_is_a_stock_checkpoint_with_the_same_logits(vlm, questions, tmp_path):
     dense = {name: value.shape for name, value in vlm.model.state_dict().items()}
-    plan = plan_of(vlm, compensate="none")
-    gone = dropping(vlm, compensate="none").heads
-    plan = plan.model_copy(update={"heads": plan.heads | gone, "method": {"centred": False}})
+    plan = mixed(vlm, compensate="none")
+    plan = plan.model_copy(update={"heads": plan.heads | dropping(vlm, compensate="none").heads})
     small = compressed(vlm, questions, tmp_path / "small", plan)
     folder = export_dense(small, tmp_path / "dense")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -41,7 +40,7 @@ def test_dense_export_is_a_stock_checkpoint_with_the_same_logits(vlm, questions,
 
 @torch.no_grad()
 def test_biases_go_where_the_configuration_has_a_place(vlm, questions, tmp_path):
-    small = compressed(vlm, questions, tmp_path / "small", plan_of(vlm))
+    small = compressed(vlm, questions, tmp_path / "small", mixed(vlm))
     inputs, text = inputs_of(vlm, questions), vlm.model.config.get_text_config()
     with_biases = text.model_type == "opt" or (hasattr(text, "attention_bias") and hasattr(text, "mlp_bias"))
     if not with_biases or vlm.model.config.vision_config.model_type in ("pixtral", "ovis2_vision", "mllama_vision_model"):

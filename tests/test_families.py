@@ -18,7 +18,7 @@ from infoprune.calibrate import calibrate
 from infoprune.compress import compress
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.evaluation.cost import count_flops, count_workload, predicted_flops, prompt_inputs
-from infoprune.modeling_infoprune import ConstantAttention, norm_before
+from infoprune.modeling_infoprune import Constant, ConstantAttention, norm_before
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import resolve
@@ -51,6 +51,23 @@ def plan_of(vlm, *, compensate="least-squares", rank=8, heads=True, ffn=True, st
         else {},
         ffn=decisions if ffn else {},
     )
+
+
+def narrowing(vlm):
+    """Every FFN keeps two neurons in three, but that of each tower's last layer goes whole."""
+    last = {tower: max(s.layer for s in vlm.architecture.ffn if s.tower == tower) for tower in ("vision", "text")}
+    kept = {s.path: () if s.layer == last[s.tower] else tuple(n for n in range(s.intermediate_size) if n % 3) for s in vlm.architecture.ffn}
+    return {
+        path: FFNDecision(keep_neurons=neurons, num_neurons=vlm.architecture.site(path).intermediate_size) for path, neurons in kept.items()
+    }
+
+
+def mixed(vlm, *, compensate=True):
+    """All kinds of cuts: fewer heads, factorised FFNs in the vision tower, fewer neurons and a dropped FFN in the language model."""
+    plan = plan_of(vlm, compensate=compensate)
+    narrowed = {path: decision for path, decision in narrowing(vlm).items() if vlm.architecture.site(path).tower == "text"}
+    method = {} if compensate else {"centred": False}
+    return plan.model_copy(update={"ffn": plan.ffn | narrowed, "method": method})
 
 
 def inputs_of(vlm, questions):
@@ -190,6 +207,36 @@ def test_full_rank_factorisation_keeps_the_output(vlm, questions, tower):
     torch.testing.assert_close(vlm.model(**inputs).logits, before, atol=2e-3, rtol=2e-3)
 
 
+@torch.no_grad()
+@pytest.mark.capability("neurons")
+@pytest.mark.parametrize("centred", [True, False])
+def test_narrowed_ffns_equal_masked_neurons(vlm, questions, tmp_path, centred):
+    statistics = statistics_of(vlm, questions, neurons=True)
+    plan = plan_of(vlm, heads=False, ffn=False).model_copy(update={"ffn": narrowing(vlm), "method": {"centred": centred}})
+    masked, inputs = copy.deepcopy(vlm.model), inputs_of(vlm, questions)
+    for path, decision in plan.ffn.items():
+        site = vlm.architecture.site(path)
+        down = masked.get_submodule(f"{path}.{site.names.down}")
+        gone = [n for n in range(site.intermediate_size) if n not in decision.keep_neurons]
+        lost = down.weight[:, gone] @ statistics.sites[path].neurons.mean[gone].float() * centred
+        down.weight[:, gone] = 0
+        down.register_forward_hook(lambda m, a, output, lost=lost: output + lost)
+    dense, workload = count_workload(vlm.model, vlm.architecture, inputs, 2)
+    apply_(vlm.model, vlm.architecture, plan, statistics)
+    torch.testing.assert_close(vlm.model(**inputs).logits, masked(**inputs).logits, atol=1e-4, rtol=1e-4)
+    now = count_flops(vlm.model, vlm.architecture.family, inputs, 2)
+    assert now.total == predicted_flops(vlm.architecture, plan, workload, dense.total) < dense.total
+    with_bias = {p: vlm.model.get_submodule(f"{p}.{vlm.architecture.site(p).names.down}").bias is not None for p in plan.ffn}
+    had_bias = {p: masked.get_submodule(f"{p}.{vlm.architecture.site(p).names.down}").bias is not None for p in plan.ffn}
+    assert all(with_bias.values()) if centred else with_bias == had_bias
+    reloaded = infoprune.load(infoprune.save(dataclasses.replace(vlm, plan=plan), tmp_path / "out", probe=inputs))
+    assert reloaded.plan == plan
+    assert torch.equal(reloaded.model(**inputs).logits, vlm.model(**inputs).logits)
+    state = vlm.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in reloaded.model.state_dict().items())
+    check_generation(reloaded.model, inputs, static=False)
+
+
 def test_calibration_leaves_nothing_behind(vlm, questions):
     before = {name: p.clone() for name, p in vlm.model.named_parameters()}
     vlm.model(**inputs_of(vlm, questions))  # Transformers installs hooks of its own on the first call
@@ -268,10 +315,11 @@ def test_save_and_load_are_bit_identical(vlm, questions, tmp_path):
 @pytest.mark.capability("load without infoprune", "push and load")
 def test_loads_without_infoprune_only_through_trust_remote_code(vlm, questions, tmp_path, without_infoprune, upload):
     inputs = inputs_of(vlm, questions)
-    result = compress(vlm, questions, flops=0.8, rank_multiple=2, examples=12)
-    folder = infoprune.save(result.vlm, tmp_path / "out")
+    plan = mixed(vlm)
+    apply_(vlm.model, vlm.architecture, plan, statistics_of(vlm, questions, neurons=True))
+    folder = infoprune.save(dataclasses.replace(vlm, plan=plan), tmp_path / "out")
     with torch.no_grad():
-        torch.save({"inputs": inputs, "logits": result.vlm.model(**inputs).logits}, tmp_path / "expected.pt")
+        torch.save({"inputs": inputs, "logits": vlm.model(**inputs).logits}, tmp_path / "expected.pt")
     assert without_infoprune(folder, tmp_path / "expected.pt") == "ok"
     repo = upload(folder, f"someone/{vlm.model_id}")
     assert without_infoprune(repo, tmp_path / "expected.pt") == "ok"
@@ -279,10 +327,11 @@ def test_loads_without_infoprune_only_through_trust_remote_code(vlm, questions, 
 
 @torch.no_grad()
 @pytest.mark.capability("per-layer geometry")
-def test_configuration_states_the_heads_of_every_layer(vlm, questions, tmp_path):
+def test_configuration_states_heads_and_neurons_of_every_layer(vlm, questions, tmp_path):
     statistics = statistics_of(vlm, questions[:2], weighting="uniform", gradients=False)
     plan = plan_of(vlm, compensate="none", ffn=False)
-    plan = plan.model_copy(update={"heads": plan.heads | dropping(vlm, compensate="none").heads})
+    heads = plan.heads | dropping(vlm, compensate="none").heads
+    plan = plan.model_copy(update={"heads": heads, "ffn": narrowing(vlm), "method": {"centred": False}})
     apply_(vlm.model, vlm.architecture, plan, statistics)
     folder = infoprune.save(dataclasses.replace(vlm, plan=plan), tmp_path / "out", probe=inputs_of(vlm, questions))
     text = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
@@ -298,6 +347,10 @@ def test_configuration_states_the_heads_of_every_layer(vlm, questions, tmp_path)
         else:
             widths = (getattr(block, name).out_features for name in (site.names.query, site.names.key))
             assert found == tuple(width // site.head_dim for width in widths)
+    for site in (s for s in vlm.architecture.ffn if s.tower == "text"):
+        up, stated = model.get_submodule(f"{site.path}.{site.names.up}"), text.per_layer_config[site.layer]
+        width = stated.intermediate_size if hasattr(stated, "intermediate_size") else stated.ffn_dim
+        assert width == (0 if isinstance(model.get_submodule(f"{site.path}.{site.names.down}"), Constant) else up.out_features)
 
 
 @pytest.mark.capability("generate")

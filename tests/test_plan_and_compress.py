@@ -14,6 +14,7 @@ import infoprune
 from infoprune import CompressionOptions, CompressionPlan, InfoPruneError
 from infoprune.compress import apply_plan, compress
 from infoprune.criteria.heads import CRITERIA
+from infoprune.criteria.neurons import RANKINGS as NEURONS
 from infoprune.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
 from infoprune.families import FAMILIES, REFUSED
 from infoprune.plan import FFNDecision, HeadDecision, ffn_parameters, max_rank
@@ -58,6 +59,12 @@ def test_earlier_plans_said_whether_heads_are_compensated():
         ({"ffn": {"x": {"joint_rank": 2, "up_rank": 2}}}, "excludes"),
         ({"ffn": {"x": {}}}, "at least one"),
         ({"ffn": {"x": {"down_rank": 0}}}, "down_rank"),
+        ({"ffn": {"x": {"keep_neurons": [0, 2]}}}, "belong together"),
+        ({"ffn": {"x": {"down_rank": 2, "num_neurons": 4}}}, "belong together"),
+        ({"ffn": {"x": {"keep_neurons": [0], "num_neurons": 4, "down_rank": 2}}}, "excludes ranks"),
+        ({"ffn": {"x": {"keep_neurons": [1, 1], "num_neurons": 4}}}, "increasing"),
+        ({"ffn": {"x": {"keep_neurons": [-1, 1], "num_neurons": 4}}}, "keep_neurons"),
+        ({"ffn": {"x": {"keep_neurons": [4], "num_neurons": 4}}}, "below"),
     ],
 )
 def test_malformed_plans_are_refused(change, message):
@@ -66,6 +73,20 @@ def test_malformed_plans_are_refused(change, message):
         CompressionPlan.from_json(json.dumps(good | change))
     with pytest.raises(PlanError, match="not valid JSON"):
         CompressionPlan.from_json("{")
+
+
+def test_plans_of_ranks_are_written_as_before_there_were_neurons():
+    ffn = {
+        "a": FFNDecision(down_rank=2),
+        "b": FFNDecision(keep_neurons=(1, 3), num_neurons=4),
+        "c": FFNDecision(keep_neurons=(), num_neurons=4),
+    }
+    plan = CompressionPlan(library="x", model_type="llava", model_id="m", ffn=ffn)
+    written = json.loads(plan.to_json())["ffn"]
+    assert written["a"] == {"joint_rank": None, "gate_rank": None, "up_rank": None, "down_rank": 2}
+    assert '"keep_neurons": [1, 3],' in plan.to_json() and '"keep_neurons": [],' in plan.to_json()
+    assert CompressionPlan.from_json(plan.to_json()) == plan
+    assert plan.shapes()["ffn"] == {"a": {"down_rank": 2}, "b": {"keep": 2, "of": 4}, "c": {"keep": 0, "of": 4}}
 
 
 def test_plans_that_do_not_fit_are_refused_and_change_nothing(gqa_vlm, questions):
@@ -77,6 +98,7 @@ def test_plans_that_do_not_fit_are_refused_and_change_nothing(gqa_vlm, questions
         plan.model_copy(update={"heads": {architecture.attention[0].path: HeadDecision(keep_units=(0,), num_units=9)}}),
         plan.model_copy(update={"ffn": {site.path: FFNDecision(down_rank=max_rank(site, "down_rank") + 1)}}),
         plan.model_copy(update={"ffn": {site.path: FFNDecision(gate_rank=2)}}),
+        plan.model_copy(update={"ffn": {site.path: FFNDecision(keep_neurons=(0,), num_neurons=site.intermediate_size + 1)}}),
     ]
     before = {name: p.clone() for name, p in gqa_vlm.model.state_dict().items()}
     for bad in wrong:
@@ -99,16 +121,43 @@ def test_every_criterion_meets_the_budget(gqa_vlm, questions, criterion):
     assert torch.isfinite(result.vlm.model(**result.probe).logits).all()
 
 
+@pytest.mark.parametrize("neurons", NEURONS)
+@pytest.mark.parametrize("heads", ["information-loss", "energy"])
+def test_every_criterion_of_neurons_meets_the_budget(gqa_vlm, questions, neurons, heads):
+    result = compress(gqa_vlm, questions, flops=0.7, ffn="width", neurons=neurons, heads=heads, rank_multiple=2)
+    assert 0.64 < result.flops_ratio <= 0.7
+    assert any(d.keep_neurons is not None for d in result.vlm.plan.ffn.values())
+    assert torch.isfinite(result.vlm.model(**result.probe).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ffn": "width", "neurons": "luck"}, "Unknown neurons 'luck'. Known: energy"),
+        ({"ffn": "width", "flops": None, "ks": 0.1}, "give flops instead of ks"),
+        ({"layers": "block-influence", "flops": None, "ks": 0.1}, "give flops instead of ks"),
+        ({"layers": "block-influence", "heads": "magnitude"}, "leave out heads and ffn"),
+        ({"layers": "block-influence", "ffn": "width"}, "leave out heads and ffn"),
+        ({"layers": "alternate"}, "Unknown layers"),
+    ],
+)
+def test_structures_that_exclude_each_other_are_refused(fields, message):
+    with pytest.raises(InfoPruneError, match=message):
+        CompressionOptions(**{"flops": 0.5, **fields})
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"structure": "separate"}, {"structure": "best"}, {"ffn_metric": "identity", "weighting": "uniform", "centred": False},
         {"whitening": "diagonal", "centred": False}, {"allocation": "tolerance", "structure": "separate"}, {"allocation": "effective-rank"},
         {"top_k": 5}, {"allocation": "uniform"}, {"compensate": "none"}, {"compensate": "mean"}, {"heads": "none"}, {"towers": ("text",)},
+        {"ffn": "width"}, {"ffn": "width", "centred": False, "heads": "none"}, {"layers": "block-influence", "flops": 0.8},
+        {"ffn": "width", "allocation": "uniform", "neurons": "taylor", "heads": "grouped-taylor"},
     ],
 )  # fmt: skip
 def test_every_variant_works(gqa_vlm, questions, fields):
-    result = compress(gqa_vlm, questions, flops=0.75, rank_multiple=2, **fields)
+    result = compress(gqa_vlm, questions, **{"flops": 0.75, "rank_multiple": 2, **fields})
     assert result.flops_ratio < 0.85
     again = apply_plan(build(TINY[1]), result.vlm.plan, questions)
     torch.testing.assert_close(again.model(**result.probe).logits, result.vlm.model(**result.probe).logits, atol=1e-4, rtol=1e-4)

@@ -22,6 +22,7 @@ from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.freeze import frozen
 from infoprune.memory import release_memory
+from infoprune.moments import DiagonalMoments, Moments
 from infoprune.packing import PackedBatch, answer_logits
 
 Weighting = Literal["uniform", "relevance"]
@@ -31,65 +32,6 @@ Site = AttentionSite | FFNSite
 # without a floor, their moments would be of lower rank than the space.
 RELEVANCE_FLOOR = 0.1
 RELEASE_EVERY = 4  # batches; activations of many sizes fragment the heap by gigabytes otherwise
-
-
-@dataclass
-class Moments:
-    """Weighted count, mean and covariance of a stream of vectors.
-
-    Products are formed in the data's precision per batch and summed in float64, which loses nothing that matters and costs a third
-    of forming them in float64.
-
-    Attributes:
-        dimension: Length of the vectors.
-        count: Vectors seen.
-        weight: Sum of their weights.
-    """
-
-    dimension: int
-    count: int = 0
-    weight: float = 0.0
-    _sum: torch.Tensor = field(init=False, repr=False)
-    _outer: torch.Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._sum = torch.zeros(self.dimension, dtype=torch.float64)
-        self._outer = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
-
-    def update(self, vectors: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add vectors (n, dimension), with weights (n,) or weight one each."""
-        if vectors.dtype in (torch.float16, torch.bfloat16):
-            vectors = vectors.float()
-        weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
-        self._sum += weighted.sum(0, dtype=torch.float64).cpu()
-        self._outer += (weighted.T @ vectors).double().cpu()
-        self.count += len(vectors)
-        self.weight += float(len(vectors) if weights is None else weights.sum(dtype=torch.float64))
-
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both streams together."""
-        total = Moments(self.dimension, self.count + other.count, self.weight + other.weight)
-        total._sum, total._outer = self._sum + other._sum, self._outer + other._outer
-        return total
-
-    def is_finite(self) -> bool:
-        """No NaN and no infinity was seen."""
-        return bool(torch.isfinite(self._outer).all() and torch.isfinite(self._sum).all())
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """(dimension,) float64."""
-        return self._sum / self.weight if self.weight > 0 else self._sum
-
-    @property
-    def second_moment(self) -> torch.Tensor:
-        """E[x x^T], (dimension, dimension) float64."""
-        return self._outer / self.weight if self.weight > 0 else self._outer
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """E[x x^T] - mean mean^T, (dimension, dimension) float64."""
-        return self.second_moment - torch.outer(self.mean, self.mean)
 
 
 @dataclass
@@ -107,6 +49,8 @@ class SiteStatistics:
         magnitudes: FFN only, on request: sum over tokens of |x| at the block's input (``input``) and at the down projection's
             (``intermediate``); tokens count the same, whatever their weights.
         sensitivity: Attention only, on request: see :func:`infoprune.sensitivity.head_sensitivities`.
+        neurons: FFN only, on request: means and variances of what the down projection reads.
+        saliency: On request: first-order Taylor of every unit or neuron, see :func:`infoprune.saliency.weight_saliencies`.
     """
 
     by_class: dict[str, dict[TokenClass, Moments]] = field(default_factory=dict)
@@ -117,6 +61,8 @@ class SiteStatistics:
     token_weights: list[torch.Tensor] = field(default_factory=list)
     magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     sensitivity: torch.Tensor | None = None
+    neurons: DiagonalMoments | None = None
+    saliency: torch.Tensor | None = None
 
     def pooled(self, tap: str) -> Moments:
         """Moments of image and text tokens together."""
@@ -139,11 +85,13 @@ class Statistics:
         sites: Statistics by site path.
         num_examples: Questions seen.
         weighting: How tokens were weighted.
+        similarity: On request: mean cosine, over tokens of weight one, between what each layer reads and what it leaves, by its path.
     """
 
     sites: dict[str, SiteStatistics]
     num_examples: int
     weighting: Weighting
+    similarity: dict[str, float] = field(default_factory=dict)
 
 
 def calibrate(
@@ -156,6 +104,8 @@ def calibrate(
     branches: bool = False,
     magnitudes: bool = False,
     split_tokens: bool = False,
+    neurons: bool = False,
+    layers: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
@@ -174,6 +124,8 @@ def calibrate(
         branches: Also gather the gate's and the up projection's gradients apart.
         magnitudes: Also gather mean absolute inputs of the FFNs' linears.
         split_tokens: Keep image and text tokens of the language model apart (twice the memory for inputs and outputs).
+        neurons: Also gather means and variances of the FFNs' neurons.
+        layers: Also compare what each layer reads with what it leaves.
         temperature, top_k: See :func:`infoprune.fisher.fisher_sample`.
         seed: Seed of the gradient noise.
         progress: Called with the number of questions after each batch.
@@ -183,7 +135,7 @@ def calibrate(
     """
     if weighting == "relevance" and not gradients:
         raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
-    collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens))
+    collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens, neurons))
     generator = torch.Generator().manual_seed(seed)
     training, questions = model.training, 0
     model.eval()
@@ -191,6 +143,8 @@ def calibrate(
         with ExitStack() as stack, frozen(model), torch.set_grad_enabled(gradients):
             for site in (*architecture.attention, *architecture.ffn):
                 collector.attach(model, site, stack)
+                if layers and isinstance(site, AttentionSite):
+                    collector.attach_layer(model, site, stack)
             if gradients:
                 differentiate_from_first_layers(model, architecture, stack)
             for number, batch in enumerate(batches):
@@ -209,7 +163,8 @@ def calibrate(
     if questions == 0:
         raise CalibrationError("Calibration saw no questions; give it data.")
     collector.check()
-    return Statistics(collector.sites, questions, weighting)
+    similarity = {path: cosines.mean.item() for path, cosines in collector.layers.items()}
+    return Statistics(collector.sites, questions, weighting, similarity)
 
 
 @dataclass(frozen=True)
@@ -219,6 +174,7 @@ class _Options:
     branches: bool
     magnitudes: bool
     split_tokens: bool
+    neurons: bool
 
 
 def stream_name(kwargs: dict[str, Any]) -> str:
@@ -255,6 +211,7 @@ class _Collector:
 
     def __init__(self, options: _Options) -> None:
         self.sites: dict[str, SiteStatistics] = {}
+        self.layers: dict[str, DiagonalMoments] = {}
         self.options = options
         self._batch: PackedBatch | None = None
         self._not_finite: str | None = None  # first site, in the order of the forward pass, with a value that is not finite
@@ -269,6 +226,8 @@ class _Collector:
         # zero, but its moments are still needed to cut it sensibly.
         for (path, tap), (site, values, _, _) in self._pending.items():
             self._add(site, tap, values, None)
+            if tap == "neurons":
+                continue
             gradient = Moments(site.hidden_size)
             if tap == "output" or isinstance(site, AttentionSite):
                 self.sites[path].output_gradient = self.sites[path].output_gradient or gradient
@@ -295,7 +254,7 @@ class _Collector:
         self.sites[site.path] = SiteStatistics()
         block = model.get_submodule(site.path)
         if isinstance(site, AttentionSite):
-            self._watch(site, "input", block.get_submodule(site.names.out), lambda args, output: args[0], stack)
+            self._watch(site, {"input": lambda args, output: args[0]}, block.get_submodule(site.names.out), stack)
             return
         inputs = {"up": block.get_submodule(site.names.up)}
         if site.names.gate:
@@ -307,16 +266,33 @@ class _Collector:
             if self.options.gradients:
                 stack.callback(linear.register_forward_hook(partial(self._ffn_branch, site, name)).remove)
         down = block.get_submodule(site.names.down)
-        self._watch(site, "output", down, lambda args, output: output, stack)
+        taps: dict[str, Callable[[Any, Any], torch.Tensor]] = {"output": lambda args, output: output}
+        if self.options.neurons:
+            self.sites[site.path].neurons = DiagonalMoments(site.intermediate_size)
+            taps["neurons"] = lambda args, output: args[0]
+        self._watch(site, taps, down, stack)
         if self.options.magnitudes:
             for tap, reading in (("input", inputs["up"]), ("intermediate", down)):
                 stack.callback(reading.register_forward_pre_hook(partial(self._add_magnitude, site, tap)).remove)
 
-    def _watch(self, site: Site, tap: str, module: nn.Module, values: Callable[[Any, Any], torch.Tensor], stack: ExitStack) -> None:
+    def attach_layer(self, model: nn.Module, site: AttentionSite, stack: ExitStack) -> None:
+        """Compare what the layer of an attention block reads with what it leaves."""
+        path = site.path.rpartition(".")[0]
+        self.layers[path] = DiagonalMoments(1)
+
+        def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs[stream_name(kwargs)]
+            left = output[0] if isinstance(output, tuple) else output
+            self.layers[path].update(torch.cosine_similarity(self._tokens(site, before), self._tokens(site, left))[:, None])
+
+        stack.callback(model.get_submodule(path).register_forward_hook(after, with_kwargs=True).remove)
+
+    def _watch(self, site: Site, taps: dict[str, Callable[[Any, Any], torch.Tensor]], module: nn.Module, stack: ExitStack) -> None:
         """A projection onto the residual stream: moments of its input or output, weighted by the gradient at its output."""
 
         def after(_: nn.Module, args: Any, output: torch.Tensor) -> None:
-            self._hold(site, tap, values(args, output), expected=1)
+            for tap, values in taps.items():
+                self._hold(site, tap, values(args, output), expected=1)
             if self.options.gradients:
                 output.register_hook(on_gradient)
 
@@ -324,7 +300,8 @@ class _Collector:
             tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
             statistics.output_gradient = statistics.output_gradient or Moments(tokens.shape[1])
             statistics.output_gradient.update(tokens)
-            self._weigh(site, tap, tokens.square().sum(1))
+            for tap in taps:
+                self._weigh(site, tap, tokens.square().sum(1))
 
         stack.callback(module.register_forward_hook(after).remove)
 
@@ -386,6 +363,10 @@ class _Collector:
     def _add(self, site: Site, tap: str, tokens: torch.Tensor, weights: torch.Tensor | None) -> None:
         assert self._batch is not None
         statistics = self.sites[site.path]
+        if tap == "neurons":
+            assert statistics.neurons is not None
+            statistics.neurons.update(tokens, weights)
+            return
         if tap == "output" or isinstance(site, AttentionSite):
             statistics.token_weights.append(torch.ones(len(tokens)) if weights is None else weights.float().cpu())
         classes = statistics.by_class.setdefault(tap, {})

@@ -157,7 +157,7 @@ def _cut_free(
 ) -> Compressed:  # fmt: skip
     """Calibrate, decide (heads by training, if the options say so), cut."""
     architecture = dense_architecture(vlm)
-    statistics, inputs = calibrated(vlm, examples, options, progress)
+    statistics, inputs = calibrated(vlm, examples, options.needs, progress)
     clock.lap("calibrate")
     probe, dense_flops, workload = measure(vlm, examples)
     dense_parameters = num_parameters(vlm.model)
@@ -199,7 +199,7 @@ def _train_heads(
     learned = _learn_heads(target, solved, decisions, workload, probe, options, run)
     clock.lap("train heads")
     if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
-        statistics = statistics_of(target, inputs, options, run.progress)
+        statistics = statistics_of(target, inputs, options.needs, run.progress)
         solved = solve_sites(target.model, dense_architecture(target), statistics, options)
     decisions = decide(with_units(solved, learned.kept, options), FlopCosts(workload), dense_flops.total, options)
     agreement = _check_gates(target, solved, decisions, statistics, inputs, options)
@@ -254,10 +254,11 @@ def apply_plan(
         ffn_metric=ffn_options(plan).metric,
         whitening=ffn_options(plan).whitening,
         structure="separate" if any(d.gate_rank for d in plan.ffn.values()) else "joint",
+        ffn="low-rank" if all(d.keep_neurons is None for d in plan.ffn.values()) else "width",
         **({"examples": record.count} if record else {}),
         **recorded,
     )
     examples = calibration_examples(source, options.examples, options.seed, progress, skip_bad=skip_bad)
     inputs = packed_batches(vlm, examples)
-    cut_(vlm, plan, statistics_of(vlm, inputs, options, progress), inputs, progress)
+    cut_(vlm, plan, statistics_of(vlm, inputs, options.needs, progress), inputs, progress)
     return replace(vlm, plan=plan)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from infoprune import widths
 from infoprune.allocate import Option, allocate
 from infoprune.architecture import AttentionSite, FFNSite
 from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, removal_loss
+from infoprune.criteria.neurons import ENERGY
+from infoprune.depth import least_influential, without
 from infoprune.errors import BudgetError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.linalg import descending_eigh
@@ -33,7 +37,7 @@ class Decisions:
 
 
 def decide(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
-    """Choose heads and ranks under ``options.flops``, ``options.speedup`` or ``options.ks``.
+    """Choose heads and ranks or widths, or whole layers, under ``options.flops``, ``options.speedup`` or ``options.ks``.
 
     Args:
         solved: The sites that may be cut.
@@ -46,6 +50,8 @@ def decide(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, optio
     """
     if options.ks is not None:
         return _decide_by_ks(solved, options)
+    if options.layers != NONE:
+        return _decide_layers(solved, costs, dense_total, options)
     return _decide_by_cost(solved, costs, dense_total, options)
 
 
@@ -160,7 +166,7 @@ def _decide_by_ks(solved: list[SolvedSite], options: CompressionOptions) -> Deci
                 ranks[name] = rank
                 loss += 0.5 * float(item.tails[name][rank]) * item.tokens
         if ranks:
-            ffn[item.site.path] = FFNDecision(**ranks)
+            ffn[item.site.path] = FFNDecision.model_validate(ranks)
     return Decisions(heads, ffn, loss)
 
 
@@ -188,13 +194,22 @@ def _removable(block: Block, removal: Removal, options: CompressionOptions) -> i
 # --- budget ------------------------------------------------------------------------------------------------------------------------
 
 
+def _decide_layers(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
+    layers = [item.layer for item in solved if item.layer is not None]
+    of_layers = [_dense_cost(layer.attention, costs) + _dense_cost(layer.ffn, costs) for layer in layers]
+    dropped = least_influential(layers, of_layers, dense_total - sum(of_layers), options.cost_share * dense_total)
+    return Decisions(*without(dropped), sum(layer.loss for layer in dropped))
+
+
 def _decide_by_cost(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
     cuttable = sum(_dense_cost(item.site, costs) for item in solved)
     budget = options.cost_share * dense_total - (dense_total - cuttable)
-    forced = _forced_heads(solved, costs, options, budget)
+    share = max(budget, 0.0) / cuttable
+    forced = _forced_heads(solved, costs, options, budget, share)
+    fixed = _fixed_widths(solved, costs, options, budget, share, forced)
     floor = options.floor
     while True:
-        groups = _groups(solved, costs, options, budget, max(budget, 0.0) / cuttable, floor, forced)
+        groups = _groups(solved, costs, options, budget, share, floor, forced | fixed)
         smallest = sum(min(option.cost for option in group) for group in groups)
         if smallest <= budget:
             break
@@ -205,15 +220,19 @@ def _decide_by_cost(solved: list[SolvedSite], costs: SiteCosts, dense_total: flo
     chosen = allocate(groups, budget)
     heads: dict[str, HeadDecision] = {}
     ranks: dict[str, dict[str, int]] = {}
+    narrowed: dict[str, int] = {}
     for option in chosen:
         if option.choice is None:
             continue
         path, decision = option.choice
         if isinstance(decision, HeadDecision):
             heads[path] = decision
+        elif isinstance(decision, int):
+            narrowed[path] = decision
         else:
             ranks.setdefault(path, {}).update(decision)
-    ffn = {path: FFNDecision(**names) for path, names in ranks.items()}
+    ffn = {path: FFNDecision.model_validate(names) for path, names in ranks.items()}
+    ffn |= {item.site.path: widths.decision(item, narrowed[item.site.path]) for item in solved if item.site.path in narrowed}
     cost = dense_total - cuttable + sum(option.cost for option in chosen)
     return Decisions(heads, ffn, sum(option.loss for option in chosen), cost)
 
@@ -257,8 +276,6 @@ def _options(
     if isinstance(site, AttentionSite):
         assert item.removal is not None
         counts = [forced[site.path]] if site.path in forced else list(range(len(item.removal.order) + 1))
-        if options.allocation != "global" and site.path not in forced:
-            counts = [min(len(item.removal.order), round(site.num_units * (1 - share)))]
         return [
             [
                 Option(
@@ -269,6 +286,11 @@ def _options(
                 for k in counts
             ]
         ]
+    if item.neurons is not None:
+        cost = partial(costs.ffn, site)
+        if site.path in forced:
+            return [[widths.option(item, cost, forced[site.path])]]
+        return [widths.ladder(item, cost, options.rank_multiple, floor * share)]
     return _ffn_groups(item, site, costs, options, share, floor)
 
 
@@ -290,7 +312,7 @@ def _ffn_groups(
         result = []
         for rank in ranks:
             decision = dict.fromkeys(names, rank)
-            saved = dense - costs.ffn(site, FFNDecision(**decision))
+            saved = dense - costs.ffn(site, FFNDecision.model_validate(decision))
             covered = dense_inputs if "up_rank" in names or "joint_rank" in names else dense_down
             loss = sum(0.5 * float(tails[name][rank]) for name in names) * item.tokens
             result.append(Option(covered - saved, loss, (site.path, decision)))
@@ -308,14 +330,38 @@ def _ffn_groups(
     return groups
 
 
-def _forced_heads(solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float) -> dict[str, int]:
-    """Units to remove from each block where that is decided already, or by a ranking, which has no unit to trade against FFN ranks.
+def _fixed_widths(
+    solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, share: float, forced: dict[str, int]
+) -> dict[str, int]:
+    """Width of each FFN where neurons have a score without a unit, or all FFNs get the same share.
+
+    FFNs get what the blocks of ``forced`` heads leave of the budget or, where heads are free to compete, the share of their cost that
+    is asked of all that can be cut.
+    """
+    narrow = [item for item in solved if item.neurons is not None]
+    if not narrow or (options.neurons == ENERGY and options.allocation == "global"):
+        return {}
+    dense = [_dense_cost(item.site, costs) for item in narrow]
+    blocks = [item.site for item in solved if isinstance(item.site, AttentionSite)]
+    target = share * sum(dense)
+    if all(site.path in forced for site in blocks):
+        target = budget - sum(costs.attention(site, site.num_units - forced[site.path]) for site in blocks)
+    if options.allocation == "uniform":
+        return widths.uniform(narrow, target / sum(dense), options.rank_multiple)
+    return widths.ranked(narrow, dense, target, options.rank_multiple)
+
+
+def _forced_heads(solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, share: float) -> dict[str, int]:
+    """Units to remove from each block where that is decided already, by a uniform share, or by a ranking, which has no unit to trade.
 
     Rankings get the share of the attention's cost that was asked of the model, filled by one global ranking; the FFNs get the rest of
     the budget. Where no FFN may be cut, the ranking goes on until the budget is met.
     """
     decided = {item.site.path: item.fixed for item in solved if item.fixed is not None}
-    if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE) or options.allocation != "global":
+    if options.allocation != "global":
+        removals = ((item.site, item.removal) for item in solved if isinstance(item.site, AttentionSite) and item.removal is not None)
+        return {site.path: min(len(removal.order), round(site.num_units * (1 - share))) for site, removal in removals} | decided
+    if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE):
         return decided
     attention = [item for item in solved if isinstance(item.site, AttentionSite)]
     total = sum(_dense_cost(item.site, costs) for item in attention)

@@ -18,8 +18,8 @@ from infoprune.checkpoint import check_output_folder, written_aside
 from infoprune.errors import CheckpointError
 from infoprune.geometry import clear_geometry_
 from infoprune.model import VLM, load
-from infoprune.modeling_infoprune import ConstantAttention, LowRankGatedFFN, LowRankLinear
-from infoprune.plan import CompressionPlan, HeadDecision
+from infoprune.modeling_infoprune import Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
+from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import family_of, resolve
 from infoprune.surgery import kept_places
 
@@ -31,7 +31,8 @@ FLAGS = {"attention": "attention_bias", "ffn": "mlp_bias"}  # what a configurati
 def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notify: Callable[[str], None] = lambda message: None) -> Path:
     """Write a checkpoint of the stock family with the answers of a compressed model, in the size and at the speed of the dense one.
 
-    Factorised linears are multiplied out, removed heads come back with zero weights, so any tool that knows the family can read it.
+    Factorised linears are multiplied out, removed heads and neurons come back with zero weights, so any tool that knows the family can
+    read it.
 
     Args:
         vlm: A compressed model, loaded from its folder.
@@ -141,8 +142,13 @@ def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: Compr
             found = _attention(block, stock.get_submodule(site.path), site, plan.heads[site.path], model.device)
             replaced = [""]
         else:
-            found = _ffn(block, site)
-            replaced = [f"{name}." for name, module in block.named_children() if isinstance(module, (nn.Linear, LowRankLinear))]
+            decision = plan.ffn[site.path]
+            found = (
+                _ffn(block, site)
+                if decision.keep_neurons is None
+                else _narrowed(block, stock.get_submodule(site.path), site, decision, model.device)
+            )
+            replaced = [f"{name}." for name, module in block.named_children() if isinstance(module, (nn.Linear, LowRankLinear, Constant))]
         state = {name: value for name, value in state.items() if not name.startswith(tuple(f"{site.path}.{part}" for part in replaced))}
         state |= {f"{site.path}.{name}": value for name, value in found.items()}
     return state
@@ -162,6 +168,24 @@ def _attention(block: Any, stock: nn.Module, site: AttentionSite, decision: Head
             found[name][places[linear]] = value
         else:
             found[name] = value
+    return found
+
+
+def _narrowed(block: Any, stock: nn.Module, site: FFNSite, decision: FFNDecision, device: torch.device) -> dict[str, torch.Tensor]:
+    """Zeros for the neurons that are gone; where all are, the constant that is left is the down projection's bias."""
+    found, names, kept = {}, site.names, list(decision.keep_neurons or ())
+    for name in (names.gate, names.up, names.down):
+        if name is None:
+            continue
+        for key, parameter in stock.get_submodule(name).named_parameters():
+            found[f"{name}.{key}"] = torch.zeros(parameter.shape, device=device, dtype=parameter.dtype)
+        for key, value in block.get_submodule(name).state_dict().items():
+            if name != names.down:
+                found[f"{name}.{key}"][kept] = value
+            elif key == "weight":
+                found[f"{name}.{key}"][:, kept] = value
+            else:
+                found[f"{name}.{key}"] = value
     return found
 
 

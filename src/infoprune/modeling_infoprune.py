@@ -65,20 +65,31 @@ class LowRankGatedFFN(nn.Module):
         return self.down_proj(self.act_fn(gate) * up)
 
 
-class ConstantAttention(nn.Module):
-    """What is left of an attention block that was dropped whole: its mean output, the same at every position; without bias, nothing.
+class Constant(nn.Module):
+    """What is left of a block that was dropped whole: its mean output, the same at every position; without bias, nothing."""
+
+    def __init__(self, hidden_size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
+
+    def constant(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        return torch.zeros_like(hidden_states) if self.bias is None else self.bias.expand_as(hidden_states).clone()
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        return self.constant(hidden_states)
+
+
+class ConstantAttention(Constant):
+    """A :class:`Constant` in the place of an attention block.
 
     ``alone``: the block returned nothing beside its output.
     """
 
     def __init__(self, hidden_size: int, *, alone: bool = False, bias: bool = True) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
+        super().__init__(hidden_size, bias=bias)
         self.alone = alone
-
-    def constant(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., hidden_size) -> (..., hidden_size)."""
-        return torch.zeros_like(hidden_states) if self.bias is None else self.bias.expand_as(hidden_states).clone()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
         """(..., hidden_size) -> (..., hidden_size), and no attention weights."""
@@ -110,6 +121,7 @@ class NarrowAttention(nn.Module):
 # Names of the projections, tried in turn.
 _OUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "projection_layer", "projection")
 _UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1", "linear_fc1"), ("down_proj", "fc2", "linear_fc2")
+_GATE_PROJECTION = "gate_proj"
 _FUSED = "qkv"
 _ALONE = "proj"  # the output projection of blocks that return their output alone, the others a pair
 _WIDE = "projection"  # that of blocks whose heads must fill the stream
@@ -175,17 +187,21 @@ def _shrink_(attention: nn.Module, name: str, keep: int, of: int) -> None:
 
 
 def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, Any]) -> None:
-    """Give the FFN ``parent.name`` factorised linears of the stated ranks, with uninitialised weights.
+    """Give the FFN ``parent.name`` factorised linears of the stated ranks, or ``keep`` of its neurons, with uninitialised weights.
 
-    Centring puts means into biases, so centred factors have one, as is the rule; ``centred: False`` among the ranks leaves biases as they
-    were.
+    Centring puts means into biases, so centred factors have one, and so has the down projection of fewer neurons, as is the rule;
+    ``centred: False`` among the ranks leaves biases as they were.
     """
     centred = ranks.get("centred", True)
     ffn: Any = getattr(parent, name)
     up_name, down_name = _name(ffn, _UP_PROJECTIONS), _name(ffn, _DOWN_PROJECTIONS)
+    if "keep" in ranks:
+        gate = [_GATE_PROJECTION] if hasattr(ffn, _GATE_PROJECTION) else []
+        _narrow_(ffn, [up_name, *gate], down_name, ranks["keep"], centred=centred)
+        return
     reference = getattr(ffn, up_name).weight
     factory = {"device": reference.device, "dtype": reference.dtype}
-    targets = {"down_rank": down_name, "up_rank": up_name, "gate_rank": "gate_proj"}
+    targets = {"down_rank": down_name, "up_rank": up_name, "gate_rank": _GATE_PROJECTION}
     for key, target in targets.items():
         if key in ranks:
             dense = getattr(ffn, target)
@@ -198,6 +214,22 @@ def shape_ffn_(parent: nn.Module, name: str, ranks: dict[str, Any]) -> None:
         joint = LowRankGatedFFN(up.in_features, up.out_features, ranks["joint_rank"], ffn.act_fn, nn.Identity(), bias=bias).to(**factory)
         joint.down_proj = down
         setattr(parent, name, joint)
+
+
+def _narrow_(ffn: Any, inputs: list[str], down_name: str, keep: int, *, centred: bool) -> None:
+    """Linears of ``keep`` neurons; with none, what reads the input passes it on and the down projection is a constant.
+
+    The block itself stays, since some layers have no other FFN than two linears of their own.
+    """
+    down = getattr(ffn, down_name)
+    bias = centred or down.bias is not None
+    for name in inputs:
+        linear = getattr(ffn, name)
+        setattr(ffn, name, _like(linear, linear.in_features, keep, linear.bias is not None) if keep else nn.Identity())
+    constant = Constant(down.out_features, bias=bias).to(device=down.weight.device, dtype=down.weight.dtype)
+    setattr(ffn, down_name, _like(down, keep, down.out_features, bias) if keep else constant)
+    if hasattr(ffn, "intermediate_size"):
+        ffn.intermediate_size = keep
 
 
 def shape_(model: nn.Module, shapes: dict[str, Any], prefix: str = "") -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from infoprune.architecture import TowerName
 from infoprune.calibrate import Weighting
 from infoprune.criteria.ffn import FFNOptions, Whitening
-from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS, TAYLOR
+from infoprune.criteria.heads import CRITERIA, GROUPED_TAYLOR, INFORMATION_LOSS, TAYLOR
+from infoprune.criteria.neurons import ENERGY
+from infoprune.criteria.neurons import RANKINGS as NEURONS
+from infoprune.criteria.neurons import TAYLOR as NEURON_TAYLOR
 from infoprune.data import Example
 from infoprune.errors import BudgetError, InfoPruneError
 from infoprune.plan import Compensation
 
-NONE, TRAINED = "none", "trained"
+NONE, TRAINED, LOW_RANK, WIDTH, BLOCK_INFLUENCE = "none", "trained", "low-rank", "width", "block-influence"
 RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.rank_rules`
 BUDGETS = ("flops", "speedup", "ks", "max_drop")
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
@@ -24,6 +27,34 @@ UNTRAINED = (
     "then look at that one model on data that neither training nor validation saw: `infoprune evaluate SMALL --against MODEL --data DATA` "
     "gives the bounds."
 )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What calibration gathers, and how. Methods that agree in all but the flags after ``gradients`` can share it.
+
+    Attributes:
+        weighting, temperature, top_k, seed, gradients, branches, magnitudes, neurons, layers: See :func:`infoprune.calibrate.calibrate`.
+        sensitivities: Derivatives of each question's loss in the heads, :func:`infoprune.sensitivity.head_sensitivities`.
+        saliencies: Gradients of weights, :func:`infoprune.saliency.weight_saliencies`.
+    """
+
+    weighting: Weighting
+    temperature: float
+    top_k: int | None
+    seed: int
+    gradients: bool
+    branches: bool = False
+    magnitudes: bool = False
+    neurons: bool = False
+    layers: bool = False
+    sensitivities: bool = False
+    saliencies: bool = False
+
+    @property
+    def moments(self) -> dict[str, Any]:
+        """What :func:`infoprune.calibrate.calibrate` is told."""
+        return {name: value for name, value in asdict(self).items() if name not in ("sensitivities", "saliencies")}
 
 
 @dataclass(frozen=True)
@@ -46,7 +77,9 @@ class CompressionOptions:
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
-        ffn: ``low-rank`` or ``none``.
+        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``.
+        neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
+        layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
         compensate: What takes the place of removed heads in the output projection, see :class:`infoprune.plan.HeadDecision`. ``repair``
             refits that projection whatever this says.
@@ -59,8 +92,8 @@ class CompressionOptions:
         examples: Calibration questions, three per image as far as images go.
         repair: Cut layer by layer and refit each block's last linear to the dense residual stream
             (:mod:`infoprune.repair`).
-        rank_multiple: Ranks are multiples of this: 8 suits CPUs, 64 GPUs.
-        floor: Least rank of a site, as a share of the rank it would have under uniform shares.
+        rank_multiple: Ranks and widths are multiples of this: 8 suits CPUs, 64 GPUs.
+        floor: Least rank or width of a site, as a share of what it would have under uniform shares.
         seed: Seed of every draw.
         skip_bad: Go on without bad records of the data, see :func:`infoprune.data.load_examples`.
     """
@@ -75,7 +108,9 @@ class CompressionOptions:
     certify_per_image: int | None = None
     shares: tuple[float, ...] = SHARES
     heads: str = INFORMATION_LOSS
-    ffn: Literal["low-rank", "none"] = "low-rank"
+    ffn: Literal["low-rank", "width", "none"] = "low-rank"
+    neurons: str = ENERGY
+    layers: Literal["block-influence", "none"] = "none"
     towers: tuple[TowerName, ...] = ("vision", "text")
     compensate: Compensation = "least-squares"
     alpha: float = 0.5
@@ -111,7 +146,9 @@ class CompressionOptions:
         if self.heads == TRAINED and self.flops is None:
             raise BudgetError("Trained heads need a budget in FLOPs: give flops. Gates may still pay for time (gate_cost).")
         choices = {
-            "ffn": ("low-rank", NONE),
+            "ffn": (LOW_RANK, WIDTH, NONE),
+            "neurons": tuple(NEURONS),
+            "layers": (BLOCK_INFLUENCE, NONE),
             "ffn_metric": ("task", "identity"),
             "structure": ("joint", "separate", "best"),
             "whitening": ("full", "diagonal", "none"),
@@ -122,14 +159,25 @@ class CompressionOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InfoPruneError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
+        self._check_structures()
         if not self.towers or not set(self.towers) <= {"vision", "text"}:
             raise InfoPruneError(f"Unknown towers {', '.join(self.towers) or '(none)'}. Known: vision, text.")
-        if self.heads == NONE and self.ffn == NONE:
+        if self.heads == NONE and self.ffn == NONE and self.layers == NONE:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
         if self.top_k is not None and self.top_k < 2:
             raise InfoPruneError(f"top_k must be at least 2, not {self.top_k}: one token alone leaves nothing uncertain.")
+
+    def _check_structures(self) -> None:
+        if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
+            raise BudgetError("The KS rule is about spectra, which neurons do not have: give flops instead of ks, or ffn low-rank.")
+        if self.layers == NONE:
+            return
+        if self.heads not in (INFORMATION_LOSS, NONE) or self.ffn not in (LOW_RANK, NONE):
+            raise InfoPruneError(f"layers {self.layers} drops whole layers and cuts nothing else; leave out heads and ffn.")
+        if self.ks is not None:
+            raise BudgetError("Whole layers have no KS tolerance: give flops instead of ks.")
 
     def _check_certificate(self) -> None:
         if self.max_drop is not None and not 0 < self.max_drop < 100:
@@ -171,11 +219,19 @@ class CompressionOptions:
         return FFNOptions(self.ffn_metric, self.centred, self.structure, self.whitening)
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether calibration must take gradients."""
-        return self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, TRAINED, "energy")
-
-    @property
-    def needs_sensitivities(self) -> bool:
-        """Whether calibration must differentiate the answers' loss question by question."""
-        return self.heads == TAYLOR
+    def needs(self) -> Needs:
+        """What calibration must gather."""
+        whole_layers = self.layers != NONE
+        return Needs(
+            weighting=self.weighting,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+            gradients=self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, TRAINED, "energy"),
+            branches=self.structure != "joint" and self.ffn_metric == "task",
+            magnitudes=self.ffn != NONE and self.whitening == "diagonal",
+            neurons=self.ffn == WIDTH,
+            layers=whole_layers,
+            sensitivities=self.heads == TAYLOR,
+            saliencies=not whole_layers and (self.heads == GROUPED_TAYLOR or (self.ffn == WIDTH and self.neurons == NEURON_TAYLOR)),
+        )

@@ -35,6 +35,7 @@ _SVD = {
     "heads": "none", "ffn_metric": "identity", "centred": False, "structure": "separate", "weighting": "uniform", "allocation": "uniform",
     "repair": False,
 }  # fmt: skip
+_NEURONS = {"ffn": "width", "weighting": "uniform", "repair": False}
 _OWN_NOTE = "a criterion of this project alone, with our compensation and allocation"
 
 PEERS: dict[str, Peer] = {
@@ -81,6 +82,35 @@ PEERS: dict[str, Peer] = {
         "ffn", "like IO-SVD, Abbasi et al. 2026, arXiv 2605.15626",
         _SVD | {"ffn_metric": "task", "top_k": 64, "allocation": "global"},
         "FFNs alone; ranks from the second-order loss under our floor, not from first-order scores; K is our choice: from its abstract",
+    ),
+    "flap-neurons": Peer(
+        "ffn", "FLAP, An et al. 2023, arXiv 2312.11983", _NEURONS | {"heads": "none", "neurons": "fluctuation"},
+        "FFNs alone, in groups of the rank multiple, at least one group in each",
+    ),
+    "taylor-neurons": Peer(
+        "ffn", "LLM-Pruner, Ma et al. 2023, arXiv 2305.11627",
+        _NEURONS | {"heads": "none", "neurons": "taylor", "centred": False},
+        "FFNs alone, by one ranking over all of them",
+    ),
+    "flap": Peer(
+        "model", "FLAP, An et al. 2023, arXiv 2312.11983",
+        _NEURONS | {"heads": "fluctuation", "compensate": "mean", "neurons": "fluctuation"},
+        "heads get the share of the attention's cost that is asked of the model, neurons the rest: two rankings where it has one",
+    ),
+    "llm-pruner": Peer(
+        "model", "LLM-Pruner, Ma et al. 2023, arXiv 2305.11627",
+        _NEURONS
+        | {"heads": "grouped-taylor", "compensate": "none", "neurons": "taylor", "centred": False, "allocation": "uniform"},
+        "the same share in every block, first and last layers included; gradients over all of the calibration data; without its LoRA",
+    ),
+    "random-widths": Peer(
+        "model", "uniform random scores",
+        _NEURONS | {"heads": "random", "compensate": "none", "neurons": "random", "centred": False, "allocation": "uniform"},
+        "the same share in every block",
+    ),
+    "shortgpt": Peer(
+        "model", "ShortGPT, Men et al. 2024, arXiv 2403.03853", {"layers": "block-influence", "weighting": "uniform", "repair": False},
+        "layers of both towers in one list; biases of the dense output projections stay",
     ),
 }  # fmt: skip
 

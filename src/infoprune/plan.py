@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from infoprune.architecture import Architecture, FFNSite
 from infoprune.errors import PlanError
@@ -45,24 +47,55 @@ class HeadDecision(_Strict):
 
 
 class FFNDecision(_Strict):
-    """Ranks in one FFN; what is absent stays dense.
+    """Ranks in one FFN, where what is absent stays dense, or the neurons that stay.
 
     ``joint_rank``: gate and up share their input map. ``gate_rank``, ``up_rank``: factorised apart (``up_rank`` alone for an FFN
-    without gate). ``down_rank``: the down projection.
+    without gate). ``down_rank``: the down projection. ``keep_neurons``: of ``num_neurons``, instead of ranks; with none the FFN is dropped
+    whole, and leaves a constant (its mean output with the plan's ``centred``, else the bias of its down projection) or nothing.
     """
 
     joint_rank: Rank | None = None
     gate_rank: Rank | None = None
     up_rank: Rank | None = None
     down_rank: Rank | None = None
+    keep_neurons: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    num_neurons: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> FFNDecision:
         if self.joint_rank is not None and (self.gate_rank is not None or self.up_rank is not None):
             raise ValueError("joint_rank excludes gate_rank and up_rank")
-        if all(rank is None for rank in (self.joint_rank, self.gate_rank, self.up_rank, self.down_rank)):
-            raise ValueError("an FFN decision needs at least one rank")
+        if (self.keep_neurons is None) != (self.num_neurons is None):
+            raise ValueError("keep_neurons and num_neurons belong together")
+        if self.keep_neurons is None or self.num_neurons is None:
+            if not self.ranks:
+                raise ValueError("an FFN decision needs at least one rank, or keep_neurons")
+            return self
+        if self.ranks:
+            raise ValueError("keep_neurons excludes ranks")
+        rising = all(a < b for a, b in zip(self.keep_neurons, self.keep_neurons[1:], strict=False))
+        if not rising or self.keep_neurons[-1:] >= (self.num_neurons,):
+            raise ValueError(f"keep_neurons must be increasing and below num_neurons={self.num_neurons}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_neurons(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Plans of ranks alone are written, and digested in certificates, as they were before there were neurons."""
+        found = dump(self)
+        return found if self.keep_neurons is not None else {name: found[name] for name in found if not name.endswith("_neurons")}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks that are given, by field name."""
+        fields = ("joint_rank", "gate_rank", "up_rank", "down_rank")
+        return {name: rank for name in fields if (rank := getattr(self, name)) is not None}
+
+    @property
+    def shapes(self) -> dict[str, int]:
+        """What gives the block its shapes: its ranks, or the numbers of neurons kept and in all."""
+        if self.keep_neurons is None or self.num_neurons is None:
+            return self.ranks
+        return {"keep": len(self.keep_neurons), "of": self.num_neurons}
 
 
 class CalibrationRecord(_Strict):
@@ -104,8 +137,11 @@ class CompressionPlan(_Strict):
     ffn: dict[str, FFNDecision] = Field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Readable JSON, stable order."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        """Readable JSON, stable order; the neurons of an FFN take one line, not thousands."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        return re.sub(
+            r'"keep_neurons": \[[^\]]*\]', lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text
+        )
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "the plan") -> CompressionPlan:
@@ -140,8 +176,8 @@ class CompressionPlan(_Strict):
         """Raise unless every decision fits the model's sites.
 
         Raises:
-            PlanError: Another family, an unknown path, a unit or rank that does not exist, or a factorised linear that would cost
-                more than the dense one.
+            PlanError: Another family, an unknown path, a unit, neuron or rank that does not exist, or a factorised linear that would
+                cost more than the dense one.
         """
         if self.model_type != architecture.family.model_type:
             raise PlanError(f"The plan is for a {self.model_type} model; this one is a {architecture.family.model_type}.")
@@ -160,24 +196,26 @@ class CompressionPlan(_Strict):
         for path, decision in self.ffn.items():
             if path not in ffn:
                 raise PlanError(f"The plan names the FFN '{path}', which this model does not have.")
-            _check_ranks(ffn[path], decision)
+            _check_ffn(ffn[path], decision)
 
     def shapes(self) -> dict[str, Any]:
-        """What a checkpoint's config carries so that the model can be rebuilt: kept units and ranks by path."""
+        """What a checkpoint's config carries so that the model can be rebuilt: kept units, neurons and ranks by path."""
         biases = {} if self.method.get("centred", True) else {"centred": False}
         return {
             "heads": {
                 path: {"keep": len(d.keep_units), "of": d.num_units, "compensated": d.compensate != "none"}
                 for path, d in self.heads.items()
             },
-            "ffn": {path: d.model_dump(exclude_none=True) | biases for path, d in self.ffn.items()},
+            "ffn": {path: d.shapes | biases for path, d in self.ffn.items()},
         }
 
 
-def _check_ranks(site: FFNSite, decision: FFNDecision) -> None:
+def _check_ffn(site: FFNSite, decision: FFNDecision) -> None:
+    if decision.num_neurons not in (None, site.intermediate_size):
+        raise PlanError(f"The plan counts {decision.num_neurons} neurons in '{site.path}'; this model has {site.intermediate_size}.")
     if not site.gated and (decision.joint_rank is not None or decision.gate_rank is not None):
         raise PlanError(f"'{site.path}' has no gate; the plan gives it a rank for one.")
-    for name, rank in decision.model_dump(exclude_none=True).items():
+    for name, rank in decision.ranks.items():
         limit = max_rank(site, name)
         if rank > limit:
             raise PlanError(f"{name} {rank} at '{site.path}' costs more than the dense linear; the largest useful rank is {limit}.")
@@ -196,6 +234,8 @@ def ffn_parameters(site: FFNSite, decision: FFNDecision | None) -> int:
     dense = d * m
     if decision is None:
         return (site.num_inputs + 1) * dense
+    if decision.keep_neurons is not None:
+        return (site.num_inputs + 1) * d * len(decision.keep_neurons)
     total = dense if decision.down_rank is None else decision.down_rank * (d + m)
     if decision.joint_rank is not None:
         return total + decision.joint_rank * (d + 2 * m)

@@ -62,7 +62,7 @@ def linears_of(site: FFNSite, spectra: dict[str, torch.Tensor], costs: SiteCosts
     dense = {"joint_rank": inputs, "down_rank": down} | dict.fromkeys(("gate_rank", "up_rank"), inputs / site.num_inputs)
 
     def factorised(name: str, rank: int) -> float:
-        return costs.ffn(site, FFNDecision(**{name: rank})) - (inputs + down - dense[name])
+        return costs.ffn(site, FFNDecision.model_validate({name: rank})) - (inputs + down - dense[name])
 
     return [FactorizableLinear(site, name, spectra[name], dense[name], partial(factorised, name)) for name in names]
 

@@ -26,10 +26,10 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import Statistics, stream_name, unpadded
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.modeling_infoprune import ConstantAttention
+from infoprune.modeling_infoprune import Constant, ConstantAttention
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
-from infoprune.surgery import factorize_ffn_, prune_heads_
+from infoprune.surgery import cut_ffn_, prune_heads_
 
 RIDGE = 0.05
 
@@ -182,15 +182,16 @@ class _LayerRepair:
         if self.attention.path in plan.heads:
             prune_heads_(self.model, self.attention, plan.heads[self.attention.path], self.statistics.sites[self.attention.path])
         writer = _writer(self.model, self.attention)
-        if not isinstance(writer, ConstantAttention):
+        if not isinstance(writer, Constant):
             read = self._read(self.attention, compressed)
             if self.attention.path in plan.heads:  # a constant has nothing to refit; the FFN makes up for it
                 self._refit(self.attention, read, targets[self.attention.path], drift)
         if self.ffn.path in plan.ffn:
-            factorize_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
-            now = [writer.constant(h) for h in compressed] if isinstance(writer, ConstantAttention) else [writer(z) for z in read]
-            middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], now, strict=True)]
-            self._refit(self.ffn, self._read(self.ffn, compressed), targets[self.ffn.path], middle)
+            cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
+            if not isinstance(_writer(self.model, self.ffn), Constant):
+                now = [writer.constant(h) for h in compressed] if isinstance(writer, Constant) else [writer(z) for z in read]
+                middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], now, strict=True)]
+                self._refit(self.ffn, self._read(self.ffn, compressed), targets[self.ffn.path], middle)
         return after_dense, [self._call(h, k) for h, k in zip(compressed, self.compressed_kwargs, strict=True)]
 
     def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -61,7 +61,10 @@ class TimeCosts:
 
     def ffn(self, site: FFNSite, decision: FFNDecision | None) -> float:
         """Seconds of an FFN's linears under a decision; the activation between them is no part of it."""
-        ranks = {} if decision is None else decision.model_dump(exclude_none=True)
+        if decision is not None and decision.keep_neurons is not None:
+            width = len(decision.keep_neurons)
+            return site.num_inputs * self._seconds(site, UP, width) + self._seconds(site, DOWN, width) if width else 0.0
+        ranks = {} if decision is None else decision.ranks
         down = self._linear(site, DOWN, ranks.get("down_rank"))
         if "joint_rank" in ranks:
             return down + self._seconds(site, JOINT, ranks["joint_rank"])

@@ -13,16 +13,19 @@ from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import SiteStatistics, Statistics
 from infoprune.criteria.ffn import Factorization
 from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, block_of, information_loss, rank_units, removal_loss
-from infoprune.options import NONE, TRAINED, CompressionOptions
+from infoprune.criteria.neurons import NeuronRemoval, neurons_of, rank_neurons
+from infoprune.depth import Layer
+from infoprune.options import NONE, TRAINED, WIDTH, CompressionOptions
 from infoprune.plan import FFNDecision
 from infoprune.surgery import factorizations
 
 
 @dataclass(frozen=True)
 class SolvedSite:
-    """What deciding knows of one site: a block's removals, or an FFN's factorisations by rank name.
+    """What deciding knows of one site: a block's removals, an FFN's factorisations by rank name, or an FFN's neurons.
 
-    ``fixed`` is the number of removals that was decided elsewhere.
+    ``fixed`` is the number of removals that was decided elsewhere. Where layers are dropped whole, ``layer`` is all that is known, and
+    the site is the layer's attention block.
     """
 
     site: AttentionSite | FFNSite
@@ -32,6 +35,8 @@ class SolvedSite:
     spectra: dict[str, torch.Tensor] | None = None
     tails: dict[str, torch.Tensor] | None = None
     fixed: int | None = None
+    neurons: NeuronRemoval | None = None
+    layer: Layer | None = None
 
 
 def tokens_per_example(site: AttentionSite | FFNSite, statistics: Statistics) -> float:
@@ -48,6 +53,8 @@ def solve_sites(
     progress: Callable[[], None] = lambda: None,
 ) -> list[SolvedSite]:
     """Eigenproblems and removal orders of every site that may be cut."""
+    if options.layers != NONE:
+        return _solve_layers(model, architecture, statistics, options, progress)
     solved: list[SolvedSite] = []
     if options.heads != NONE:
         sites = [s for s in architecture.attention if s.tower in options.towers and s.min_units < s.num_units]
@@ -63,6 +70,8 @@ def solve_sites(
             again = options.ks is not None or options.heads == TRAINED
             solved.append(SolvedSite(site, tokens_per_example(site, statistics), removal, block if again else None))
             progress()
+    if options.ffn == WIDTH:
+        return solved + _solve_widths(model, architecture, statistics, options, progress)
     if options.ffn != NONE:
         for site in architecture.ffn:
             if site.tower in options.towers:
@@ -77,6 +86,54 @@ def solve_sites(
                 )
                 progress()
     return solved
+
+
+def _solve_widths(
+    model: nn.Module, architecture: Architecture, statistics: Statistics, options: CompressionOptions, progress: Callable[[], None]
+) -> list[SolvedSite]:
+    """Orders in which the neurons of every FFN go."""
+    solved, generator = [], torch.Generator().manual_seed(options.seed)
+    for site in (site for site in architecture.ffn if site.tower in options.towers):
+        found: list[Any] = [model.get_submodule(f"{site.path}.{n}") for n in (site.names.up, site.names.gate, site.names.down) if n]
+        *inputs, down = (linear.weight.cpu() for linear in found)
+        neurons = neurons_of(site, statistics.sites[site.path], tuple(inputs), down, options.ffn_metric)
+        solved.append(SolvedSite(site, tokens_per_example(site, statistics), neurons=rank_neurons(neurons, options.neurons, generator)))
+        progress()
+    return solved
+
+
+def _solve_layers(
+    model: nn.Module, architecture: Architecture, statistics: Statistics, options: CompressionOptions, progress: Callable[[], None]
+) -> list[SolvedSite]:
+    """Influence and second-order loss of every layer that may be dropped: those with a block that must keep a unit stay."""
+    solved = []
+    for attention, ffn in zip(architecture.attention, architecture.ffn, strict=True):
+        if attention.tower in options.towers and not attention.min_units:
+            tokens = tokens_per_example(attention, statistics)
+            loss = _whole_loss(model, attention, statistics.sites[attention.path]) + _whole_loss(model, ffn, statistics.sites[ffn.path])
+            influence = 1 - statistics.similarity[attention.path.rpartition(".")[0]]
+            solved.append(SolvedSite(attention, tokens, layer=Layer(attention, ffn, influence, loss * tokens)))
+        progress()
+        progress()
+    return solved
+
+
+def _whole_loss(model: nn.Module, site: AttentionSite | FFNSite, statistics: SiteStatistics) -> float:
+    """1/2 tr(F E[o o^T]) of a block that leaves nothing but its bias, o what it writes beside that; nats per token.
+
+    F is the identity where no gradients were taken.
+    """
+    if isinstance(site, AttentionSite):
+        out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
+        weight = out.weight.cpu().double()
+        moment = weight @ statistics.pooled("input").second_moment @ weight.T
+    else:
+        down: Any = model.get_submodule(f"{site.path}.{site.names.down}")
+        outputs = statistics.pooled("output")
+        mean = outputs.mean if down.bias is None else outputs.mean - down.bias.cpu().double()
+        moment = outputs.covariance + torch.outer(mean, mean)
+    metric = statistics.output_gradient
+    return 0.5 * float(moment.trace() if metric is None else (metric.second_moment * moment).sum())
 
 
 def _ranked_removal(block: Block, scores: list[float], options: CompressionOptions) -> Removal:
@@ -95,4 +152,4 @@ def _solve_ffn(model: nn.Module, site: FFNSite, statistics: SiteStatistics, opti
         result = {}
     if not site.gated or options.structure in ("separate", "best"):
         wanted |= {"gate_rank": 1, "up_rank": 1} if site.gated else {"up_rank": 1}
-    return result | factorizations(site, statistics, dense, options.ffn_options, FFNDecision(**wanted))
+    return result | factorizations(site, statistics, dense, options.ffn_options, FFNDecision.model_validate(wanted))

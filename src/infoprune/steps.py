@@ -27,11 +27,12 @@ from infoprune.evaluation.cost import (
 )
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM
-from infoprune.options import NONE, CompressionOptions
+from infoprune.options import NONE, WIDTH, CompressionOptions, Needs
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.repair import cut_and_repair_
+from infoprune.saliency import weight_saliencies
 from infoprune.sensitivity import head_sensitivities
 from infoprune.speedup import Speed
 from infoprune.surgery import apply_, ffn_options
@@ -115,16 +116,14 @@ def calibration_statistics(
 ) -> tuple[Statistics, list[PackedBatch]]:
     """Moments of a dense model over the calibration sample, and the batches they came from."""
     examples = calibration_examples(data, options.examples, options.seed, progress, skip_bad=options.skip_bad)
-    return calibrated(vlm, examples, options, progress)
+    return calibrated(vlm, examples, options.needs, progress)
 
 
-def calibrated(
-    vlm: VLM, examples: Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
-) -> tuple[Statistics, list[PackedBatch]]:
+def calibrated(vlm: VLM, examples: Sequence[Example], needs: Needs, progress: Progress = SILENT) -> tuple[Statistics, list[PackedBatch]]:
     """Statistics of a dense model over ``examples``, with all that deciding needs, and the batches of their moments."""
     inputs = packed_batches(vlm, examples)
-    statistics = statistics_of(vlm, inputs, options, progress)
-    if options.needs_sensitivities:
+    statistics = statistics_of(vlm, inputs, needs, progress)
+    if needs.sensitivities:
         # One backward pass per question: over the row that it is in, not over several.
         rows = batches(vlm.encoder, examples, images_per_batch=1, share_prefix=can_share_prefix(vlm))
         with progress.task("differentiating in the heads", len(examples)) as advance:
@@ -159,14 +158,17 @@ def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tens
 
 def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
     """The plan that records ``decisions`` and how they came about."""
-    method = ("heads", "ffn", "ffn_metric", "centred", "structure", "whitening", "allocation", "repair")
+    names = ("heads", "ffn", "ffn_metric", "centred", "structure", "whitening", "allocation", "repair")
+    method = {name: getattr(options, name) for name in names} | ({"neurons": options.neurons} if options.ffn == WIDTH else {})
+    if options.layers != NONE:  # whole layers leave nothing: no bias, and nothing to refit
+        method = {"layers": options.layers, "centred": False, "repair": False}
     return CompressionPlan(
         library=__version__,
         model_type=dense_architecture(vlm).family.model_type,
         model_id=vlm.model_id,
         revision=getattr(vlm.model.config, "_commit_hash", None),
         budget=options.budget,
-        method={name: getattr(options, name) for name in method},
+        method=method,
         calibration=record,
         heads=decisions.heads,
         ffn=decisions.ffn,
@@ -228,19 +230,13 @@ def packed_batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
     return [batch.to(vlm.device) for batch, _ in found]
 
 
-def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], options: CompressionOptions, progress: Progress) -> Statistics:
-    """Moments of a dense model over ``inputs``, as ``options`` ask for them: all that cutting needs."""
-    with progress.task("calibrating", sum(batch.num_questions for batch in inputs)) as advance:
-        return calibrate(
-            vlm.model,
-            dense_architecture(vlm),
-            inputs,
-            weighting=options.weighting,
-            gradients=options.needs_gradients,
-            branches=options.structure != "joint" and options.ffn_metric == "task",
-            magnitudes=options.ffn != NONE and options.whitening == "diagonal",
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-            progress=advance,
-        )
+def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], needs: Needs, progress: Progress) -> Statistics:
+    """Moments of a dense model over ``inputs``, and what else of ``needs`` is taken from them: all that cutting asks for."""
+    questions = sum(batch.num_questions for batch in inputs)
+    with progress.task("calibrating", questions) as advance:
+        found = calibrate(vlm.model, dense_architecture(vlm), inputs, **needs.moments, progress=advance)
+    if needs.saliencies:
+        with progress.task("gradients of weights", questions) as advance:
+            for path, saliency in weight_saliencies(vlm.model, dense_architecture(vlm), inputs, advance).items():
+                found.sites[path].saliency = saliency
+    return found

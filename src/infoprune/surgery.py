@@ -33,7 +33,7 @@ def apply_(
         model: The dense model; changed in place.
         architecture: Its sites.
         plan: What to keep.
-        statistics: Moments of the dense model, for compensation and factorisation.
+        statistics: Moments of the dense model, for compensation and factorisation; those of neurons where FFNs lose some under ``centred``.
         options: The FFN method; ``None`` takes it from ``plan.method``.
         progress: Called after each site.
 
@@ -45,8 +45,8 @@ def apply_(
     for path, decision in plan.heads.items():
         prune_heads_(model, _attention(architecture, path), decision, statistics.sites[path])
         progress()
-    for path, ranks in plan.ffn.items():
-        factorize_ffn_(model, _ffn(architecture, path), ranks, statistics.sites[path], options)
+    for path, decision in plan.ffn.items():
+        cut_ffn_(model, _ffn(architecture, path), decision, statistics.sites[path], options)
         progress()
 
 
@@ -123,6 +123,47 @@ def _set_bias(linear: Any, original: torch.Tensor | None, correction: torch.Tens
             linear.bias.add_(part.to(linear.bias.device, linear.bias.dtype))
 
 
+def cut_ffn_(model: nn.Module, site: FFNSite, decision: FFNDecision, statistics: SiteStatistics, options: FFNOptions) -> None:
+    """Cut one FFN as ``decision`` says: fewer neurons, or linears of lower rank."""
+    cut_ = factorize_ffn_ if decision.keep_neurons is None else narrow_ffn_
+    cut_(model, site, decision, statistics, options)
+
+
+@torch.no_grad()
+def narrow_ffn_(model: nn.Module, site: FFNSite, decision: FFNDecision, statistics: SiteStatistics, options: FFNOptions) -> None:
+    """Remove the neurons that ``decision`` does not keep: rows of gate and up, columns of down.
+
+    Under ``options.centred`` what the removed ones gave on average goes into the bias, b' = b + W_R E[z_R].
+
+    Raises:
+        PlanError: Their means are needed, and were not calibrated.
+    """
+    assert decision.keep_neurons is not None
+    if options.centred and statistics.neurons is None:
+        raise PlanError(f"The means of the neurons of '{site.path}' were not calibrated; ask for them, or set centred to false.")
+    parent_path, _, name = site.path.rpartition(".")
+    parent, names = model.get_submodule(parent_path), site.names
+    ffn: Any = getattr(parent, name)
+    old = {key: getattr(ffn, key) for key in (names.gate, names.up, names.down) if key}
+    down, kept = old.pop(names.down), torch.tensor(decision.keep_neurons, dtype=torch.long)
+    shape_ffn_(parent, name, decision.shapes | {"centred": options.centred})
+    correction = None
+    if options.centred and statistics.neurons is not None:
+        lost = statistics.neurons.mean.clone()
+        lost[kept] = 0
+        correction = down.weight.cpu().double() @ lost
+    writer = getattr(ffn, names.down)
+    _set_bias(writer, down.bias, correction)
+    if len(kept) == 0:
+        return
+    writer.weight.copy_(down.weight[:, kept])
+    for key, linear in old.items():
+        new = getattr(ffn, key)
+        new.weight.copy_(linear.weight[kept])
+        if new.bias is not None:
+            new.bias.copy_(linear.bias[kept])
+
+
 @torch.no_grad()
 def factorize_ffn_(model: nn.Module, site: FFNSite, decision: FFNDecision, statistics: SiteStatistics, options: FFNOptions) -> None:
     """Replace linears of one FFN by low-rank ones."""
@@ -132,7 +173,7 @@ def factorize_ffn_(model: nn.Module, site: FFNSite, decision: FFNDecision, stati
     names = site.names
     dense = {key: getattr(old, key) for key in (names.gate, names.up, names.down) if key}
     solved = factorizations(site, statistics, dense, options, decision)
-    shape_ffn_(parent, name, decision.model_dump(exclude_none=True) | {"centred": options.centred})
+    shape_ffn_(parent, name, decision.shapes | {"centred": options.centred})
     new: Any = getattr(parent, name)
     targets = {"gate_rank": names.gate, "up_rank": names.up, "down_rank": names.down}
     for rank_name, factorization in solved.items():

@@ -48,7 +48,13 @@ def compress(
     ] = None,
     method: Annotated[Optional[str], typer.Option(help=METHODS)] = None,
     heads: Annotated[Optional[str], typer.Option(help="Head criterion, 'trained' or 'none'. Default: information-loss.")] = None,
-    ffn: Annotated[Optional[str], typer.Option(help="'low-rank' (default) or 'none'.")] = None,
+    ffn: Annotated[Optional[str], typer.Option(help="'low-rank' (default), 'width' (fewer neurons) or 'none'.")] = None,
+    neurons: Annotated[
+        Optional[str], typer.Option(help="Which stay, with --ffn width: energy (default), fluctuation, taylor, magnitude, random.")
+    ] = None,
+    layers: Annotated[
+        Optional[str], typer.Option(help="'block-influence': drop whole layers, and cut nothing else. Default: none.")
+    ] = None,
     towers: Annotated[Optional[list[str]], typer.Option(help="Towers to cut: vision, text; repeat for both (default).")] = None,
     compensate: Annotated[
         Optional[str], typer.Option(help="In the place of removed heads: 'least-squares' (default), 'mean' (into the bias) or 'none'.")
@@ -110,7 +116,7 @@ def compress(
     given: dict[str, Any] = {
         "model": model, "data": data, "output": output, "flops": flops, "speedup": speedup, "ks": ks, "max_drop": max_drop,
         "confidence": confidence, "certify": certify, "certify_images": certify_images, "certify_per_image": certify_per_image,
-        "shares": tuple(share) if share else None, "heads": heads, "ffn": ffn,
+        "shares": tuple(share) if share else None, "heads": heads, "ffn": ffn, "neurons": neurons, "layers": layers,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
         "method": method, "compensate": compensate, "centred": centred, "whitening": whitening, "allocation": allocation, "top_k": top_k,
         "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,

@@ -12,6 +12,8 @@ from infoprune.certification.certificate import Certificate
 from infoprune.cli.console import BarProgress, console, print_json
 from infoprune.plan import CompressionPlan
 
+DROPPED = "nothing: dropped whole"
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
@@ -35,9 +37,13 @@ def show(
     table.add_column("site")
     table.add_column("keeps")
     for path, head in loaded.heads.items():
-        table.add_row(path, f"units {', '.join(map(str, head.keep_units))} of {head.num_units}")
+        kept = f"units {', '.join(map(str, head.keep_units))} of {head.num_units}"
+        table.add_row(path, kept if head.keep_units else DROPPED)
     for path, ffn in loaded.ffn.items():
-        table.add_row(path, ", ".join(f"{name.replace('_', ' ')} {rank}" for name, rank in ffn.model_dump(exclude_none=True).items()))
+        kept = ", ".join(f"{name.replace('_', ' ')} {rank}" for name, rank in ffn.ranks.items())
+        if ffn.keep_neurons is not None:
+            kept = f"{len(ffn.keep_neurons)} neurons of {ffn.num_neurons}" if ffn.keep_neurons else DROPPED
+        table.add_row(path, kept)
     console.print(table)
     if (certificate := Certificate.read(plan) if plan.is_dir() else None) is not None:
         console.print(f"Certificate: {certificate.statement}", highlight=False)

@@ -37,6 +37,7 @@ class Block:
         metric: (hidden, hidden) F; the identity where no gradients were taken, zero where none arrives.
         ridge: What the diagonal of ``covariance`` has been raised by.
         sensitivity: (units,) see :func:`infoprune.sensitivity.head_sensitivities`; ``None``: not gathered.
+        saliency: (units,) of :func:`infoprune.saliency.weight_saliencies`, where it was asked for.
     """
 
     site: AttentionSite
@@ -46,6 +47,7 @@ class Block:
     metric: torch.Tensor
     ridge: float = 0.0
     sensitivity: torch.Tensor | None = None
+    saliency: torch.Tensor | None = None
 
     @property
     def measured(self) -> torch.Tensor:
@@ -77,7 +79,7 @@ def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.
     else:
         raw = statistics.output_gradient.second_moment
         metric = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
-    return Block(site, covariance, moments.mean, out_weight.double(), metric, ridge, statistics.sensitivity)
+    return Block(site, covariance, moments.mean, out_weight.double(), metric, ridge, statistics.sensitivity, statistics.saliency)
 
 
 @dataclass(frozen=True)
@@ -268,12 +270,21 @@ def taylor_score(block: Block, generator: torch.Generator) -> list[float]:
     return (block.sensitivity / norm if norm > 0 else block.sensitivity).tolist()
 
 
+def grouped_taylor_score(block: Block, generator: torch.Generator) -> list[float]:
+    """LLM-Pruner's grouped first-order Taylor (Ma, Fang & Wang, arXiv 2305.11627), in nats per answer token.
+
+    Sum of |w dL/dw| over the unit's rows of the query, key and value projections and its columns of the output projection.
+    """
+    assert block.saliency is not None
+    return block.saliency.tolist()
+
+
 def random_score(block: Block, generator: torch.Generator) -> list[float]:
     """Uniform random scores."""
     return torch.rand(block.site.num_units, generator=generator).tolist()
 
 
-TAYLOR = "taylor"
+TAYLOR, GROUPED_TAYLOR = "taylor", "grouped-taylor"
 Score = Callable[[Block, torch.Generator], list[float]]
 # Rankings: higher is more worth keeping. ``information-loss`` is not among them, being a function of sets.
 RANKINGS: dict[str, Score] = {
@@ -285,6 +296,7 @@ RANKINGS: dict[str, Score] = {
     "energy": energy_score,
     "fluctuation": fluctuation_score,
     TAYLOR: taylor_score,
+    GROUPED_TAYLOR: grouped_taylor_score,
     "random": random_score,
 }
 INFORMATION_LOSS, ERANK_KS = "information-loss", "erank-ks"

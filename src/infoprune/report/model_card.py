@@ -78,12 +78,17 @@ def _head(plan: CompressionPlan) -> str:
 def _cut(plan: CompressionPlan) -> str:
     removed = sum(head.num_units - len(head.keep_units) for head in plan.heads.values())
     whole = sum(not head.keep_units for head in plan.heads.values())
-    linears = sum(len(ffn.model_dump(exclude_none=True)) + (ffn.joint_rank is not None) for ffn in plan.ffn.values())
+    narrowed = [ffn for ffn in plan.ffn.values() if ffn.keep_neurons is not None and ffn.num_neurons is not None]
+    neurons = sum((ffn.num_neurons or 0) - len(ffn.keep_neurons or ()) for ffn in narrowed)
+    linears = sum(len(ffn.ranks) + (ffn.joint_rank is not None) for ffn in plan.ffn.values())
     lines = [
         "## What was cut\n",
         f"* {removed} attention units (key/value heads with their query heads) out of {len(plan.heads)} blocks; {whole} dropped whole",
-        f"* {linears} linears in {len(plan.ffn)} FFNs factorised",
+        f"* {linears} linears in {len(plan.ffn) - len(narrowed)} FFNs factorised",
     ]
+    if narrowed:
+        gone = sum(not ffn.keep_neurons for ffn in narrowed)
+        lines.append(f"* {neurons:,} neurons out of {len(narrowed)} FFNs; {gone} dropped whole")
     if plan.method:
         lines.append("* method: " + ", ".join(f"{_plain(name)} {_plain(str(value))}" for name, value in plan.method.items()))
     if plan.calibration is not None:

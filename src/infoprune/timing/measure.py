@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,7 @@ def _subjects(model: nn.Module, item: SolvedSite, workload: Workload, multiple: 
     runs = runs_of(item.site.tower, workload)
     if isinstance(item.site, AttentionSite):
         return [_block(item.site, run, workload) for run in runs]
-    return [subject for run in runs for subject in _linears(model, item.site, run, item.tails or {}, multiple)]
+    return [subject for run in runs for subject in _linears(model, item, item.site, run, multiple)]
 
 
 def _block(site: AttentionSite, run: Run, workload: Workload) -> Subject:
@@ -131,21 +130,25 @@ def _block(site: AttentionSite, run: Run, workload: Workload) -> Subject:
     )
 
 
-def _linears(model: Any, site: FFNSite, run: Run, forms: Collection[str], multiple: int) -> list[Subject]:
-    """Dense linears, and their factors by the names of the ranks that the site may be given."""
+def _linears(model: Any, item: SolvedSite, site: FFNSite, run: Run, multiple: int) -> list[Subject]:
+    """Dense linears, over the inner width where neurons may go, and their factors by the names of the ranks that the site may be given."""
     up, down = (model.get_submodule(f"{site.path}.{name}") for name in (site.names.up, site.names.down))
     d, m = site.hidden_size, site.intermediate_size
 
-    def subject(form: str, sizes: tuple[int, ...], width: int, make: Callable[[int], nn.Module]) -> Subject:
-        return Subject(ffn_name(site, form, run), sizes, lambda size, _: on_noise(make(size).to(up.weight), run.tokens, width))
+    def subject(form: str, sizes: tuple[int, ...], width: Callable[[int], int], make: Callable[[int], nn.Module]) -> Subject:
+        return Subject(ffn_name(site, form, run), sizes, lambda size, _: on_noise(make(size).to(up.weight), run.tokens, width(size)))
 
-    found = [subject(UP, (m,), d, lambda _: copy.deepcopy(up)), subject(DOWN, (m,), m, lambda _: copy.deepcopy(down))]
+    widths = (m,) if item.neurons is None else tuple(dict.fromkeys((*spaced(multiple, m, multiple), m)))
+    found = [
+        subject(UP, widths, lambda _: d, lambda size: nn.Linear(d, size, bias=up.bias is not None)),
+        subject(DOWN, widths, lambda size: size, lambda size: nn.Linear(size, d, bias=down.bias is not None)),
+    ]
     factors: dict[str, tuple[str, int, Callable[[int], nn.Module]]] = {
         "up_rank": (f"{UP} factors", d, lambda rank: LowRankLinear(d, m, rank)),
         "down_rank": (f"{DOWN} factors", m, lambda rank: LowRankLinear(m, d, rank)),
         "joint_rank": (JOINT, d, lambda rank: nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, 2 * m))),
     }
-    for name in sorted(factors.keys() & set(forms)):  # a gate's factors are those of an up projection
+    for name in sorted(factors.keys() & set(item.tails or {})):  # a gate's factors are those of an up projection
         form, width, make = factors[name]
-        found.append(subject(form, spaced(multiple, max(max_rank(site, name), 1), multiple), width, make))
+        found.append(subject(form, spaced(multiple, max(max_rank(site, name), 1), multiple), lambda _, width=width: width, make))
     return found

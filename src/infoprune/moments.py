@@ -1,0 +1,104 @@
+"""Weighted moments of streams of vectors, summed in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Moments:
+    """Weighted count, mean and covariance of a stream of vectors.
+
+    Products are formed in the data's precision per batch and summed in float64, which loses nothing that matters and costs a third
+    of forming them in float64.
+
+    Attributes:
+        dimension: Length of the vectors.
+        count: Vectors seen.
+        weight: Sum of their weights.
+    """
+
+    dimension: int
+    count: int = 0
+    weight: float = 0.0
+    _sum: torch.Tensor = field(init=False, repr=False)
+    _outer: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._sum = torch.zeros(self.dimension, dtype=torch.float64)
+        self._outer = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
+
+    def update(self, vectors: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add vectors (n, dimension), with weights (n,) or weight one each."""
+        if vectors.dtype in (torch.float16, torch.bfloat16):
+            vectors = vectors.float()
+        weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
+        self._sum += weighted.sum(0, dtype=torch.float64).cpu()
+        self._outer += (weighted.T @ vectors).double().cpu()
+        self.count += len(vectors)
+        self.weight += float(len(vectors) if weights is None else weights.sum(dtype=torch.float64))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both streams together."""
+        total = Moments(self.dimension, self.count + other.count, self.weight + other.weight)
+        total._sum, total._outer = self._sum + other._sum, self._outer + other._outer
+        return total
+
+    def is_finite(self) -> bool:
+        """No NaN and no infinity was seen."""
+        return bool(torch.isfinite(self._outer).all() and torch.isfinite(self._sum).all())
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(dimension,) float64."""
+        return self._sum / self.weight if self.weight > 0 else self._sum
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """E[x x^T], (dimension, dimension) float64."""
+        return self._outer / self.weight if self.weight > 0 else self._outer
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """E[x x^T] - mean mean^T, (dimension, dimension) float64."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+
+@dataclass
+class DiagonalMoments:
+    """Weighted mean and variance of every entry of a stream of vectors too long for a covariance; see :class:`Moments`.
+
+    Attributes:
+        dimension: Length of the vectors.
+        weight: Sum of their weights.
+    """
+
+    dimension: int
+    weight: float = 0.0
+    _sum: torch.Tensor = field(init=False, repr=False)
+    _squares: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._sum = torch.zeros(self.dimension, dtype=torch.float64)
+        self._squares = torch.zeros(self.dimension, dtype=torch.float64)
+
+    def update(self, vectors: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add vectors (n, dimension), with weights (n,) or weight one each."""
+        if vectors.dtype in (torch.float16, torch.bfloat16):
+            vectors = vectors.float()
+        weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
+        self._sum += weighted.sum(0, dtype=torch.float64).cpu()
+        self._squares += (weighted * vectors).sum(0, dtype=torch.float64).cpu()
+        self.weight += float(len(vectors) if weights is None else weights.sum(dtype=torch.float64))
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(dimension,) float64."""
+        return self._sum / self.weight if self.weight > 0 else self._sum
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """(dimension,) float64, not negative."""
+        return (self._squares / self.weight - self.mean.square()).clamp_min(0) if self.weight > 0 else self._squares
