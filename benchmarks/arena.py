@@ -1,11 +1,11 @@
 """The arena: our default, its variants and the peers at equal FLOPs, on the demo model.
 
-    python benchmarks/arena.py [--scopes heads ffn model] [--shares S ...] [--seeds N ...] [--methods NAME ...] [--questions N] [--recover]
+    python benchmarks/arena.py [--scopes heads ffn model] [--shares S ...] [--seeds N ...] [--methods NAME ...] [--questions N] [--no-times]
 
 A method is a set of the library's own options (``infoprune.peers``). In each scope a budget is a share of that scope's dense FLOPs: of the
 attention blocks, of the FFNs, or of the whole model; heads and FFNs of both towers are cut. All methods of a seed share one calibration
 sample of the training split. Each model answers test questions and a second data set that no choice was made on (``shifted.py``); times are
-interleaved with the dense model's, for the first seed. ``--recover`` adds the same short recovery to every model of the scope ``model``.
+interleaved with the dense model's, for the first seed. No model is recovered: ``headline.py --parts arms`` does that.
 Rows are written as they come; a stopped run goes on where it was, and a row that failed is a row with the error in it.
 """
 
@@ -179,7 +179,7 @@ class Arena:
         seconds = {"calibrate": calibrating, "decide": deciding, "cut": time.perf_counter() - start - deciding}
         return small, {"seconds": seconds, "predicted_loss_nats": decisions.predicted_loss}
 
-    def run(self, wanted: list[Entry], *, timed_seed: int) -> None:
+    def run(self, wanted: list[Entry], *, timed_seed: int | None) -> None:
         """Make, score and time what is lacking."""
         wanted = [entry for entry in wanted if self.lacks(entry, recovered=False)]
         log(f"{len(wanted)} models")
@@ -199,7 +199,7 @@ class Arena:
             self.score(pending, timed_seed)
         self.save()
 
-    def score(self, made: list[tuple[Entry, infoprune.VLM, dict[str, Any]]], timed_seed: int) -> None:
+    def score(self, made: list[tuple[Entry, infoprune.VLM, dict[str, Any]]], timed_seed: int | None) -> None:
         """Add the rows of a few models."""
         models = [self.dense, *(small for _, small, _ in made)]
         known, other = quality.score(models, self.examples), quality.score(models, self.others)
@@ -210,7 +210,8 @@ class Arena:
                 self.head(entry) | {"recovered": False} | quality.comparison(known[0], known[index + 1], self.examples) | facts
             )
             row["shifted"] = quality.comparison(other[0], other[index + 1], self.others)
-            row["flops_ratio"], row["params"], row["bytes_on_disk"] = self.flops_ratio(small), num_parameters(small.model), bytes_on_disk(small)
+            row |= {"flops_ratio": self.flops_ratio(small), "params": num_parameters(small.model)}
+            row["bytes_on_disk"] = bytes_on_disk(small)
             if index in timed:
                 row |= latency.speedups(times[0], times[1 + timed.index(index)])
             self.rows.append(row)
@@ -249,12 +250,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--methods", nargs="+", default=None, help="default: all of the scope")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
+    parser.add_argument("--no-times", action="store_true", help="where the machine is busy with other things")
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     arena = Arena(infoprune.load("demo", notify=log), args.questions)
     wanted = entries(args.scopes, args.shares, args.seeds, args.methods, arena.shares_of())
     wanted.sort(key=lambda entry: (entry.seed, repr(shared(entry.options.needs))))  # those that share a calibration follow each other
-    arena.run(wanted, timed_seed=args.seeds[0])
+    arena.run(wanted, timed_seed=None if args.no_times else args.seeds[0])
 
 
 if __name__ == "__main__":
