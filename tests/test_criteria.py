@@ -43,7 +43,7 @@ def random_block(seed: int = 0, site: AttentionSite = SITE, duplicate: tuple[int
     moments.update(contexts)
     out = torch.randn(site.hidden_size, n, generator=generator, dtype=torch.float64)
     gradient = torch.randn(300, site.hidden_size, generator=generator, dtype=torch.float64)
-    return Block(site, moments.covariance, moments.mean, out, gradient.T @ gradient / 300, saliency), contexts
+    return Block(site, moments.covariance, moments.mean, out, gradient.T @ gradient / 300, saliency=saliency), contexts
 
 
 def weighted_loss(block: Block, error: torch.Tensor) -> float:

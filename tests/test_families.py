@@ -62,11 +62,11 @@ def narrowing(vlm):
     }
 
 
-def mixed(vlm, *, compensate=True):
+def mixed(vlm, *, compensate="least-squares"):
     """All kinds of cuts: fewer heads, factorised FFNs in the vision tower, fewer neurons and a dropped FFN in the language model."""
     plan = plan_of(vlm, compensate=compensate)
     narrowed = {path: decision for path, decision in narrowing(vlm).items() if vlm.architecture.site(path).tower == "text"}
-    method = {} if compensate else {"centred": False}
+    method = {"centred": False} if compensate == "none" else {}
     return plan.model_copy(update={"ffn": plan.ffn | narrowed, "method": method})
 
 
