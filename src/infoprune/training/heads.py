@@ -76,7 +76,8 @@ class GateStage:
         cache: VisionCache | None = None,
     ) -> None:
         self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
-        self.compensation, self.seed, self.cache, self.without_extra = compensation, seed, cache, without_extra
+        self.compensation: Compensation = compensation
+        self.seed, self.cache, self.without_extra = seed, cache, without_extra
         self.validation, self.autocast = validation, autocast
         self.best = BestGates(torch.ones_like(gates.log_alpha, device="cpu"))
         self.steps = options.gate_steps
