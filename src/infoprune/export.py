@@ -148,7 +148,9 @@ def _dense_state(model: Any, stock: Any, architecture: Architecture, plan: Compr
                 if decision.keep_neurons is None
                 else _narrowed(block, stock.get_submodule(site.path), site, decision, model.device)
             )
-            replaced = [f"{name}." for name, module in block.named_children() if isinstance(module, (nn.Linear, LowRankLinear, Constant))]
+            linears = [name for name, module in block.named_children() if isinstance(module, (nn.Linear, LowRankLinear, Constant))]
+            # Where an FFN's linears are in the layer itself, an attention block that was dropped stands beside them.
+            replaced = [f"{name}." for name in linears if f"{site.path}.{name}" not in plan.heads]
         state = {name: value for name, value in state.items() if not name.startswith(tuple(f"{site.path}.{part}" for part in replaced))}
         state |= {f"{site.path}.{name}": value for name, value in found.items()}
     return state
