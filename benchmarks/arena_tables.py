@@ -51,6 +51,8 @@ def arena(scope: str, data: str) -> str:
             accuracy, kl = found[method, share]
             line.append(f"{accuracy:.1f}% / " + (f"**{kl:.4f}**" if kl == least[share] else f"{kl:.4f}"))
         cells.append(line)
+    first = rows[0] if data == "test" else rows[0]["shifted"]
+    cells.insert(0, ["dense", *[f"{first['accuracy'] + first['drop_points']:.1f}% / 0"] * len(shares)])
     seeds = {row["seed"] for row in rows}
     meta = everything["meta"]
     asked = meta["num_questions"] if data == "test" else meta["num_shifted"]

@@ -69,10 +69,11 @@ def draw_arena() -> None:
     rows = arena_rows()
     if not rows:
         return
-    figure = Figure(figsize=(15, 9), layout="constrained")
+    scopes = [scope for scope in SCOPES if methods_of(rows, scope)]
+    figure = Figure(figsize=(6 * len(scopes), 9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(SCOPES), sharex=True, squeeze=False)
-    for column, scope in enumerate(SCOPES):
+    axes = figure.subplots(2, len(scopes), sharex=True, squeeze=False)
+    for column, scope in enumerate(scopes):
         for line, (title, figure_of) in enumerate(
             (("test questions", lambda r: r["kl_nats"]), ("second data set", lambda r: r["shifted"]["kl_nats"]))
         ):
