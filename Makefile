@@ -8,7 +8,7 @@ OUTPUT ?= demo-output
 WORKERS ?= 2
 LOWEST := 5.20.0# of Transformers; as in pyproject.toml
 
-.PHONY: demo test test-lowest lint benchmarks headline tables clean
+.PHONY: demo test test-lowest lint benchmarks headline arena tables clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== environment: PyTorch and Transformers into $(VENV) (about 1.5 GB; a few minutes on a cold cache)"
@@ -62,12 +62,20 @@ benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python benchmarks/quantise.py
 	$(BIN)/python benchmarks/graphs.py
 	$(BIN)/python benchmarks/certificate.py
+	$(BIN)/python benchmarks/compressing.py
+	$(BIN)/python benchmarks/efficiency.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/tables.py
 
 # Hours; a stopped run goes on where it was.
 headline: $(VENV)/installed
 	$(BIN)/python benchmarks/gates.py
 	$(BIN)/python benchmarks/headline.py
+	$(BIN)/python benchmarks/tables.py
+
+# Hours; a stopped run goes on where it was.
+arena: $(VENV)/installed
+	$(BIN)/python benchmarks/arena.py
 	$(BIN)/python benchmarks/tables.py
 
 tables: $(VENV)/installed

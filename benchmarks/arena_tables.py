@@ -126,7 +126,17 @@ def decode() -> str:
     return table(["", "layers", "language head", "cache", "ms per token", "speed-up", "read per time"], cells) + source("efficiency")
 
 
+def compressing() -> str:
+    """Stages of compression over what they can't do without."""
+    cells = [
+        [row["stage"], f"{row['seconds']:.1f} s", f"{row['bound_seconds']:.1f} s", f"{row['over_bound']:.2f}"]
+        for row in load("compressing")["rows"]
+    ]
+    text = f"\n\n{load('compressing')['meta']['num_questions']} calibration questions."
+    return table(["stage", "time", "bound", "time over bound"], cells) + text + source("compressing")
+
+
 ARENA_TABLES: dict[str, Callable[[], str]] = {
     f"arena_{scope}_{data}": partial(arena, scope, data) for scope in SCOPES for data in ("test", "shifted")
 }
-ARENA_TABLES |= {"arena_cost": arena_cost, "scale": scale, "efficiency": efficiency, "decode": decode}
+ARENA_TABLES |= {"arena_cost": arena_cost, "scale": scale, "efficiency": efficiency, "decode": decode, "compressing": compressing}
