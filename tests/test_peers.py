@@ -19,7 +19,8 @@ def test_every_peer_compresses_what_it_says(gqa_vlm, questions, name):
     assert not CompressionOptions(flops=0.7, **found.options).repair
     share = 0.95 if found.scope == "heads" else 0.75
     result = compress(gqa_vlm, questions, flops=share, rank_multiple=2, examples=6, **found.options)
-    assert share - 0.1 < result.flops_ratio <= share  # heads alone as well: a ranking goes as far as the budget asks
+    coarse = 0.2 if "layers" in found.options else 0.1  # one of the few layers is a large part of a tiny model
+    assert share - coarse < result.flops_ratio <= share  # heads alone as well: a ranking goes as far as the budget asks
     plan = result.vlm.plan
     assert (bool(plan.heads), bool(plan.ffn)) == {"heads": (True, False), "ffn": (False, True), "model": (True, True)}[found.scope]
 
