@@ -35,7 +35,6 @@ SEEDS = (0, 1, 2)
 FILES = {"curve": "headline", "arms": "arms", "ablation": "terms"}  # result files
 ARMS = {"trained": "trained", "training-free": "information-loss", "random": "random"}
 CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time"}
-HARDER = {0.125: {"recovery_rate": 1e-3}}  # deep cuts are far from where they started; chosen on the validation split
 UNCUT = {"heads": "none", "ffn": "none", "recovery": "full"}
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
 TOGETHER = 7  # models scored in one pass beside the dense one
@@ -69,7 +68,7 @@ def runs(
                 "curve",
                 "trained",
                 share,
-                options=CURVE | HARDER.get(share, {}) | {"attention_share": round(share, 3)} if share < 1 else UNCUT,
+                options=CURVE | {"attention_share": round(share, 3)} if share < 1 else UNCUT,
             )
             for share in shares
         ]

@@ -172,12 +172,16 @@ class CompressionOptions:
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
             raise BudgetError("The KS rule is about spectra, which neurons do not have: give flops instead of ks, or ffn low-rank.")
+        if self.ffn == WIDTH and self.allocation in RANK_RULES:
+            raise InfoPruneError(f"allocation {self.allocation} is a rule for ranks, which neurons do not have: take global or uniform.")
         if self.layers == NONE:
             return
         if self.heads not in (INFORMATION_LOSS, NONE) or self.ffn not in (LOW_RANK, NONE):
             raise InfoPruneError(f"layers {self.layers} drops whole layers and cuts nothing else; leave out heads and ffn.")
         if self.ks is not None:
             raise BudgetError("Whole layers have no KS tolerance: give flops instead of ks.")
+        if self.speedup is not None:
+            raise BudgetError("Whole layers are counted in FLOPs, not timed: give flops instead of speedup.")
 
     def _check_certificate(self) -> None:
         if self.max_drop is not None and not 0 < self.max_drop < 100:
