@@ -32,7 +32,7 @@ from infoprune.peers import PEERS
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
 from infoprune.steps import apply_decisions, calibrated, calibration_examples, measure
-from shifted import shifted
+from shifted import TEST, Shift, shifted
 
 WORK = Path(__file__).parent / "work"
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31, 0.2)
@@ -121,30 +121,38 @@ class Calibrations:
 
     def __init__(self, dense: infoprune.VLM, wanted: Sequence[Entry]) -> None:
         self.dense, self.needs = dense, together(wanted)
-        self.key: Needs | None = None
+        self.key: tuple[Needs, int] | None = None
         self.found: tuple[Statistics, list[PackedBatch], float] | None = None
 
     def of(self, options: CompressionOptions) -> tuple[Statistics, list[PackedBatch], float]:
         """Statistics, the batches they are of, and the seconds that they took."""
-        key = shared(options.needs)
+        key = shared(options.needs), options.examples
         if self.found is None or key != self.key:
             start = time.perf_counter()
             examples = calibration_examples("easy-vqa:train", options.examples, options.seed)
-            self.key, self.found = key, (*calibrated(self.dense, examples, self.needs[key]), time.perf_counter() - start)
-            log(f"calibrated in {self.found[2]:.0f} s: {self.needs[key]}")
+            self.key, self.found = key, (*calibrated(self.dense, examples, self.needs[key[0]]), time.perf_counter() - start)
+            log(f"calibrated in {self.found[2]:.0f} s: {self.needs[key[0]]}")
         return self.found
 
 
 class Arena:
-    """The dense model, what it is asked, and the rows so far."""
+    """The dense model, what it is asked, and the rows of a result file so far.
 
-    def __init__(self, dense: infoprune.VLM, questions: int) -> None:
-        self.dense = dense
-        self.examples = whole_images("test", questions)
-        self.others = shifted(WORK / "shifted", questions)
+    Args:
+        dense: The model.
+        questions: How many of each kind.
+        shift: The second data set; the first are questions of the same split as they are.
+        file: Name of the result file.
+    """
+
+    def __init__(self, dense: infoprune.VLM, questions: int, shift: Shift, file: str) -> None:
+        self.dense, self.split, self.file = dense, shift.split, file
+        WORK.mkdir(exist_ok=True)
+        self.examples = whole_images(shift.split, questions)
+        self.others = shifted(shift, WORK / "shifted", questions)
         self.probe, self.dense_flops, self.workload = measure(dense, self.examples)
         self.solved: tuple[Any, list[SolvedSite]] | None = None
-        path = RESULTS / "arena.json"
+        path = RESULTS / f"{file}.json"
         self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
     def shares_of(self) -> dict[str, float]:
@@ -180,8 +188,9 @@ class Arena:
         return small, {"seconds": seconds, "predicted_loss_nats": decisions.predicted_loss}
 
     def run(self, wanted: list[Entry], *, timed_seed: int | None) -> None:
-        """Make, score and time what is lacking."""
+        """Make, score and time what is lacking; those that share a calibration follow each other."""
         wanted = [entry for entry in wanted if self.lacks(entry, recovered=False)]
+        wanted.sort(key=lambda entry: (entry.seed, entry.options.examples, repr(shared(entry.options.needs))))
         log(f"{len(wanted)} models")
         calibrations = Calibrations(self.dense, wanted)
         pending: list[tuple[Entry, infoprune.VLM, dict[str, Any]]] = []
@@ -240,7 +249,8 @@ class Arena:
     def save(self) -> None:
         """Write the result file."""
         seeds = sorted({row["seed"] for row in self.rows})
-        write("arena", self.rows, seeds=seeds, data="easy-vqa:test", num_questions=len(self.examples), num_shifted=len(self.others))
+        counts = {"num_questions": len(self.examples), "num_shifted": len(self.others)}
+        write(self.file, self.rows, seeds=seeds, data=f"easy-vqa:{self.split}", **counts)
 
 
 def main() -> None:
@@ -252,10 +262,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--no-times", action="store_true", help="where the machine is busy with other things")
     args = parser.parse_args()
-    WORK.mkdir(exist_ok=True)
-    arena = Arena(infoprune.load("demo", notify=log), args.questions)
+    arena = Arena(infoprune.load("demo", notify=log), args.questions, TEST, "arena")
     wanted = entries(args.scopes, args.shares, args.seeds, args.methods, arena.shares_of())
-    wanted.sort(key=lambda entry: (entry.seed, repr(shared(entry.options.needs))))  # those that share a calibration follow each other
     arena.run(wanted, timed_seed=None if args.no_times else args.seeds[0])
 
 

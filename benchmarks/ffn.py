@@ -13,26 +13,21 @@ from infoprune.decide import decide
 from infoprune.evaluation import quality
 from infoprune.evaluation.cost import ffn_flops
 from infoprune.options import CompressionOptions
+from infoprune.peers import PEERS
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_statistics, measure
 
 SHARES = (0.5, 0.3, 0.2)
-SVD_LLM = {
-    "ffn_metric": "identity",
-    "weighting": "uniform",
-    "centred": False,
-    "structure": "separate",
-    "allocation": "uniform",
-    "repair": False,
-}
+SVD_LLM = PEERS["svd-llm"].options
 METHODS = {
     "svd-llm": SVD_LLM,
     "infoprune:centred": SVD_LLM | {"centred": True},
     "infoprune:joint": SVD_LLM | {"centred": True, "structure": "joint"},
     "infoprune:task-metric": SVD_LLM | {"centred": True, "structure": "joint", "ffn_metric": "task"},
-    "infoprune:relevance": {"allocation": "uniform", "repair": False},
-    "infoprune:allocation": {"repair": False},
+    "infoprune:relevance": {"allocation": "uniform", "repair": False, "shrinkage": 0.0},
+    "infoprune:allocation": {"repair": False, "shrinkage": 0.0},
+    "infoprune:repair": {"shrinkage": 0.0},
     "infoprune": {},
 }
 QUESTIONS = 300
@@ -55,7 +50,7 @@ def main() -> None:
         budget = 1 - (1 - share) * ffn / dense_flops.total
         models, notes = [vlm], []
         for method, fields in METHODS.items():
-            options = CompressionOptions(flops=budget, heads="none", towers=("text",), **fields)
+            options = CompressionOptions(**({"flops": budget, "heads": "none", "towers": ("text",)} | fields))
             found, inputs = statistics[options.weighting]
             solved = solve_sites(vlm.model, vlm.architecture, found, options)
             decisions = decide(solved, FlopCosts(workload), dense_flops.total, options)

@@ -1,58 +1,50 @@
-"""Choice of defaults: variants of the training-free method, on validation images that neither the bridge nor calibration saw.
+"""Choice of defaults: variants of the training-free method on validation images that neither the bridge nor calibration saw.
 
-    python benchmarks/selection.py [--shares 0.5 0.31] [--variants default "temperature 2"]
+    python benchmarks/selection.py [--shares 0.5 0.31] [--variants default "shrinkage 0"]
 
-Rows already in the result file are kept, so a stopped run goes on where it was; ``--fresh`` starts again.
+Each answers the validation questions, and others about altered images in words that calibration does not have (``shifted.VALIDATION``,
+which shares neither with the test's shift). Rows already in the result file are kept, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
+from typing import Any
 
 import infoprune
-from common import RESULTS, log, whole_images, write
-from infoprune.evaluation import quality
+from arena import Arena, Entry
+from common import log
+from infoprune.options import CompressionOptions
+from shifted import VALIDATION
 
 SHARES = (0.5, 0.31)
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "without repair": {"repair": False},
-    "temperature 2": {"temperature": 2.0},
-    "uniform tokens": {"weighting": "uniform"},
-    "128 questions": {"examples": 128},
+    "shrinkage 0": {"shrinkage": 0.0},
+    "shrinkage 0.1": {"shrinkage": 0.1},
+    "shrinkage 0.5": {"shrinkage": 0.5},
+    "width": {"ffn": "width"},
     "floor 0.75": {"floor": 0.75},
+    "without repair": {"repair": False},
+    "uniform tokens": {"weighting": "uniform"},
+    "temperature 2": {"temperature": 2.0},
+    "128 questions": {"examples": 128},
 }
-QUESTIONS = 600
+QUESTIONS = 400
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--fresh", action="store_true")
     args = parser.parse_args()
-    path = RESULTS / "selection.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() and not args.fresh else []
-    done = {(row["method"], row["budget"]) for row in rows}
-    vlm = infoprune.load("demo", notify=log)
-    examples = whole_images("validation", QUESTIONS)
-    for share in args.shares:
-        for name in args.variants:
-            method = f"infoprune:{name}"
-            if (method, share) in done:
-                continue
-            start = time.time()
-            result = infoprune.compress(vlm, "easy-vqa:train", flops=share, **VARIANTS[name])
-            seconds = time.time() - start
-            dense, score = quality.score([vlm, result.vlm], examples)
-            kept = {part: result.flops.as_dict()[part] / result.dense_flops.as_dict()[part] for part in ("vision_tower", "prefill")}
-            rows.append({"method": method, "scope": "model", "recovered": False, "seed": 0, "budget": share,
-                         "flops_ratio": result.flops_ratio, "kept": kept, "predicted_loss_nats": result.predicted_loss,
-                         "seconds_to_compress": seconds, **quality.comparison(dense, score, examples)})  # fmt: skip
-            log(f"{share} {name:24s} {score.accuracy:.2f}% KL {score.kl_nats:.4f} kept {kept}")
-            write("selection", rows, seeds=[0], data="easy-vqa:validation", num_questions=len(examples))
+    arena = Arena(infoprune.load("demo", notify=log), QUESTIONS, VALIDATION, "selection")
+    wanted = [
+        Entry("model", f"infoprune:{name}", share, 0, CompressionOptions(flops=share, **VARIANTS[name]))
+        for share in args.shares
+        for name in args.variants
+    ]
+    arena.run(wanted, timed_seed=None)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from infoprune.architecture import AttentionSite, FFNSite
 from infoprune.calibrate import Moments, SiteStatistics
-from infoprune.criteria.ffn import FFNOptions, factorize_down, factorize_inputs
+from infoprune.criteria.ffn import FFNOptions, factorize_down, factorize_inputs, shrunk
 from infoprune.criteria.heads import (
     CRITERIA,
     RANKINGS,
@@ -25,7 +25,7 @@ from infoprune.criteria.heads import (
 )
 from infoprune.errors import CalibrationError
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
-from infoprune.linalg import root_and_inverse, symmetric_power
+from infoprune.linalg import cholesky_factor
 
 SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 
@@ -259,7 +259,7 @@ def test_output_side_tail_and_full_rank(with_bias):
         solved = factorize_down(statistics, weight, bias, options)
         a, b, correction = solved.factors(5)
         error = y - (h @ a.T @ b.T + correction + (bias if bias is not None else 0))
-        metric = solved.root @ solved.root
+        metric = solved.root @ solved.root.T
         assert float(((error @ metric) * error).sum() / len(y)) == pytest.approx(float(solved.tails[5]), rel=1e-6)
         a, b, correction = solved.factors(12)
         torch.testing.assert_close(b @ a, weight, atol=1e-8, rtol=1e-8)
@@ -308,11 +308,62 @@ def test_zero_gradient_makes_the_site_free_but_still_sensible():
     assert all(torch.isfinite(part).all() for part in solved.factors(3))
 
 
-def test_symmetric_roots():
+def test_cholesky_factor():
     torch.manual_seed(0)
     x = torch.randn(30, 6, dtype=torch.float64)
     matrix = x.T @ x
-    root, inverse = root_and_inverse(matrix)
-    torch.testing.assert_close(root @ root, matrix)
-    torch.testing.assert_close(root @ inverse, torch.eye(6, dtype=torch.float64))
-    torch.testing.assert_close(symmetric_power(matrix, 0.5), root)
+    factor = cholesky_factor(matrix)
+    torch.testing.assert_close(factor @ factor.T, matrix)
+    assert torch.equal(factor, factor.tril())
+    lower = x[:3].T @ x[:3]  # of rank 3: a floor is added, and nothing is amplified beyond it
+    factor, top = cholesky_factor(lower), float(lower.diagonal().max())
+    torch.testing.assert_close(factor @ factor.T, lower + 1e-6 * top * torch.eye(6, dtype=torch.float64), atol=1e-12 * top, rtol=0)
+    assert float(torch.linalg.svdvals(factor).min()) ** 2 >= 0.99e-6 * top
+    assert torch.equal(cholesky_factor(torch.zeros(4, 4, dtype=torch.float64)), torch.eye(4, dtype=torch.float64))
+
+
+def narrow_case():
+    """Inputs that calibration shows in 6 of 12 directions; up and down projection, which read another one most; and their statistics."""
+    generator = torch.Generator().manual_seed(9)
+    directions = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+    x = torch.randn(500, 6, generator=generator, dtype=torch.float64) @ directions[:6]
+    up = torch.randn(20, 12, generator=generator, dtype=torch.float64)
+    up += 3 * torch.outer(torch.randn(20, generator=generator, dtype=torch.float64), directions[11])
+    down = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+    statistics = SiteStatistics(by_class={"input": {"all": Moments(12)}, "output": {"all": Moments(12)}})
+    statistics.by_class["input"]["all"].update(x)
+    statistics.by_class["output"]["all"].update((x @ up.T) @ down.T)
+    return x, up, down, statistics
+
+
+def test_shrunk_moments_keep_their_energy_and_end_without_the_data():
+    x, up, down, statistics = narrow_case()
+    moment, shape = x.T @ x / len(x), torch.eye(12, dtype=torch.float64)
+    assert shrunk(moment, shape, 0.0) is moment
+    for shrinkage in (0.2, 1.0):
+        assert float(shrunk(moment, shape, shrinkage).trace()) == pytest.approx(float(moment.trace()))
+    assert float(torch.linalg.eigvalsh(shrunk(moment, shape, 0.2)).min()) == pytest.approx(0.2 * float(moment.trace()) / 12)
+    whole = FFNOptions("identity", centred=False, structure="separate", shrinkage=1.0)
+    sides = factorize_inputs(PLAIN, statistics, up, "up", whole), factorize_down(statistics, down, None, whole)
+    for solved, weight in zip(sides, (up, down), strict=True):
+        a, b, _ = solved.factors(5)
+        torch.testing.assert_close(b @ a, svd_product(weight, torch.eye(weight.shape[1], dtype=torch.float64), 5), atol=1e-8, rtol=1e-8)
+
+
+def test_shrinkage_keeps_what_calibration_did_not_show():
+    x, up, down, statistics = narrow_case()
+    other = torch.randn(500, 12, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+
+    def errors(shrinkage: float) -> list[float]:
+        found = []
+        options = FFNOptions("identity", centred=False, structure="separate", shrinkage=shrinkage)
+        inputs, outputs = factorize_inputs(PLAIN, statistics, up, "up", options), factorize_down(statistics, down, None, options)
+        for solved, weight, read in ((inputs, up, (x, other)), (outputs, down, (x @ up.T, other @ up.T))):
+            a, b, _ = solved.factors(6)
+            found += [float((z @ (weight - b @ a).T).square().sum() / (z @ weight.T).square().sum()) for z in read]
+        return found
+
+    seen_up, unseen_up, seen_down, unseen_down = errors(0.3)
+    assert max(seen_up, seen_down) < 0.1
+    measured = errors(0.0)
+    assert unseen_up < 0.5 * measured[1] and unseen_down < 0.96 * measured[3]

@@ -253,6 +253,7 @@ def apply_plan(
         flops=1.0,
         ffn_metric=ffn_options(plan).metric,
         whitening=ffn_options(plan).whitening,
+        shrinkage=ffn_options(plan).shrinkage,
         structure="separate" if any(d.gate_rank for d in plan.ffn.values()) else "joint",
         ffn="low-rank" if all(d.keep_neurons is None for d in plan.ffn.values()) else "width",
         **({"examples": record.count} if record else {}),

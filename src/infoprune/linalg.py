@@ -7,28 +7,21 @@ import torch
 RELATIVE_FLOOR = 1e-6
 
 
-def symmetric_power(matrix: torch.Tensor, power: float, *, floor: float = RELATIVE_FLOOR) -> torch.Tensor:
-    """Matrix ** power for a symmetric positive semi-definite (n, n) matrix, by its eigendecomposition.
+def cholesky_factor(matrix: torch.Tensor, *, floor: float = RELATIVE_FLOOR) -> torch.Tensor:
+    """Lower triangular L with L L^T = matrix, for a symmetric positive semi-definite (n, n) matrix; the identity for a zero one.
 
-    Eigenvalues below ``floor`` times the largest are raised to it: directions that calibration hardly saw are neither amplified by
-    an inverse nor lost.
+    Where some direction carries less than ``floor`` times the largest diagonal entry given those before it, that much is added to the
+    diagonal: directions that calibration hardly saw are neither amplified by an inverse nor lost.
     """
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    top = float(values[-1])
+    matrix = (matrix + matrix.T) / 2
+    top = float(matrix.diagonal().max())
+    identity = torch.eye(len(matrix), dtype=matrix.dtype)
     if top <= 0:
-        return torch.eye(len(matrix), dtype=matrix.dtype)
-    return (vectors * values.clamp_min(floor * top).pow(power)) @ vectors.T
-
-
-def root_and_inverse(matrix: torch.Tensor, *, floor: float = RELATIVE_FLOOR) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric square root and its inverse, from one eigendecomposition; same floor as :func:`symmetric_power`."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    top = float(values[-1])
-    if top <= 0:
-        identity = torch.eye(len(matrix), dtype=matrix.dtype)
-        return identity, identity
-    roots = values.clamp_min(floor * top).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+        return identity
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) or float(factor.diagonal().min()) ** 2 < floor * top:
+        factor = torch.linalg.cholesky(matrix + floor * top * identity)
+    return factor
 
 
 def with_ridge(matrix: torch.Tensor, relative: float) -> torch.Tensor:

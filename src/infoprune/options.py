@@ -21,6 +21,7 @@ from infoprune.plan import Compensation
 NONE, TRAINED, LOW_RANK, WIDTH, BLOCK_INFLUENCE = "none", "trained", "low-rank", "width", "block-influence"
 RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.rank_rules`
 BUDGETS = ("flops", "speedup", "ks", "max_drop")
+SHRINKAGE = 0.3  # see ``benchmarks/selection.py``
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -84,7 +85,7 @@ class CompressionOptions:
         compensate: What takes the place of removed heads in the output projection, see :class:`infoprune.plan.HeadDecision`. ``repair``
             refits that projection whatever this says.
         alpha: Weight of eRank in ``erank-ks``.
-        ffn_metric, centred, structure, whitening: See :class:`infoprune.criteria.ffn.FFNOptions`.
+        ffn_metric, centred, structure, whitening, shrinkage: See :class:`infoprune.criteria.ffn.FFNOptions`.
         allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline); ``tolerance``,
             ``effective-rank``: FFN ranks by a rule of other methods, see :mod:`infoprune.rank_rules`, heads the same share everywhere.
         weighting: See :func:`infoprune.calibrate.calibrate`.
@@ -118,6 +119,7 @@ class CompressionOptions:
     centred: bool = True
     structure: Literal["joint", "separate", "best"] = "joint"
     whitening: Whitening = "full"
+    shrinkage: float = SHRINKAGE
     allocation: Literal["global", "uniform", "tolerance", "effective-rank"] = "global"
     weighting: Weighting = "relevance"
     temperature: float = 1.0
@@ -166,6 +168,8 @@ class CompressionOptions:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+        if not 0 <= self.shrinkage <= 1:
+            raise InfoPruneError(f"shrinkage must be within 0 to 1, not {self.shrinkage}.")
         if self.top_k is not None and self.top_k < 2:
             raise InfoPruneError(f"top_k must be at least 2, not {self.top_k}: one token alone leaves nothing uncertain.")
 
@@ -220,7 +224,7 @@ class CompressionOptions:
     @property
     def ffn_options(self) -> FFNOptions:
         """The FFN method."""
-        return FFNOptions(self.ffn_metric, self.centred, self.structure, self.whitening)
+        return FFNOptions(self.ffn_metric, self.centred, self.structure, self.whitening, self.shrinkage)
 
     @property
     def needs(self) -> Needs:

@@ -158,7 +158,7 @@ def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tens
 
 def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
     """The plan that records ``decisions`` and how they came about."""
-    names = ("heads", "ffn", "ffn_metric", "centred", "structure", "whitening", "allocation", "repair")
+    names = ("heads", "ffn", "ffn_metric", "centred", "structure", "whitening", "shrinkage", "allocation", "repair")
     method = {name: getattr(options, name) for name in names} | ({"neurons": options.neurons} if options.ffn == WIDTH else {})
     if options.layers != NONE:  # whole layers leave nothing: no bias, and nothing to refit
         method = {"layers": options.layers, "centred": False, "repair": False}

@@ -57,6 +57,7 @@ def ffn_options(plan: CompressionPlan) -> FFNOptions:
         return FFNOptions(
             metric=method.get("ffn_metric", "task"), centred=bool(method.get("centred", True)),
             structure=method.get("structure", "joint"), whitening=method.get("whitening", "full"),
+            shrinkage=float(method.get("shrinkage", 0.0)),
         )  # fmt: skip
     except TypeError as error:
         raise PlanError(f"The plan's method is not usable: {error}") from error

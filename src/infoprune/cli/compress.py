@@ -67,6 +67,9 @@ def compress(
     whitening: Annotated[
         Optional[str], typer.Option(help="Moment of the FFNs' inputs: 'full' (default), 'diagonal' (mean magnitudes) or 'none'.")
     ] = None,
+    shrinkage: Annotated[
+        Optional[float], typer.Option(help="Of those moments towards equal energy everywhere: what other data may need (default 0.3).")
+    ] = None,
     allocation: Annotated[
         Optional[str], typer.Option(help="Of the budget: 'global' (default: least loss), 'uniform', 'tolerance' or 'effective-rank'.")
     ] = None,
@@ -118,8 +121,9 @@ def compress(
         "confidence": confidence, "certify": certify, "certify_images": certify_images, "certify_per_image": certify_per_image,
         "shares": tuple(share) if share else None, "heads": heads, "ffn": ffn, "neurons": neurons, "layers": layers,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
-        "method": method, "compensate": compensate, "centred": centred, "whitening": whitening, "allocation": allocation, "top_k": top_k,
-        "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed, "prompt_suffix": prompt_suffix,
+        "method": method, "compensate": compensate, "centred": centred, "whitening": whitening, "shrinkage": shrinkage,
+        "allocation": allocation, "top_k": top_k, "examples": examples, "repair": repair, "rank_multiple": rank_multiple, "seed": seed,
+        "prompt_suffix": prompt_suffix,
         "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
         "attention_share": attention_share, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
         "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision, "shard": shard,
