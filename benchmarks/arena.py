@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import infoprune
-from common import RESULTS, log, processor, whole_images, write
+from common import RESULTS, log, many_images, processor, write
 from infoprune.calibrate import Statistics
 from infoprune.decide import decide
 from infoprune.evaluation import latency, quality
@@ -148,7 +148,7 @@ class Arena:
     def __init__(self, dense: infoprune.VLM, questions: int, shift: Shift, file: str) -> None:
         self.dense, self.split, self.file = dense, shift.split, file
         WORK.mkdir(exist_ok=True)
-        self.examples = whole_images(shift.split, questions)
+        self.examples = many_images(shift.split, questions)
         self.others = shifted(shift, WORK / "shifted", questions)
         self.probe, self.dense_flops, self.workload = measure(dense, self.examples)
         self.solved: tuple[Any, list[SolvedSite]] | None = None

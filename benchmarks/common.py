@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import infoprune
-from infoprune.data import Example, load_examples
+from infoprune.data import Example, load_examples, subset
 
 RESULTS = Path(__file__).parent / "results"
 STARTED = time.time()
@@ -69,6 +69,11 @@ def whole_images(split: str, num_questions: int | None, skip: int = 0) -> list[E
             break
         chosen += by_image[image]
     return chosen
+
+
+def many_images(split: str, num_questions: int, seed: int = 0) -> list[Example]:
+    """Random questions of a split, three on an image: questions on one image err together, so a small sample needs many images."""
+    return subset(load_examples(f"easy-vqa:{split}"), num_questions, seed=seed, per_image=3)
 
 
 def throughput(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
