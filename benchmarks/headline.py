@@ -4,8 +4,8 @@
         [--arm-shares S ...] [--arms NAME ...] [--questions N]
 
 ``curve``: trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs), low-rank FFNs and full
-recovery at 2x, 3.2x and 5x fewer FLOPs, and the same recovery of the uncut model; at 8x training-free heads, with the time that gates
-would have taken and larger steps for recovery, which is what limits it there. ``arms``: trained, training-free and random
+recovery at 2x, 3.2x and 5x fewer FLOPs, and the same recovery of the uncut model; at 8x training-free heads and fewer neurons, with
+the time that gates would have taken and larger steps for recovery, which is what limits it there. ``arms``: trained, training-free and random
 heads under the same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
 ``ablation``: each term of the gates' objective off, at 3.2x, without recovery. Training stops early on the validation split; the test
 split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
@@ -35,8 +35,8 @@ ARM_SHARES = (1 / 3.2, 0.125)
 SEEDS = (0, 1, 2)
 FILES = {"curve": "headline", "arms": "arms", "ablation": "terms"}  # result files
 ARMS = {"trained": "trained", "training-free": "information-loss", "random": "random"}
-CURVE = {"heads": "trained", "recovery": "full", "gate_cost": "time"}
-DEEP = {"recovery": "full", "recovery_rate": 1e-3, "recovery_steps": 500}
+CURVE = {"heads": "trained", "ffn": "low-rank", "recovery": "full", "gate_cost": "time"}
+DEEP = {"ffn": "width", "recovery": "full", "recovery_rate": 1e-3, "recovery_steps": 450}
 DEEPER_THAN = 0.2
 UNCUT = {"heads": "none", "ffn": "none", "recovery": "full"}
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
