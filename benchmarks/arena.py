@@ -52,15 +52,17 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
         "infoprune": {"heads": "none"},
         "infoprune:no repair": {"heads": "none", "repair": False},
         "infoprune:no task term": {"heads": "none", "ffn_metric": "identity", "weighting": "uniform"},
-        "infoprune:separate gate": {"heads": "none", "structure": "separate"},
         "infoprune:uniform shares": {"heads": "none", "allocation": "uniform"},
-        "infoprune:width": {"heads": "none", "ffn": "width"},
+        "infoprune:low-rank": {"heads": "none", "ffn": "low-rank"},
+        "infoprune:low-rank, separate gate": {"heads": "none", "structure": "separate"},
+        "infoprune:low-rank, no shrinkage": {"heads": "none", "shrinkage": 0.0},
     },
     "model": {
         "infoprune": {},
         "infoprune:no repair": {"repair": False},
         "infoprune:no task term": {"ffn_metric": "identity", "weighting": "uniform"},
-        "infoprune:width": {"ffn": "width"},
+        "infoprune:low-rank": {"ffn": "low-rank"},
+        "infoprune:low-rank, no shrinkage": {"shrinkage": 0.0},
     },
 }
 

@@ -28,7 +28,7 @@ METHODS = {
     "infoprune:relevance": {"allocation": "uniform", "repair": False, "shrinkage": 0.0},
     "infoprune:allocation": {"repair": False, "shrinkage": 0.0},
     "infoprune:repair": {"shrinkage": 0.0},
-    "infoprune": {},
+    "infoprune": {"ffn": "low-rank"},
 }
 QUESTIONS = 300
 

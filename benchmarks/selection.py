@@ -20,10 +20,10 @@ from shifted import VALIDATION
 SHARES = (0.5, 0.31)
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "low-rank": {"ffn": "low-rank"},
     "shrinkage 0": {"shrinkage": 0.0},
     "shrinkage 0.1": {"shrinkage": 0.1},
     "shrinkage 0.5": {"shrinkage": 0.5},
-    "width": {"ffn": "width"},
     "floor 0.75": {"floor": 0.75},
     "without repair": {"repair": False},
     "uniform tokens": {"weighting": "uniform"},

@@ -78,7 +78,8 @@ class CompressionOptions:
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
-        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``.
+        ffn: ``width`` (fewer neurons), ``low-rank`` (factorised linears) or ``none``; ``None``: ``width``, and ``low-rank`` where another
+            option is about ranks. See ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
@@ -109,7 +110,7 @@ class CompressionOptions:
     certify_per_image: int | None = None
     shares: tuple[float, ...] = SHARES
     heads: str = INFORMATION_LOSS
-    ffn: Literal["low-rank", "width", "none"] = "low-rank"
+    ffn: Literal["low-rank", "width", "none"] | None = None
     neurons: str = ENERGY
     layers: Literal["block-influence", "none"] = "none"
     towers: tuple[TowerName, ...] = ("vision", "text")
@@ -137,6 +138,9 @@ class CompressionOptions:
                 "Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5), speedup (times faster, e.g. 1.8), ks (a tolerance, "
                 "e.g. 0.1) and max_drop (points of accuracy, e.g. 0.5)."
             )
+        if self.ffn is None:
+            of_ranks = (self.ks, self.structure, self.whitening, self.shrinkage, self.layers) != (None, "joint", "full", SHRINKAGE, NONE)
+            object.__setattr__(self, "ffn", LOW_RANK if of_ranks or self.allocation in RANK_RULES else WIDTH)
         self._check_certificate()
         for name, value in (("flops", self.flops), ("ks", self.ks)):
             if value is not None and not 0 < value <= 1:

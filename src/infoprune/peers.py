@@ -32,8 +32,8 @@ class Peer:
 _PLAIN = {"ffn": "none", "compensate": "none", "weighting": "uniform", "repair": False}
 _OURS = {"ffn": "none", "repair": False}  # least-squares compensation and weighted tokens: only the criterion is another
 _SVD = {
-    "heads": "none", "ffn_metric": "identity", "centred": False, "structure": "separate", "shrinkage": 0.0, "weighting": "uniform",
-    "allocation": "uniform", "repair": False,
+    "heads": "none", "ffn": "low-rank", "ffn_metric": "identity", "centred": False, "structure": "separate", "shrinkage": 0.0,
+    "weighting": "uniform", "allocation": "uniform", "repair": False,
 }  # fmt: skip
 _NEURONS = {"ffn": "width", "weighting": "uniform", "repair": False}
 _OWN_NOTE = "a criterion of this project alone, with our compensation and allocation"

@@ -48,9 +48,9 @@ def compress(
     ] = None,
     method: Annotated[Optional[str], typer.Option(help=METHODS)] = None,
     heads: Annotated[Optional[str], typer.Option(help="Head criterion, 'trained' or 'none'. Default: information-loss.")] = None,
-    ffn: Annotated[Optional[str], typer.Option(help="'low-rank' (default), 'width' (fewer neurons) or 'none'.")] = None,
+    ffn: Annotated[Optional[str], typer.Option(help="'width' (default: fewer neurons), 'low-rank' or 'none'.")] = None,
     neurons: Annotated[
-        Optional[str], typer.Option(help="Which stay, with --ffn width: energy (default), fluctuation, taylor, magnitude, random.")
+        Optional[str], typer.Option(help="Which neurons stay: energy (default), fluctuation, taylor, magnitude, random.")
     ] = None,
     layers: Annotated[
         Optional[str], typer.Option(help="'block-influence': drop whole layers, and cut nothing else. Default: none.")
