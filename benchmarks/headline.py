@@ -5,8 +5,8 @@
 
 ``curve``: trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs), low-rank FFNs and full
 recovery at 2x, 3.2x and 5x fewer FLOPs, and the same recovery of the uncut model; at 8x training-free heads and fewer neurons, with
-the time that gates would have taken and larger steps for recovery, which is what limits it there. ``arms``: trained, training-free and random
-heads under the same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
+the time that gates would have taken and larger steps for recovery, which is what limits it there. ``arms``: trained, training-free and
+random heads under the same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
 ``ablation``: each term of the gates' objective off, at 3.2x, without recovery. Training stops early on the validation split; the test
 split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
 """

@@ -20,7 +20,7 @@ from test_families import inputs_of
 @pytest.fixture
 def small(gqa_vlm, questions, tmp_path):
     """A compressed checkpoint, model inputs, and its logits on them."""
-    result = compress(gqa_vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    result = compress(gqa_vlm, questions, flops=0.8, rank_multiple=2, examples=12, ffn="low-rank")
     folder = infoprune.save(result.vlm, tmp_path / "small", probe=result.probe)
     inputs = inputs_of(gqa_vlm, questions)
     with torch.no_grad():

@@ -11,9 +11,10 @@ from infoprune.architecture import FFNSite
 from infoprune.calibrate import calibrate
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.criteria.neurons import RANKINGS, Neurons, rank_neurons
-from infoprune.errors import PlanError
+from infoprune.errors import InfoPruneError, PlanError
 from infoprune.families.towers import LLAMA_STYLE
 from infoprune.moments import DiagonalMoments, Moments
+from infoprune.options import CompressionOptions
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import ffn_parameters
 from infoprune.repair import cut_and_repair_
@@ -183,3 +184,18 @@ def test_repair_refits_narrowed_ffns(questions, centred):
     before, after = (float((stream(m.model, vlm, inputs) - dense).square().mean()) for m in (plain, vlm))
     assert after < before
     assert {n: p.shape for n, p in plain.model.named_parameters()} == {n: p.shape for n, p in vlm.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "width"), ({"ks": 0.1, "flops": None}, "low-rank"), ({"structure": "separate"}, "low-rank"), ({"shrinkage": 0.0}, "low-rank"),
+     ({"allocation": "tolerance"}, "low-rank"), ({"layers": "block-influence"}, "low-rank"), ({"ffn": "none"}, "none")],
+)  # fmt: skip
+def test_ffns_keep_fewer_neurons_unless_an_option_is_about_ranks(given, expected):
+    assert CompressionOptions(**({"flops": 0.5} | given)).ffn == expected
+
+
+@pytest.mark.parametrize("shrinkage", [-0.1, 1.5])
+def test_shrinkage_is_a_share(shrinkage):
+    with pytest.raises(InfoPruneError, match="shrinkage must be within 0 to 1"):
+        CompressionOptions(flops=0.5, shrinkage=shrinkage)

@@ -179,7 +179,7 @@ def test_blocks_of_every_width_run_on_what_reaches_them(vlm, questions):
 
 
 def solved_of(vlm, questions, options):
-    statistics = statistics_of(vlm, questions, branches=options.structure != "joint")
+    statistics = statistics_of(vlm, questions, branches=options.structure != "joint", neurons=options.ffn == "width")
     probe, dense, workload = measure(vlm, questions)
     return solve_sites(vlm.model, vlm.architecture, statistics, options), probe, dense, workload
 
@@ -221,7 +221,7 @@ def test_flops_cost_what_they_did(vlm, questions):
         assert costs.ffn(site, FFNDecision(down_rank=3)) == ffn_flops(site, FFNDecision(down_rank=3), workload)
 
 
-@pytest.mark.parametrize("fields", [{}, {"heads": "energy"}, {"structure": "best"}, {"allocation": "uniform"}])
+@pytest.mark.parametrize("fields", [{}, {"ffn": "low-rank"}, {"heads": "energy"}, {"structure": "best"}, {"allocation": "uniform"}])
 def test_what_is_decided_costs_what_is_predicted(gqa_vlm, questions, fields, monkeypatch, tmp_path):
     options = CompressionOptions(flops=0.7, rank_multiple=2, **fields)
     solved, probe, dense, workload = solved_of(gqa_vlm, questions, options)
@@ -243,7 +243,7 @@ def test_what_is_decided_costs_what_is_predicted(gqa_vlm, questions, fields, mon
 
 
 def test_what_the_table_says_is_dear_goes(gqa_vlm, questions, monkeypatch, tmp_path):
-    options = CompressionOptions(speedup=1.5, rank_multiple=2, floor=0.0)
+    options = CompressionOptions(speedup=1.5, rank_multiple=2, floor=0.0, ffn="low-rank")
     solved, probe, _, workload = solved_of(gqa_vlm, questions, options)
     table, costs = made_up(monkeypatch, tmp_path, gqa_vlm, solved, probe, workload, by_kind(10.0, 1.0))
     heads = decide(solved, costs, table.end_to_end, options)  # any factors take longer than a dense linear
@@ -254,7 +254,7 @@ def test_what_the_table_says_is_dear_goes(gqa_vlm, questions, monkeypatch, tmp_p
 
 
 def test_time_is_a_pass_and_steps(gqa_vlm, questions, monkeypatch, tmp_path):
-    options = CompressionOptions(speedup=1.5, rank_multiple=2)
+    options = CompressionOptions(speedup=1.5, rank_multiple=2, ffn="low-rank")
     solved, probe, _, workload = solved_of(gqa_vlm, questions, options)
     workload = dataclasses.replace(workload, answer_tokens=4)
 
@@ -274,7 +274,7 @@ def test_time_is_a_pass_and_steps(gqa_vlm, questions, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("fields", [{"allocation": "uniform"}, {"heads": "random"}])
 def test_nothing_is_taken_that_is_no_faster(gqa_vlm, questions, fields, monkeypatch, tmp_path):
-    options = CompressionOptions(speedup=1.0001, rank_multiple=2, **fields)
+    options = CompressionOptions(speedup=1.0001, rank_multiple=2, ffn="low-rank", **fields)
     solved, probe, _, workload = solved_of(gqa_vlm, questions, options)
     table, costs = made_up(monkeypatch, tmp_path, gqa_vlm, solved, probe, workload, lambda name, size: 1.0 + ("factors" in name))
     with pytest.raises(BudgetError, match=r"largest speed-up .* is 1, "):
@@ -290,7 +290,7 @@ def test_nothing_is_taken_that_is_no_faster(gqa_vlm, questions, fields, monkeypa
 
 
 def test_a_speed_up_out_of_reach_says_the_largest(gqa_vlm, questions, monkeypatch, tmp_path):
-    options = CompressionOptions(speedup=50, rank_multiple=2)
+    options = CompressionOptions(speedup=50, rank_multiple=2, ffn="low-rank")
     solved, probe, _, workload = solved_of(gqa_vlm, questions, options)
     table, costs = made_up(monkeypatch, tmp_path, gqa_vlm, solved, probe, workload, by_kind(0.5, 0.02), rest=3.0)
     with pytest.raises(BudgetError, match=r"speedup=50 is out of reach: the largest speed-up .* is \d") as caught:
@@ -365,7 +365,7 @@ def test_compress_for_a_speed_up(gqa_vlm, questions, monkeypatch, tmp_path):
     monkeypatch.setenv("INFOPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "REPEATS", 5)
     before = {name: p.clone() for name, p in gqa_vlm.model.named_parameters()}
-    result = compress(gqa_vlm, questions, speedup=1.0005, rank_multiple=2, in_place=True)
+    result = compress(gqa_vlm, questions, speedup=1.0005, rank_multiple=2, ffn="low-rank", in_place=True)
     assert all(torch.equal(p, before[name]) for name, p in gqa_vlm.model.named_parameters())
     report = result.as_dict()["speedup"]
     assert {"asked", "predicted", "measured", "dense_ms", "compressed_ms", "attempts", "kept"} == report.keys()
