@@ -21,6 +21,7 @@ SHARES = (0.5, 0.31)
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "low-rank": {"ffn": "low-rank"},
+    "width": {"ffn": "width"},
     "shrinkage 0": {"shrinkage": 0.0},
     "shrinkage 0.1": {"shrinkage": 0.1},
     "shrinkage 0.5": {"shrinkage": 0.5},

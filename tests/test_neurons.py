@@ -188,10 +188,13 @@ def test_repair_refits_narrowed_ffns(questions, centred):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "width"), ({"ks": 0.1, "flops": None}, "low-rank"), ({"structure": "separate"}, "low-rank"), ({"shrinkage": 0.0}, "low-rank"),
-     ({"allocation": "tolerance"}, "low-rank"), ({"layers": "block-influence"}, "low-rank"), ({"ffn": "none"}, "none")],
+    [({}, "low-rank"), ({"flops": 0.31}, "width"), ({"flops": None, "speedup": 4.0}, "width"),
+     ({"flops": None, "max_drop": 1.0}, "low-rank"),
+     ({"flops": 0.2, "ffn": "low-rank"}, "low-rank"), ({"ks": 0.1, "flops": None}, "low-rank"), ({"ffn": "none"}, "none"),
+     ({"structure": "separate", "flops": 0.2}, "low-rank"), ({"shrinkage": 0.0, "flops": 0.2}, "low-rank"),
+     ({"allocation": "tolerance", "flops": 0.2}, "low-rank"), ({"layers": "block-influence", "flops": 0.2}, "low-rank")],
 )  # fmt: skip
-def test_ffns_keep_fewer_neurons_unless_an_option_is_about_ranks(given, expected):
+def test_ffns_keep_fewer_neurons_under_small_budgets_unless_an_option_is_about_ranks(given, expected):
     assert CompressionOptions(**({"flops": 0.5} | given)).ffn == expected
 
 

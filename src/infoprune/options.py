@@ -18,10 +18,13 @@ from infoprune.data import Example
 from infoprune.errors import BudgetError, InfoPruneError
 from infoprune.plan import Compensation
 
-NONE, TRAINED, LOW_RANK, WIDTH, BLOCK_INFLUENCE = "none", "trained", "low-rank", "width", "block-influence"
+NONE, TRAINED, BLOCK_INFLUENCE = "none", "trained", "block-influence"
+LOW_RANK: Literal["low-rank"] = "low-rank"
+WIDTH: Literal["width"] = "width"
 RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.rank_rules`
 BUDGETS = ("flops", "speedup", "ks", "max_drop")
 SHRINKAGE = 0.3  # see ``benchmarks/selection.py``
+WIDTH_BELOW = 0.4  # between 0.5, where low rank loses less on validation questions of both kinds, and 0.31, where fewer neurons do
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -78,8 +81,8 @@ class CompressionOptions:
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
-        ffn: ``width`` (fewer neurons), ``low-rank`` (factorised linears) or ``none``; ``None``: ``width``, and ``low-rank`` where another
-            option is about ranks. See ``benchmarks/selection.py``.
+        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``low-rank``, but ``width`` where less than
+            :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks. See ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
@@ -139,8 +142,7 @@ class CompressionOptions:
                 "e.g. 0.1) and max_drop (points of accuracy, e.g. 0.5)."
             )
         if self.ffn is None:
-            of_ranks = (self.ks, self.structure, self.whitening, self.shrinkage, self.layers) != (None, "joint", "full", SHRINKAGE, NONE)
-            object.__setattr__(self, "ffn", LOW_RANK if of_ranks or self.allocation in RANK_RULES else WIDTH)
+            object.__setattr__(self, "ffn", self._usual_ffn())
         self._check_certificate()
         for name, value in (("flops", self.flops), ("ks", self.ks)):
             if value is not None and not 0 < value <= 1:
@@ -176,6 +178,11 @@ class CompressionOptions:
             raise InfoPruneError(f"shrinkage must be within 0 to 1, not {self.shrinkage}.")
         if self.top_k is not None and self.top_k < 2:
             raise InfoPruneError(f"top_k must be at least 2, not {self.top_k}: one token alone leaves nothing uncertain.")
+
+    def _usual_ffn(self) -> Literal["low-rank", "width"]:
+        plain = (self.structure, self.whitening, self.shrinkage, self.layers) == ("joint", "full", SHRINKAGE, NONE)
+        asked = self.flops if self.speedup is None else 1 / max(self.speedup, 1)
+        return WIDTH if plain and self.allocation not in RANK_RULES and asked is not None and asked < WIDTH_BELOW else LOW_RANK
 
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
