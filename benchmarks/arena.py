@@ -25,7 +25,6 @@ from infoprune.calibrate import Statistics
 from infoprune.decide import decide
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import attention_flops, ffn_flops, num_parameters, predicted_flops
-from infoprune.evaluation.runner import bytes_on_disk
 from infoprune.options import CompressionOptions, Needs
 from infoprune.packing import PackedBatch
 from infoprune.peers import PEERS
@@ -224,7 +223,7 @@ class Arena:
             )
             row["shifted"] = quality.comparison(other[0], other[index + 1], self.others)
             row |= {"flops_ratio": self.flops_ratio(small), "params": num_parameters(small.model)}
-            row["bytes_on_disk"] = bytes_on_disk(small)
+            row["bytes"] = sum(p.numel() * p.element_size() for p in small.model.parameters())  # as saved: tied weights once
             if index in timed:
                 row |= latency.speedups(times[0], times[1 + timed.index(index)])
             self.rows.append(row)

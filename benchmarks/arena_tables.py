@@ -74,7 +74,7 @@ def arena_cost(share: float = 0.5) -> str:
     for row in sorted(rows, key=lambda r: methods_of(rows, "model").index(r["method"])):
         seconds = row["seconds"]
         cells.append([
-            row["method"], f"{row['flops_ratio']:.3f}", f"{row['bytes_on_disk'] / 1e6:.0f} MB",
+            row["method"], f"{row['flops_ratio']:.3f}", f"{row['bytes'] / 1e6:.0f} MB",
             *(f"{row['speedup_' + part]:.2f}x" for part in ("vision", "prefill", "decode", "end_to_end")),
             f"{seconds['calibrate']:.0f} s", f"{seconds['decide'] + seconds['cut']:.0f} s",
         ])  # fmt: skip
