@@ -3,9 +3,10 @@
     python benchmarks/certificate.py --parts coverage
     python benchmarks/certificate.py --parts demo [--images 2500] [--test-questions 9673]
 
-*coverage*: 2,000 draws of scores with a known true drop; how often each bound is below it, and how often the whole procedure along a path
-certifies a plan that loses more than it may. *demo*: plans along one path are cut and scored on images of the training split that
-calibration does not see; the cheapest plan certified at 0.5, 1 and 2 points, and then its drop on the test split, which decides nothing.
+*coverage*: 2,000 draws of scores with a known true drop, of right and wrong answers and of scores in steps of .3; how often each bound is
+below it, and how often the whole procedure along a path certifies a plan that loses more than it may. *demo*: plans along one path are cut
+and scored on images of the training split that calibration does not see; the cheapest plan certified at 0.5, 1 and 2 points, and then its
+drop on the test split, which decides nothing.
 Every plan's answers are kept in ``benchmarks/work``, so that a stopped run goes on where it was; ``--fresh`` starts again.
 """
 
@@ -64,6 +65,11 @@ PATHS = {
 PATH_IMAGES = (602, 1500)  # the fewest that can certify half a point, and more
 
 
+# The same, where an answer that changes loses or gains .3, .6 or .9, as scores that weigh several people's answers do
+SOFT_SETTINGS = ((1000, (1, 1), 0.03, 0.02, 0.0), (602, (10, 10), 0.01, 0.002, 1.0), (400, (1, 12), 0.03, 0.01, 0.5))
+STEPS = (0.3, 0.6, 0.9)
+
+
 def outcomes(rng: np.random.Generator, sizes: np.ndarray, lost: float, won: float, together: float) -> np.ndarray:
     """(images,) sums of differences; expected mean over questions exactly ``lost`` - ``won``."""
     own_lost = rng.binomial(sizes, lost)
@@ -73,20 +79,30 @@ def outcomes(rng: np.random.Generator, sizes: np.ndarray, lost: float, won: floa
     return np.where(rng.random(len(sizes)) < together, whole, own).astype(float)
 
 
+def soft_outcomes(rng: np.random.Generator, sizes: np.ndarray, lost: float, won: float, together: float) -> np.ndarray:
+    """As :func:`outcomes`, with changes of :data:`STEPS`, each as likely; expected mean mean(STEPS) times ``lost`` - ``won``."""
+    own_lost = rng.binomial(sizes, lost)
+    even = np.full(len(STEPS), 1 / len(STEPS))
+    own = (rng.multinomial(own_lost, even) - rng.multinomial(rng.binomial(sizes - own_lost, won / (1 - lost)), even)) @ np.array(STEPS)
+    u = rng.random(len(sizes))
+    whole = np.where(u < lost, sizes, np.where(u < lost + won, -sizes, 0)) * rng.choice(STEPS, len(sizes))
+    return np.where(rng.random(len(sizes)) < together, whole, own)
+
+
 def rate(method: str, violations: int, draws: int, **fields: Any) -> dict[str, Any]:
     """A row: the share of draws that were violated, and the binomial standard error of a true share of 5%."""
     return {"method": method, "bound": method, "draws": draws, "violation_rate": violations / draws,
             "standard_error": math.sqrt((1 - CONFIDENCE) * CONFIDENCE / draws), **fields}  # fmt: skip
 
 
-def bound_rows(setting: tuple, draws: int, seed: int) -> list[dict[str, Any]]:
+def bound_rows(setting: tuple, draws: int, seed: int, *, soft: bool = False) -> list[dict[str, Any]]:
     images, (fewest, most), lost, won, together = setting
     rng = np.random.default_rng(seed)
     sizes = rng.integers(fewest, most + 1, images)
-    true = lost - won
+    draw_sums, true = (soft_outcomes, float(np.mean(STEPS)) * (lost - won)) if soft else (outcomes, lost - won)
     below = dict.fromkeys(("betting", "betting, with a target", "empirical-bernstein", "bootstrap"), 0)
     for draw in range(draws):
-        data = ByImage(outcomes(rng, sizes, lost, won, together), sizes.astype(float))
+        data = ByImage(draw_sums(rng, sizes, lost, won, together), sizes.astype(float))
         needed = -math.log(1 - CONFIDENCE)
         below["betting"] += betting_evidence(data, true, CONFIDENCE) >= needed
         below["betting, with a target"] += betting_evidence(data, true, CONFIDENCE, target=true) >= needed
@@ -98,6 +114,7 @@ def bound_rows(setting: tuple, draws: int, seed: int) -> list[dict[str, Any]]:
         "true_drop": 100 * true,
         "changed": 100 * (lost + won),
         "together": together,
+        "soft": soft,
     }
     return [rate(name, int(count), draws, **told) for name, count in below.items()]
 
@@ -128,9 +145,10 @@ def path_rows(draws: int, seed: int, images: int, per_image: int = 10, max_drop:
 
 def coverage(draws: int) -> list[dict[str, Any]]:
     rows = []
-    for number, setting in enumerate(SETTINGS):
-        rows += bound_rows(setting, draws, seed=number)
-        log(f"{setting}: " + ", ".join(f"{row['bound']} {100 * row['violation_rate']:.2f}%" for row in rows[-4:]))
+    for number, setting in enumerate(SETTINGS + SOFT_SETTINGS):
+        soft = number >= len(SETTINGS)
+        rows += bound_rows(setting, draws, seed=number, soft=soft)
+        log(f"{setting}{', soft' if soft else ''}: " + ", ".join(f"{row['bound']} {100 * row['violation_rate']:.2f}%" for row in rows[-4:]))
     for images in PATH_IMAGES:
         rows += path_rows(draws, 100, images)
     for row in rows[-2 * len(PATHS) * len(PATH_IMAGES) :]:
@@ -171,8 +189,8 @@ class Kept:
         aside.rename(WORK / f"{name}.json")
 
 
-def answered(quality: Quality) -> list[int]:
-    return quality.correct.astype(int).tolist()
+def answered(quality: Quality) -> list[float]:
+    return quality.scores.astype(float).tolist()
 
 
 def scored_plan(vlm, path: PlannedPath, index: int, split: CertificationSplit, test, kept: Kept) -> dict[str, Any]:
@@ -186,7 +204,7 @@ def scored_plan(vlm, path: PlannedPath, index: int, split: CertificationSplit, t
         log(f"{path.shares[index]:g}: cut in {seconds:.0f} s")
         scored = score_plan(path, cut, index, split)
         log(f"{path.shares[index]:g}: scored {len(split.certification)} certification questions")
-        found = {"plan": digest, "correct": scored.correct.astype(int).tolist(), "kl_nats": scored.kl_nats,
+        found = {"plan": digest, "scores": scored.scores.tolist(), "kl_nats": scored.kl_nats,
                  "flops": scored.flops.as_dict(), "params": scored.parameters, "seconds_to_cut": seconds,
                  "test": answered(score([cut], test)[0])}  # fmt: skip
         kept.put(name, found)
@@ -201,28 +219,28 @@ def demo(args: argparse.Namespace) -> list[dict[str, Any]]:
     for limit in args.limits:
         check_enough(split.sizes, CompressionOptions(max_drop=limit), Logged())
     told = {"images": args.images, "test": len(test), "examples": args.examples, "questions": len(split.certification)}
-    kept = Kept(told | {"library": infoprune.__version__}, args.fresh)
+    kept = Kept(told | {"library": infoprune.__version__, "kept": "scores"}, args.fresh)
     dense = kept.get("dense")
     if dense is None:
-        dense = {"correct": answered(score([vlm], split.certification)[0]), "test": answered(score([vlm], test)[0])}
+        dense = {"scores": answered(score([vlm], split.certification)[0]), "test": answered(score([vlm], test)[0])}
         kept.put("dense", dense)
         log("scored the dense model")
     path = plan_path(vlm, split.calibration, "easy-vqa:train", options, Clock(), Logged())
-    right, right_test = (np.array(dense[key], dtype=bool) for key in ("correct", "test"))
+    right, right_test = (np.array(dense[key], dtype=float) for key in ("scores", "test"))
     rows: list[dict[str, Any]] = []
     steps: list[PathStep] = []
     p_values: dict[float, list[float]] = {limit: [] for limit in args.limits}
     for index, share in enumerate(path.shares):
         found = scored_plan(vlm, path, index, split, test, kept)
         flops = Flops(**{name: value for name, value in found["flops"].items() if name != "total"})
-        scored = Scored(np.array(found["correct"], dtype=bool), found["kl_nats"], flops, found["params"])
+        scored = Scored(np.array(found["scores"], dtype=float), found["kl_nats"], flops, found["params"])
         judged = {limit: judge(right, scored, split, limit, CONFIDENCE) for limit in args.limits}
         for limit, measured in judged.items():
             p_values[limit].append(measured.p_value)
         last = judged[args.limits[-1]]
         predicted = path.decisions[index].predicted_loss
         steps.append(PathStep(share=share, plan=found["plan"], predicted_loss_nats=predicted, measured=last))
-        test_answers = Quality(np.array(found["test"], dtype=bool))
+        test_answers = Quality(np.array(found["test"], dtype=float))
         test_drop, test_interval = paired_drop(Quality(right_test), test_answers, test)
         rows.append({
             "part": "path", "method": "infoprune", "scope": "model", "recovered": False, "seed": 0, "budget": share,

@@ -130,7 +130,8 @@ def test_what_is_needed_is_told_first():
     [
         {"flops": 0.5}, {"max_drop": 0}, {"max_drop": 100}, {"confidence": 1.0}, {"confidence": 0.3}, {"shares": ()},
         {"shares": (0.5, 0.6)}, {"shares": (1.2, 0.6)}, {"certify_images": 0}, {"certify_per_image": 0}, {"heads": "trained"},
-        {"max_drop": None, "flops": 0.5, "certify": "easy-vqa"},
+        {"max_drop": None, "flops": 0.5, "certify": "easy-vqa"}, {"max_drop": None, "flops": 0.5, "certify_metric": "exact"},
+        {"certify_metric": "vqa"},
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(fields):
@@ -179,14 +180,14 @@ def test_the_path_stops_at_the_first_failure(taught, many, monkeypatch, tmp_path
     """With scores of our own: two plans pass, the third fails, the fourth is never cut."""
     lost = iter([0, 0, 40, 0])
 
-    def scored(path, cut, index, split, progress):
+    def scored(path, cut, index, split, progress, folder):
         correct = np.ones(len(split.certification), dtype=bool)
         correct[: next(lost)] = False
         return certification_path.Scored(correct, 0.1 * index, path.dense_flops, 1)
 
     monkeypatch.setattr(certification_run, "score_plan", scored)
-    right = [Quality(np.ones(len(split_data(many, options()).certification), dtype=bool))]
-    monkeypatch.setattr(certification_run, "score", lambda *args, **kwargs: right)
+    right = np.ones(len(split_data(many, options()).certification))
+    monkeypatch.setattr(certification_run, "score_dense", lambda *args, **kwargs: right)
     shares = (0.9, 0.85, 0.8, 0.7)
     result = infoprune.compress(taught, many, **(LOOSE | {"shares": shares}))
     steps = result.certificate.path
@@ -197,12 +198,12 @@ def test_the_path_stops_at_the_first_failure(taught, many, monkeypatch, tmp_path
 
 
 def test_nothing_passes(taught, many, monkeypatch):
-    def scored(path, cut, index, split, progress):
+    def scored(path, cut, index, split, progress, folder):
         return certification_path.Scored(np.zeros(len(split.certification), dtype=bool), 1.0, path.dense_flops, 1)
 
     monkeypatch.setattr(certification_run, "score_plan", scored)
-    right = [Quality(np.ones(len(split_data(many, options()).certification), dtype=bool))]
-    monkeypatch.setattr(certification_run, "score", lambda *args, **kwargs: right)
+    right = np.ones(len(split_data(many, options()).certification))
+    monkeypatch.setattr(certification_run, "score_dense", lambda *args, **kwargs: right)
     with pytest.raises(CertificateError, match=r"Even the mildest plan, 0\.9 of the FLOPs"):
         infoprune.compress(taught, many, **LOOSE)
 
@@ -211,11 +212,11 @@ def test_an_interrupted_run_goes_on_where_it_was(taught, many, certified, monkey
     whole = certified
     real, calls = certification_run.score_plan, []
 
-    def interrupted(path, cut, index, split, progress):
+    def interrupted(path, cut, index, split, progress, folder):
         calls.append(index)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(path, cut, index, split, progress)
+        return real(path, cut, index, split, progress, folder=folder)
 
     monkeypatch.setattr(certification_run, "score_plan", interrupted)
     work = tmp_path / "small.work"

@@ -69,11 +69,14 @@ def test_certified_compression_and_a_report(checkpoint, jsonl, tmp_path):
     refused = run("compress", checkpoint, "--data", jsonl, "--max-drop", 0.5, "-o", out, status=2).stderr
     assert "at least 602 images" in refused
     assert "calibrating" not in refused  # told before any work
+    refused = run("compress", checkpoint, "--data", jsonl, "--max-drop", 60, "--certify-metric", "official", "-o", out, status=2).stderr
+    assert "no metric 'official' for own" in refused
     told = run("compress", checkpoint, "--data", jsonl, "--max-drop", 60, "--share", 0.9, "--share", 0.7, "--rank-multiple", 2, "-o", out)
     assert "certifying a drop of at most 60 points" in told.stderr
     assert "With 95% confidence" in told.stdout
     certificate = json.loads((out / "certificate.json").read_text())
     assert [step["share"] for step in certificate["path"]] == [0.9, 0.7]
+    assert certificate["metric"] == "exact" and "{question}" in certificate["prompt"]
     assert "With 95% confidence" in (out / "README.md").read_text()
     assert "With 95% confidence" in run("plan", "show", out).stdout
     assert not (tmp_path / "small.work").exists()

@@ -16,6 +16,7 @@ from infoprune.criteria.neurons import RANKINGS as NEURONS
 from infoprune.criteria.neurons import TAYLOR as NEURON_TAYLOR
 from infoprune.data import Example
 from infoprune.errors import BudgetError, InfoPruneError
+from infoprune.evaluation.metrics import EXACT, MODES
 from infoprune.plan import Compensation
 
 NONE, TRAINED, BLOCK_INFLUENCE = "none", "trained", "block-influence"
@@ -23,6 +24,7 @@ LOW_RANK: Literal["low-rank"] = "low-rank"
 WIDTH: Literal["width"] = "width"
 RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.rank_rules`
 BUDGETS = ("flops", "speedup", "ks", "max_drop")
+CERTIFY_METRICS = (EXACT, *MODES)
 SHRINKAGE = 0.3  # see ``benchmarks/selection.py``
 WIDTH_BELOW = 0.4  # between 0.5, where low rank loses less on validation questions of both kinds, and 0.31, where fewer neurons do
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
@@ -78,6 +80,9 @@ class CompressionOptions:
             source as a plan that ought to pass needs.
         certify_per_image: Questions on one image to certify on at most, drawn at random; ``None``: so many that images with more
             than others cost little (:func:`infoprune.certification.data.most_per_image`).
+        certify_metric: The score whose drop is certified: ``exact`` (match with the reference answer, teacher-forced), or ``official`` or
+            ``lmms-eval`` (generated answers, judged as :func:`infoprune.evaluation.metrics.metric_for` has it); ``None``: ``official``
+            where the data to certify on are a benchmark, else ``exact``.
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
@@ -111,6 +116,7 @@ class CompressionOptions:
     certify: str | Sequence[Example] | None = None
     certify_images: int | None = None
     certify_per_image: int | None = None
+    certify_metric: str | None = None
     shares: tuple[float, ...] = SHARES
     heads: str = INFORMATION_LOSS
     ffn: Literal["low-rank", "width", "none"] | None = None
@@ -210,14 +216,17 @@ class CompressionOptions:
         falling = all(a > b for a, b in zip(self.shares, self.shares[1:], strict=False))
         if not self.shares or not falling or not all(0 < share <= 1 for share in self.shares):
             raise BudgetError("shares must fall from mild to aggressive and lie within 0 to 1, e.g. 0.8, 0.6, 0.5.")
-        if self.max_drop is None and (self.certify is not None or self.certify_images or self.certify_per_image):
-            raise BudgetError("certify, certify_images and certify_per_image need max_drop: what is to be certified?")
+        if self.certify_metric not in (None, *CERTIFY_METRICS):
+            raise BudgetError(f"Unknown certify_metric '{self.certify_metric}'. Known: {', '.join(CERTIFY_METRICS)}.")
+        if self.max_drop is None and (self.certify is not None or self.certify_images or self.certify_per_image or self.certify_metric):
+            raise BudgetError("certify, certify_images, certify_per_image and certify_metric need max_drop: what is to be certified?")
         if self.max_drop is not None and self.heads == TRAINED:
             raise BudgetError(UNTRAINED)
 
     def at(self, share: float) -> CompressionOptions:
         """The same with a FLOPs share as the budget, and nothing to certify."""
-        return replace(self, flops=share, speedup=None, ks=None, max_drop=None, certify=None, certify_images=None, certify_per_image=None)
+        budget = dict.fromkeys((*BUDGETS, "certify", "certify_images", "certify_per_image", "certify_metric"))
+        return replace(self, **(budget | {"flops": share}))
 
     @property
     def budget(self) -> dict[str, float]:

@@ -141,11 +141,13 @@ def calibration_record(data: str | Sequence[Example], examples: Sequence[Example
     )  # fmt: skip
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-    """Digest of what was asked about which images (by file name), for the record."""
+def fingerprint(examples: Sequence[Example], *, people: bool = False) -> str:
+    """Digest of what was asked about which images (by file name), for the record; ``people``: and of all that people answered."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.image.name}\0{example.prompt or example.question}\0{example.answer}\n".encode())
+        if people:
+            digest.update(repr(example.answers).encode())
     return digest.hexdigest()[:16]
 
 

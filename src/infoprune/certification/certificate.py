@@ -6,18 +6,20 @@ import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from scipy.stats import spearmanr
 
 from infoprune.errors import CheckpointError
 from infoprune.evaluation.certify import Bounds
+from infoprune.evaluation.metrics import EXACT, METRICS
 from infoprune.plan import CompressionPlan
 
-CERTIFICATE_VERSION = 1
+CERTIFICATE_VERSION = 2
 FILE = "certificate.json"
 SCORE = "exact match of the greedy answer, teacher-forced"
+GENERATED = "mean score of the generated greedy answer"
 ASSUMPTIONS = (
     "Images of the certification data are independent of each other; questions on one image may depend on each other in any way.",
     "The bounded drop is the expected one over images with as many questions as these have, each drawn question counting the same.",
@@ -53,7 +55,7 @@ class Measured(_Strict):
     """Scores of one plan on the certification data.
 
     Attributes:
-        accuracy: Percent.
+        accuracy: Mean score in percent.
         drop_points, drop_ci95: Dense minus compressed, with a paired two-sided bootstrap interval, in points.
         drop_bounds: One-sided upper bounds in points, at the certificate's confidence.
         p_value: Of the hypothesis that the drop is ``max_drop_points`` or more.
@@ -100,10 +102,14 @@ class Certificate(_Strict):
     """What is certified of the model in this folder, and how.
 
     Attributes:
-        version, library: Of the format and of infoprune.
+        version, library: Of the format and of infoprune. The first version knew exact match only, and says nothing of prompt and precision.
         max_drop_points, confidence: What was asked for.
         method: The bound that decided, and the procedure along the path.
         score: What the accuracy is.
+        metric: What judges answers, of :data:`infoprune.evaluation.metrics.METRICS`.
+        prompt: As the first question was put, with ``{question}`` in the place of the question.
+        precision: That both models computed in.
+        max_new_tokens: Longest generated answer; ``None`` where answers are not generated but scored.
         plan: Digest of the plan that passed.
         dense_accuracy: Percent, on the same questions.
         data: Certification data.
@@ -112,18 +118,33 @@ class Certificate(_Strict):
         assumptions: Without these the certificate does not hold.
     """
 
-    version: Literal[1] = CERTIFICATE_VERSION
+    version: Literal[1, 2] = CERTIFICATE_VERSION
     library: str
     max_drop_points: float = Field(gt=0)
     confidence: float = Field(gt=0, lt=1)
     method: str = "betting bound, fixed-sequence testing"
     score: str = SCORE
+    metric: str = EXACT
+    prompt: str | None = None
+    precision: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")] | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1)
     plan: str
     dense_accuracy: float
     data: CertificationData
     path: tuple[PathStep, ...]
     rank_correlation: float | None = None
     assumptions: tuple[str, ...] = ASSUMPTIONS
+
+    @model_validator(mode="after")
+    def _check(self) -> Certificate:
+        if self.metric not in METRICS:
+            raise ValueError(f"there is no metric '{self.metric}'")
+        told = (self.prompt is not None, self.precision is not None, self.max_new_tokens is not None)
+        if told != ((False, False, False) if self.version == 1 else (True, True, self.metric != EXACT)):
+            raise ValueError("prompt and precision must be told, and max_new_tokens where answers are generated")
+        if self.version == 1 and self.metric != EXACT:
+            raise ValueError(f"the first version knows no metric but '{EXACT}'")
+        return self
 
     @property
     def step(self) -> PathStep:
@@ -136,9 +157,19 @@ class Certificate(_Strict):
         measured = self.step.measured
         assert measured is not None
         return (
-            f"With {100 * self.confidence:g}% confidence the accuracy is at most {self.max_drop_points:g} points below the dense model's; "
-            f"measured: {measured.drop_points:+.2f} points on {self.data.num_questions:,} questions about {self.data.num_images:,} images."
+            f"With {100 * self.confidence:g}% confidence the accuracy ({self.metric}) is at most {self.max_drop_points:g} points below the "
+            f"dense model's; measured: {measured.drop_points:+.2f} points on {self.data.num_questions:,} questions about "
+            f"{self.data.num_images:,} images{self._asked}."
         )
+
+    @property
+    def _asked(self) -> str:
+        """How answers came about, if that is known; the prompt as a span of code, which no text from elsewhere can end."""
+        if self.prompt is None:
+            return ""
+        prompt = json.dumps(self.prompt, ensure_ascii=False).replace("`", r"\u0060")
+        answers = "answers scored" if self.max_new_tokens is None else f"answers of at most {self.max_new_tokens} tokens generated"
+        return f"; {answers} in {self.precision} for the prompt `{prompt}`"
 
     def to_json(self) -> str:
         """Readable JSON, stable order."""

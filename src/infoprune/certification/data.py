@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from infoprune.data import Example, load_examples, subset
+from infoprune.data import Example, load_examples, parse_spec, subset
 from infoprune.errors import CertificateError
 from infoprune.evaluation.certify import by_image
+from infoprune.evaluation.metrics import EXACT, counted_only, metric_for, score_answers
 from infoprune.evaluation.sample_size import Expectation, images_needed, least_images, perfect_evidence
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT, Progress
@@ -30,11 +31,13 @@ class CertificationSplit:
         calibration: What plans are decided on.
         certification: What they are scored on, image by image.
         images: Identity of the image of each certification question, by content.
+        metric: What its answers are judged by, of :data:`infoprune.evaluation.metrics.METRICS`; ``exact`` is scored teacher-forced.
     """
 
     calibration: list[Example]
     certification: list[Example]
     images: list[str]
+    metric: str = EXACT
 
     @property
     def sizes(self) -> np.ndarray:
@@ -48,10 +51,13 @@ def split_data(data: str | Sequence[Example], options: CompressionOptions, progr
     Images are told apart by what is in the files, not by their names. Without data of its own, certification leaves calibration at
     most a quarter of the images. Of each image at most so many questions are drawn as :func:`most_per_image` or the options say.
 
+    Questions that the metric does not count are left out.
+
     Raises:
-        DataError: Unreadable data.
+        DataError: Unreadable data, or data that the metric can't judge.
         CertificateError: Nothing is left to certify on.
     """
+    metric = _metric(data, options)
     pool = example_pool(data, progress, skip_bad=options.skip_bad)
     if options.certify is None:
         pool, rest = _quarter(pool, options)
@@ -59,6 +65,9 @@ def split_data(data: str | Sequence[Example], options: CompressionOptions, progr
         rest = load_examples(options.certify, default_split="validation", skip_bad=options.skip_bad, notify=progress.note)
     else:
         rest = list(options.certify)
+    asked, rest = len(rest), counted_only(rest, metric)
+    if asked > len(rest):
+        progress.note(f"left out {asked - len(rest):,} questions to certify on that {metric} does not count")
     calibration = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
     seen = {_content(path) for path in {example.image for example in calibration}}
     groups: dict[str, list[Example]] = {}
@@ -74,9 +83,16 @@ def split_data(data: str | Sequence[Example], options: CompressionOptions, progr
         raise CertificateError("There is no image to certify on that calibration does not see. Give other data with --certify.")
     assert options.max_drop is not None
     chosen = _drawn(groups, options)
-    return CertificationSplit(
-        calibration, [example for image in chosen for example in groups[image]], [image for image in chosen for _ in groups[image]]
-    )
+    certification = [example for image in chosen for example in groups[image]]
+    if metric != EXACT:
+        score_answers([""] * len(certification), certification, metric)  # refuses what it can't judge before any work is done
+    return CertificationSplit(calibration, certification, [image for image in chosen for _ in groups[image]], metric)
+
+
+def _metric(data: str | Sequence[Example], options: CompressionOptions) -> str:
+    """The metric of the data to certify on; examples in memory are of no benchmark that is known."""
+    source = data if options.certify is None else options.certify
+    return metric_for(parse_spec(source).name if isinstance(source, str) else "examples", options.certify_metric)
 
 
 def _quarter(pool: list[Example], options: CompressionOptions) -> tuple[list[Example], list[Example]]:

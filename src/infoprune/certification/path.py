@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from infoprune.decide import Decisions, decide
 from infoprune.errors import BudgetError
 from infoprune.evaluation.certify import by_image, p_value, upper_bounds
 from infoprune.evaluation.cost import Flops, Workload, num_parameters
+from infoprune.evaluation.generation import MAX_NEW_TOKENS, generate_answers
+from infoprune.evaluation.metrics import EXACT, score_answers
 from infoprune.evaluation.quality import Quality, paired_drop, score
+from infoprune.evaluation.record import weights_digest
 from infoprune.model import VLM
 from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch
@@ -94,24 +98,45 @@ def plan_path(
 
 @dataclass(frozen=True)
 class Scored:
-    """One plan on the certification data: (questions,) answered correctly, KL per answer token, and the cut model's cost."""
+    """One plan on the certification data: (questions,) scores within 0 to 1, KL per answer token, and the cut model's cost."""
 
-    correct: np.ndarray
+    scores: np.ndarray
     kl_nats: float
     flops: Flops
     parameters: int
 
 
-def score_plan(path: PlannedPath, cut: VLM, index: int, split: CertificationSplit, progress: Progress = SILENT) -> Scored:
-    """Accuracy on all certification questions, KL on those about the first ``KL_IMAGES`` images."""
+def score_plan(
+    path: PlannedPath, cut: VLM, index: int, split: CertificationSplit, progress: Progress = SILENT, *, folder: Path | None = None
+) -> Scored:
+    """Scores of all certification questions, KL on those about the first ``KL_IMAGES`` images.
+
+    Generated answers are kept in ``folder``, under the digest of the weights that gave them: a cut that differs in its last bits asks anew.
+    """
     flops = checked_flops(cut, path.plans[index], path.probe, path.workload, path.dense_flops)
     count = kl_questions(split)
     first = score([path.vlm, cut], split.certification[:count], progress=progress)[1]
-    correct = [first.correct]
-    if count < len(split.certification):
-        correct.append(score([cut], split.certification[count:], progress=progress)[0].correct)
     assert first.kl_nats is not None
-    return Scored(np.concatenate(correct), first.kl_nats, flops, num_parameters(cut.model))
+    if split.metric != EXACT:
+        record = None if folder is None else folder / f"answers-{index:02d}-{weights_digest(cut.model)}.jsonl"
+        scores = judged_answers(cut, split, record, progress)
+    else:
+        rest = split.certification[count:]
+        scores = np.concatenate([first.scores, *(q.scores for q in (score([cut], rest, progress=progress) if rest else []))])
+    return Scored(scores.astype(float), first.kl_nats, flops, num_parameters(cut.model))
+
+
+def score_dense(vlm: VLM, split: CertificationSplit, progress: Progress = SILENT, *, folder: Path | None = None) -> np.ndarray:
+    """(questions,) scores of the model itself, by the metric of ``split``."""
+    if split.metric != EXACT:
+        return judged_answers(vlm, split, None if folder is None else folder / "answers-dense.jsonl", progress)
+    return score([vlm], split.certification, progress=progress)[0].scores.astype(float)
+
+
+def judged_answers(vlm: VLM, split: CertificationSplit, record: Path | None, progress: Progress) -> np.ndarray:
+    """(questions,) scores of greedy answers; an interrupted run goes on from its ``record``."""
+    answers = generate_answers(vlm, split.certification, max_new_tokens=MAX_NEW_TOKENS, record=record, progress=progress)
+    return score_answers(answers, split.certification, split.metric).per_example
 
 
 def kl_questions(split: CertificationSplit) -> int:
@@ -122,11 +147,11 @@ def kl_questions(split: CertificationSplit) -> int:
 
 def judge(dense: np.ndarray, scored: Scored, split: CertificationSplit, max_drop: float, confidence: float) -> Measured:
     """Bounds and test of one plan; ``max_drop`` in points."""
-    data = by_image(dense.astype(float) - scored.correct, split.images)
-    drop, interval = paired_drop(Quality(dense), Quality(scored.correct), split.certification, images=split.images)
+    data = by_image(dense - scored.scores, split.images)
+    drop, interval = paired_drop(Quality(dense), Quality(scored.scores), split.certification, images=split.images)
     p = p_value(data, max_drop / 100, confidence)
     return Measured(
-        accuracy=100 * float(scored.correct.mean()), drop_points=drop, drop_ci95=interval,
+        accuracy=100 * float(scored.scores.mean()), drop_points=drop, drop_ci95=interval,
         drop_bounds=upper_bounds(data, confidence, target=max_drop / 100).points(), p_value=p, kl_nats=scored.kl_nats,
         certified=p <= 1 - confidence,
     )  # fmt: skip

@@ -7,6 +7,7 @@ All plans are decided from calibration data before anything is scored, so that t
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,24 @@ from typing import Any
 import numpy as np
 
 from infoprune._version import __version__
-from infoprune.certification.certificate import Certificate, CertificationData, Measured, PathStep, plan_digest, rank_correlation
+from infoprune.certification.certificate import (
+    GENERATED,
+    SCORE,
+    Certificate,
+    CertificationData,
+    Measured,
+    PathStep,
+    plan_digest,
+    rank_correlation,
+)
 from infoprune.certification.data import CertificationSplit, check_enough, split_data
-from infoprune.certification.path import PlannedPath, Scored, judge, kl_questions, plan_path, score_plan
+from infoprune.certification.path import PlannedPath, Scored, judge, kl_questions, plan_path, score_dense, score_plan
 from infoprune.checkpoint import save
 from infoprune.data import Example
 from infoprune.errors import CertificateError, CheckpointError
 from infoprune.evaluation.cost import Flops, num_parameters
-from infoprune.evaluation.quality import score
+from infoprune.evaluation.generation import MAX_NEW_TOKENS
+from infoprune.evaluation.metrics import EXACT
 from infoprune.memory import release_memory
 from infoprune.model import VLM, load
 from infoprune.options import CompressionOptions
@@ -54,7 +65,7 @@ def compress_certified(
         path = plan_path(vlm, split.calibration, data if isinstance(data, str) else "examples", options, clock, progress)
         dense = place.dense()
         if dense is None:
-            dense = score([vlm], split.certification, progress=progress)[0].correct
+            dense = score_dense(vlm, split, progress, folder=folder)
             place.keep_dense(dense)
         steps, scores = _walk(path, dense, split, place, progress)
         passed = sum(step.measured is not None and step.measured.certified for step in steps) - 1
@@ -63,7 +74,7 @@ def compress_certified(
             raise CertificateError(_none_passed(path.shares[0], steps[0], options))
         target = place.model(vlm, path.plans[passed]) or path.cut(passed, progress)
         clock.lap("certify")
-    certificate = _certificate(steps, steps[passed].plan, dense, split, path.record, options)
+    certificate = _certificate(vlm, steps, steps[passed].plan, dense, split, path.record, options)
     return Compressed(
         target, path.dense_flops, scores[passed].flops, path.workload, path.decisions[passed].predicted_loss, num_parameters(vlm.model),
         scores[passed].parameters, clock.laps, path.probe, certificate=certificate,
@@ -85,7 +96,7 @@ def _walk(
         scored, cut = place.scored(index, step.plan), None
         if scored is None:
             cut = path.cut(index, progress)
-            scored = score_plan(path, cut, index, split, progress)
+            scored = score_plan(path, cut, index, split, progress, folder=place.folder)
         measured = judge(dense, scored, split, options.max_drop, options.confidence)
         if cut is not None:
             place.keep(index, step.plan, scored, replace(cut, plan=path.plans[index]) if measured.certified else None)
@@ -120,7 +131,7 @@ def _none_passed(share: float, step: PathStep, options: CompressionOptions) -> s
 
 
 def _certificate(
-    steps: Sequence[PathStep], plan: str, dense: np.ndarray, split: CertificationSplit, record: CalibrationRecord,
+    vlm: VLM, steps: Sequence[PathStep], plan: str, dense: np.ndarray, split: CertificationSplit, record: CalibrationRecord,
     options: CompressionOptions,
 ) -> Certificate:  # fmt: skip
     assert options.max_drop is not None
@@ -132,11 +143,13 @@ def _certificate(
         library=__version__,
         max_drop_points=options.max_drop,
         confidence=options.confidence,
+        score=SCORE if split.metric == EXACT else GENERATED,
         plan=plan,
+        **_asked(vlm, split),
         dense_accuracy=100 * float(dense.mean()),
         data=CertificationData(
             source=source,
-            fingerprint=fingerprint(split.certification),
+            fingerprint=fingerprint(split.certification, people=split.metric != EXACT),
             calibration=record.fingerprint,
             num_questions=len(split.certification),
             num_images=len(split.sizes),
@@ -146,6 +159,18 @@ def _certificate(
         path=tuple(steps),
         rank_correlation=rank_correlation(tuple(steps)),
     )
+
+
+def _asked(vlm: VLM, split: CertificationSplit) -> dict[str, Any]:
+    """How answers came about and are judged: what may not differ between the models that are compared, nor within an interrupted run."""
+    first = split.certification[0]
+    put = first.prompt and re.sub(re.escape(first.question), "{question}", first.prompt, count=1, flags=re.IGNORECASE)
+    return {
+        "metric": split.metric,
+        "prompt": vlm.encoder.prompt_of(replace(first, question="{question}", prompt=put)),
+        "precision": str(vlm.model.dtype).removeprefix("torch."),
+        "max_new_tokens": None if split.metric == EXACT else MAX_NEW_TOKENS,
+    }
 
 
 # --- what is kept meanwhile --------------------------------------------------------------------------------------------------------
@@ -160,27 +185,27 @@ def _workplace(vlm: VLM, split: CertificationSplit, options: CompressionOptions,
         return
     told = {
         "model": vlm.model_id,
-        "prompt": vlm.encoder.prompt("{question}"),
         "calibration": fingerprint(split.calibration),
-        "certification": fingerprint(split.certification),
+        "certification": fingerprint(split.certification, people=split.metric != EXACT),
+        "certify_metric": split.metric,
     }
     settings = {key: value for key, value in asdict(replace(options, certify=None)).items() if key != "certify"}
-    WorkFolder(work).claim(told | settings | {"library": __version__})
+    WorkFolder(work).claim(settings | told | _asked(vlm, split) | {"library": __version__})
     yield work
 
 
 @dataclass(frozen=True)
 class _Workplace:
-    """Files of one run: answers of the dense model, of each plan, and the last plan that passed as a checkpoint."""
+    """Files of one run: scores and answers of the dense model, of each plan, and the last plan that passed as a checkpoint."""
 
     folder: Path
 
     def dense(self) -> np.ndarray | None:
         found = self._read("dense")
-        return None if found is None else np.array(found["correct"], dtype=bool)
+        return None if found is None else np.array(found["scores"], dtype=float)
 
-    def keep_dense(self, correct: np.ndarray) -> None:
-        self._write("dense", {"correct": correct.astype(int).tolist()})
+    def keep_dense(self, scores: np.ndarray) -> None:
+        self._write("dense", {"scores": scores.tolist()})
 
     def scored(self, index: int, plan: str) -> Scored | None:
         """What an interrupted run found of the plan with this digest."""
@@ -188,14 +213,14 @@ class _Workplace:
         if found is None or found["plan"] != plan:
             return None
         flops = Flops(**{name: value for name, value in found["flops"].items() if name != "total"})
-        return Scored(np.array(found["correct"], dtype=bool), found["kl_nats"], flops, found["parameters"])
+        return Scored(np.array(found["scores"], dtype=float), found["kl_nats"], flops, found["parameters"])
 
     def keep(self, index: int, plan: str, scored: Scored, passed: VLM | None) -> None:
         if passed is not None:
             save(passed, self.folder / "passed", overwrite=True)
         self._write(f"plan-{index:02d}", {
             "plan": plan, "kl_nats": scored.kl_nats, "parameters": scored.parameters, "flops": scored.flops.as_dict(),
-            "correct": scored.correct.astype(int).tolist(),
+            "scores": scored.scores.tolist(),
         })  # fmt: skip
 
     def model(self, vlm: VLM, plan: CompressionPlan) -> VLM | None:

@@ -43,6 +43,9 @@ def compress(
     certify: Annotated[Optional[str], typer.Option(help="Data to certify on (default: images of --data kept out of calibration).")] = None,
     certify_images: Annotated[Optional[int], typer.Option(help="Images to certify on at most.")] = None,
     certify_per_image: Annotated[Optional[int], typer.Option(help="Questions on one image to certify on at most.")] = None,
+    certify_metric: Annotated[
+        Optional[str], typer.Option(help="exact, official or lmms-eval: what may drop (default: official for benchmarks, else exact).")
+    ] = None,
     share: Annotated[
         Optional[list[float]], typer.Option(help="FLOPs shares to try with --max-drop, from mild to aggressive; repeatable.")
     ] = None,
@@ -119,6 +122,7 @@ def compress(
     given: dict[str, Any] = {
         "model": model, "data": data, "output": output, "flops": flops, "speedup": speedup, "ks": ks, "max_drop": max_drop,
         "confidence": confidence, "certify": certify, "certify_images": certify_images, "certify_per_image": certify_per_image,
+        "certify_metric": certify_metric,
         "shares": tuple(share) if share else None, "heads": heads, "ffn": ffn, "neurons": neurons, "layers": layers,
         "towers": tuple(towers) if towers else None, "ffn_metric": ffn_metric, "structure": structure, "weighting": weighting,
         "method": method, "compensate": compensate, "centred": centred, "whitening": whitening, "shrinkage": shrinkage,
@@ -164,7 +168,7 @@ def compress(
         return
     console.print(_summary(report))
     if result.certificate is not None:
-        console.print(f"[bold]{result.certificate.statement}[/]", highlight=False)
+        console.print(result.certificate.statement, style="bold", markup=False, highlight=False)
     console.print(f"Saved to [bold]{target}[/]. It loads with `import infoprune` and AutoModelForImageTextToText.from_pretrained.")
 
 

@@ -46,7 +46,7 @@ def show(
         table.add_row(path, kept)
     console.print(table)
     if (certificate := Certificate.read(plan) if plan.is_dir() else None) is not None:
-        console.print(f"Certificate: {certificate.statement}", highlight=False)
+        console.print(f"Certificate: {certificate.statement}", markup=False, highlight=False)
 
 
 def apply(

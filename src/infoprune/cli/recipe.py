@@ -47,7 +47,7 @@ def _kinds(key: str, default: Any) -> tuple[type, ...]:
         return (int, float)
     if key in ("certify_images", "certify_per_image", "top_k"):
         return (int,)
-    if key in ("validation", "certify", "ffn"):
+    if key in ("validation", "certify", "certify_metric", "ffn"):
         return (str,)
     if isinstance(default, bool):
         return (bool,)

@@ -115,8 +115,9 @@ def _certificate(certificate: Certificate) -> str:
     rows = [
         "## Certificate\n",
         f"**{certificate.statement}**\n",
-        f"Score: {_plain(certificate.score)}; dense {certificate.dense_accuracy:.2f}%. Method: {_plain(certificate.method)}. Data: "
-        f"{_plain(_source(data.source))}, fingerprint `{_plain(data.fingerprint)}`. It holds under these assumptions:\n",
+        f"Score: {_plain(certificate.score)}, {_plain(certificate.metric)}; dense {certificate.dense_accuracy:.2f}%. "
+        f"Method: {_plain(certificate.method)}. Data: {_plain(_source(data.source))}, fingerprint `{_plain(data.fingerprint)}`. It holds "
+        "under these assumptions:\n",
         *(f"* {_plain(assumption)}" for assumption in certificate.assumptions),
         "",
         f"| FLOPs share | drop, points [95%] | bound, {100 * certificate.confidence:g}%: betting | empirical Bernstein | bootstrap "

@@ -24,7 +24,7 @@ from infoprune.evaluation.metrics.scores import (
     unrounded,
 )
 
-__all__ = ["METRICS", "MODES", "Group", "Scores", "metric_for", "score_answers"]
+__all__ = ["EXACT", "METRICS", "MODES", "Group", "Scores", "counted_only", "metric_for", "score_answers"]
 
 EXACT = "exact"
 MODES = ("official", "lmms-eval")
@@ -86,6 +86,13 @@ def metric_for(dataset: str, mode: str | None = None) -> str:
             f"There is no metric '{mode}' for {dataset}. Metrics are {', '.join(METRICS)}; of a benchmark, {' or '.join(MODES)}."
         )
     return name
+
+
+def counted_only(examples: Sequence[Example], metric: str) -> list[Example]:
+    """The examples that ``metric`` counts, see :attr:`Scores.counted`; known without any answer."""
+    if metric != "gqa/official":
+        return list(examples)
+    return [example for example, use in zip(examples, gqa.counted_questions(examples), strict=True) if use]
 
 
 def score_answers(answers: Sequence[str], examples: Sequence[Example], metric: str) -> Scores:

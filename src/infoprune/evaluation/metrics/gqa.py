@@ -27,9 +27,7 @@ def official(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
     as far as the examples carry what each needs; ``notes`` says of the others why not.
     """
     right = [float(answer == example.answer) for answer, example in zip(answers, examples, strict=True)]
-    counted = [example.kinds.get("balanced") != "no" for example in examples]
-    if not any(counted):
-        counted = [True] * len(examples)
+    counted = counted_questions(examples)
     chosen = [(answer, example, value) for answer, example, value, use in zip(answers, examples, right, counted, strict=True) if use]
     further, notes = {}, []
     for name, is_open in (("binary", False), ("open", True)):
@@ -46,6 +44,12 @@ def official(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
         else:
             further[name] = found
     return gathered("gqa/official", right, examples, two_decimals_printed, counted=counted, further=further, notes=notes)
+
+
+def counted_questions(examples: Sequence[Example]) -> list[bool]:
+    """Which questions GQA's accuracy is about: the balanced ones, or all where none is."""
+    counted = [example.kinds.get("balanced") != "no" for example in examples]
+    return counted if any(counted) else [True] * len(examples)
 
 
 def lmms_eval(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
