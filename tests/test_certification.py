@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html import escape
 
 import numpy as np
@@ -283,6 +284,7 @@ def test_worst_changes_come_first(taught, many):
     found = changed_questions(dense, small, three, tokenizer)
     assert [item["index"] for item in found] == [2, 1, 0]
     assert [item["outcome"] for item in found] == ["lost", "lost", "changed"]
+    assert [(item["dense_score"], item["compressed_score"]) for item in found] == [(1, 0), (1, 0), (0, 0)]
     assert found[0]["dense_answer"] == three[2].answer
     assert found[0]["compressed_answer"] == tokenizer.decode([12]) + "…"
 
@@ -300,7 +302,7 @@ def test_the_page_is_whole_and_escapes_what_strangers_wrote(taught, many, certif
     broken.write_bytes(b"no image")
     told["comparison"]["changed"] = [
         {"index": 0, "id": HOSTILE, "image": str(image), "question": HOSTILE, "answer": "a & b", "dense_answer": "a",
-         "compressed_answer": "b", "outcome": "lost", "kl_nats": 1.0}
+         "compressed_answer": "b", "outcome": "lost", "dense_score": 1.0, "compressed_score": 0.0, "kl_nats": 1.0}
         for image in (many[0].image, broken)
     ]  # fmt: skip
     target = tmp_path / "report.html"
@@ -320,6 +322,27 @@ def test_the_page_is_whole_and_escapes_what_strangers_wrote(taught, many, certif
     with pytest.raises(CheckpointError, match="not a valid certificate"):
         write_page(told, target, model=str(folder))
     assert "None." in page(told | {"comparison": told["comparison"] | {"changed": []}})
+
+
+def test_the_page_says_how_answers_were_judged_and_what_they_are_worth(taught, many):
+    asked = [replace(q, answers=(q.answer,) * 10, kinds={HOSTILE: "x & y"}) for q in many[:6]]
+    answers = [q.answer for q in asked]
+    told = evaluate(taught, asked, against=taught, answers=[answers, ["-", *answers[1:]]], metric="vqav2/lmms-eval", timing=False)
+    html = page(told | {"prompt": HOSTILE, "skipped": 1234})
+    assert "Answers generated in float32, metric vqav2/lmms-eval. Bad records skipped: 1,234." in html
+    assert HOSTILE not in html and f'<code class="prompt">{escape(HOSTILE)}</code>' in html
+    assert f"<td>{escape(HOSTILE)}: x &amp; y</td><td>100.00</td><td>83.33</td><td>6</td>" in html
+    assert "right is a score above 0.5" in html and "dense right, compressed wrong" in html
+    plain = page(evaluate(taught, asked, against=taught, timing=False))
+    assert "Answers scored in float32, exact match." in plain and "skipped" not in plain and "By kind" not in plain
+    (item,) = told["comparison"]["changed"]
+    for before, after, label in (
+        (1, 0, "dense right, compressed wrong"), (0, 1, "dense wrong, compressed right"), (0, 0, "both wrong, differently"),
+        (1, 1, "both right, in other words"), (0.9, 0.6, "compressed worth less (0.9, now 0.6)"),
+        (0.3, 1, "compressed worth more (0.3, now 1)"), (0.6, 0.6, "same score (0.6), in other words"),
+    ):  # fmt: skip
+        changed = [item | {"dense_score": float(before), "compressed_score": float(after)}]
+        assert f">{label}</span>" in page(told | {"comparison": told["comparison"] | {"changed": changed}})
 
 
 def test_a_page_that_cannot_be_written_is_refused_first(tmp_path):

@@ -135,6 +135,7 @@ def test_bad_records_are_counted_and_skipped_on_request(checkpoint, jsonl):
     done = run("evaluate", checkpoint, "--data", jsonl, "--repeats", 0, "--skip-bad", "--json")
     assert json.loads(done.stdout)["models"][0]["num_questions"] == 18
     assert "going on with 18 questions. Skipped: 2 bad records" in done.stderr and "[/gone].png" in done.stderr
+    assert json.loads(done.stdout)["skipped"] == 2
 
 
 def test_interrupt_leaves_nothing(checkpoint, jsonl, tmp_path):
@@ -194,6 +195,8 @@ def test_a_benchmark_is_judged_by_its_own_metric(checkpoint, questions, tmp_path
     assert record["accuracy"] == pytest.approx(record["metric"]["overall"], abs=0.01)
     assert "using a single word or phrase" in found["prompt"]
     assert [row["question_id"] for row in json.loads(results.read_text())] == [10, 11]
+    few = run(*arguments, "--generate", "--results", results, "--limit", 1).stderr
+    assert "Warning: it may be incomplete (questions left out by --limit: 1)" in few
     own = json.loads(run(*arguments, "--generate", "--prompt-suffix", " !", "--metric", "lmms-eval", "--json").stdout)
     assert " !" in own["prompt"] and "single word" not in own["prompt"] and own["models"][0]["metric"]["metric"] == "vqav2/lmms-eval"
     assert "overall" in run(*arguments, "--generate").stdout
@@ -201,6 +204,11 @@ def test_a_benchmark_is_judged_by_its_own_metric(checkpoint, questions, tmp_path
     assert "no form of result files" in run("evaluate", "nowhere", "--generate", "--results", results, status=2).stderr
     both = json.loads(run(*arguments, "--against", checkpoint, "--generate", "--json").stdout)
     assert both["comparison"]["drop_points"] == 0 and both["comparison"]["agreement"] == 100
+    asked.append(asked[0] | {"question_id": 12, "image_id": 2})
+    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": asked}))
+    skipping = run(*arguments, "--generate", "--results", results, "--skip-bad").stderr
+    assert "incomplete (bad records skipped: 1); evaluation servers want every question" in skipping
+    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": asked[:2]}))
     (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
     secret = run(*arguments, "--generate", "--results", results)
-    assert "nothing is judged" in secret.stderr and not secret.stdout
+    assert "nothing is judged" in secret.stderr and not secret.stdout and "incomplete" not in secret.stderr

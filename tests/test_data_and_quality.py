@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,30 @@ def test_generated_answers_are_judged_instead_of_scores(gqa_vlm, questions):
     assert [record["accuracy"] for record in report["models"]] == [100, pytest.approx(100 * (1 - 1 / len(questions)))]
     assert report["comparison"]["drop_points"] == pytest.approx(100 / len(questions))
     assert report["comparison"]["kl_nats"] == pytest.approx(0, abs=1e-6)
+
+
+def test_comparisons_leave_out_what_the_metric_does_not_count(gqa_vlm, questions):
+    asked = [replace(q, kinds={"balanced": "no"} if index % 3 == 0 else {}) for index, q in enumerate(questions)]
+    right, wrong = [q.answer for q in asked], [q.answer for q in asked]
+    for place in (0, 3, 4):  # two of them are not counted
+        wrong[place] = "-"
+    report = evaluate(gqa_vlm, asked, against=gqa_vlm, answers=[right, wrong], metric="gqa/official", timing=False)
+    counted = 2 * len(asked) // 3
+    for record, lost in zip(report["models"], (0, 1), strict=True):
+        assert record["num_questions"] == record["metric"]["num_questions"] == counted
+        assert record["accuracy"] == pytest.approx(100 * (1 - lost / counted)) == pytest.approx(record["metric"]["overall"], abs=0.01)
+    compared = report["comparison"]
+    assert compared["drop_points"] == pytest.approx(100 / counted) == pytest.approx(100 - compared["agreement"])
+    assert compared["mcnemar"]["dense_only"] == 1 and compared["num_questions"] == counted
+    assert [item["index"] for item in compared["changed"]] == [4]
+    assert (report["metric"], compared["changed"][0]["question"]) == ("gqa/official", asked[4].question)
+
+
+def test_quality_of_some_questions():
+    quality = Quality(np.array([1.0, 0.5, 0.0]), np.array([1.0, 2, 4, 8]), np.array([2, 0, 1, 2]), ("a", "b", "c"))
+    some = quality.only(np.array([True, False, True]))
+    assert some.scores.tolist() == [1, 0] and some.answers == ("a", "c")
+    assert some.kl_by_question is not None and some.kl_by_question.tolist() == [2, 4.5]
 
 
 def test_evaluate_side_by_side(gqa_vlm, questions):

@@ -293,6 +293,18 @@ def test_killed_shared_and_alone(checkpoint, jsonl, tmp_path):
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_scoring_is_told_by_one_process(checkpoint, jsonl, tmp_path):
+    page = tmp_path / "report.html"
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "-m", "infoprune", "evaluate", checkpoint, "--data", jsonl, "--against", checkpoint]
+    command += ["--repeats", "0", "--report", page, "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["models"][0]["num_questions"] == 18  # one document
+    assert done.stderr.count("evaluating (18)") == 1 and page.exists()
+
+
 def test_the_command_keeps_the_answers_of_both_models(checkpoint, jsonl, tmp_path, capsys):
     from infoprune.cli.evaluate import evaluate
 

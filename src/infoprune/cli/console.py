@@ -112,9 +112,8 @@ def comparison_table(result: dict[str, Any]) -> Table:
         for name, label in (("betting", "betting"), ("empirical_bernstein", "empirical Bernstein"), ("bootstrap", "bootstrap")):
             table.add_row(f"drop at most, {100 * compared['confidence']:g}%: {label}", "", "", f"{bounds[name]:+.2f}")
         low, high = compared["agreement_ci95"]
-        table.add_row(
-            "right in this one alone", f"{test['dense_only']:,}", f"{test['compressed_only']:,}", f"McNemar p {test['p_value']:.3g}"
-        )
+        alone = (f"{test[name]:,}" for name in ("dense_only", "compressed_only"))
+        table.add_row("right (score > 0.5) in this one alone", *alone, f"McNemar p {test['p_value']:.3g}")
         table.add_row("same answer [95% interval]", "", f"{compared['agreement']:.2f}% [{low:.1f}, {high:.1f}]", "")
         table.add_row("KL(dense || compressed)", "0", f"{compared['kl_nats']:.4f} nats", "")
     row("parameters", [r["params"] for r in records], lambda v: f"{v / 1e6:.1f} M")

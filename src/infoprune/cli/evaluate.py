@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from infoprune.cli.console import BarProgress, changed_table, comparison_table, console, metric_table, print_json
+
+if TYPE_CHECKING:
+    from infoprune.data import Example, Loaded
 
 
 def register(app: typer.Typer) -> None:
@@ -50,10 +54,13 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
 ) -> None:
     """Accuracy, cost and time of MODEL, side by side with --against."""
+    # Of several processes one speaks, and does all where there is nothing to share; the launcher numbers them before anything else runs.
+    first = os.environ.get("RANK", "0") == "0"
+    if not (first or generate):
+        return
     import torch
 
-    import infoprune
-    from infoprune.data import parse_spec, subset
+    from infoprune.data import load_counted, parse_spec, subset
     from infoprune.evaluation.generation import dtype_for, generate_answers
     from infoprune.evaluation.metrics import metric_for
     from infoprune.evaluation.results import check_dataset, write_results
@@ -66,18 +73,15 @@ def evaluate(
     _check_generate(generate, {"--answers": answers, "--results": results, "--metric": metric})
     if report is not None:
         check_page(report, against=against is not None)
-    # Of several processes one speaks; the launcher numbers them before anything else runs.
-    progress = BarProgress() if os.environ.get("RANK", "0") == "0" else Progress()
+    progress = BarProgress() if first else Progress()
     processes = Processes.current(torch.device(device)) if generate else Processes()
     dtype = dtype_for(precision or ("auto" if generate else "fp32"), torch.device(device))
     spec = parse_spec(data)
     judge = metric_for(spec.name, metric)
     if results is not None:
         check_dataset(spec.name)
-    loaded = infoprune.load_examples(
-        data, default_split="test", skip_bad=skip_bad, unanswered=results is not None, ocr=ocr, notify=progress.note
-    )
-    examples = subset(loaded, limit, seed=seed)
+    loaded = load_counted(data, default_split="test", skip_bad=skip_bad, unanswered=results is not None, ocr=ocr, notify=progress.note)
+    examples = subset(loaded.examples, limit, seed=seed)
     models = [
         load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
         for name in (against, model)
@@ -94,7 +98,7 @@ def evaluate(
         return
     if results is not None and generated is not None:
         write_results(results, generated[-1], examples, dataset=spec.name)
-        progress.note(f"Wrote the answers to {len(examples):,} questions to {results}.")
+        progress.note(f"Wrote the answers to {len(examples):,} questions to {results}.{_incomplete(loaded, examples)}")
         if not all(example.answered for example in examples):
             progress.note("Questions without reference answers are among them, so nothing is judged here.")
             return
@@ -102,6 +106,7 @@ def evaluate(
         models[-1], examples, against=models[0] if against is not None else None, answers=generated, metric=judge, timing=repeats > 0,
         repeats=max(repeats, 1), confidence=confidence, progress=progress,
     )  # fmt: skip
+    result["skipped"] = loaded.skipped
     if report is not None:
         write_page(result, report, model=model)
     if json_output:
@@ -112,6 +117,13 @@ def evaluate(
         console.print(metric_table(result["models"]))
     if changed := result.get("comparison", {}).get("changed"):
         console.print(changed_table(changed))
+
+
+def _incomplete(loaded: Loaded, examples: Sequence[Example]) -> str:
+    """What an evaluation server would miss, as a sentence to add."""
+    missing = {"bad records skipped": loaded.skipped, "questions left out by --limit": len(loaded.examples) - len(examples)}
+    told = "; ".join(f"{what}: {count:,}" for what, count in missing.items() if count)
+    return f" Warning: it may be incomplete ({told}); evaluation servers want every question of a split." if told else ""
 
 
 def _check_generate(generate: bool, given: dict[str, object]) -> None:

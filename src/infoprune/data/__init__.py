@@ -1,6 +1,6 @@
 """Question-answering data: one ``Example`` type, whatever the source."""
 
 from infoprune.data.example import Example, subset
-from infoprune.data.sources import DataSpec, load_examples, parse_spec
+from infoprune.data.sources import DataSpec, Loaded, load_counted, load_examples, parse_spec
 
-__all__ = ["DataSpec", "Example", "load_examples", "parse_spec", "subset"]
+__all__ = ["DataSpec", "Example", "Loaded", "load_counted", "load_examples", "parse_spec", "subset"]

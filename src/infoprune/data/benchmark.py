@@ -166,28 +166,45 @@ def official_file(folder: Path, name: str) -> Path | None:
     return ImageFolder(folder).inside(places[0]) if places else None
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+def read_json(path: Path, problems: Problems) -> Any:
+    """What a JSON file holds; of a key that occurs twice in one object, which is a problem, the first value.
 
     Raises:
         DataError: It can't be read, or is not JSON.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=distinct_keys(path.name, problems))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read {path}: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}. Is the download complete?") from error
 
 
-def listed(path: Path, key: str) -> list[Any]:
+def distinct_keys(name: str, problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """How :mod:`json` makes objects of a file with that name: what stands under a key that was there before does not go silently."""
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            found = {}
+            for key, value in pairs:
+                if key in found:
+                    problems.add("key that occurs twice in one object", f"{name}: {key}")
+                else:
+                    found[key] = value
+        return found
+
+    return made
+
+
+def listed(path: Path, key: str, problems: Problems) -> list[Any]:
     """The list that an official file has under ``key``.
 
     Raises:
         DataError: There is no such list in it.
     """
-    loaded = read_json(path)
+    loaded = read_json(path, problems)
     found = loaded.get(key) if isinstance(loaded, dict) else None
     if not isinstance(found, list):
         raise DataError(f"{path} has no list '{key}'; it is not in the benchmark's official format.")

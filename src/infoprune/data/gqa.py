@@ -11,6 +11,7 @@ from pydantic import Field
 
 from infoprune.data.benchmark import Benchmark, Row, Text, official_file, read_json
 from infoprune.data.example import Example
+from infoprune.data.images import ImageFolder
 from infoprune.data.problems import Problems
 from infoprune.errors import DataError
 
@@ -74,9 +75,11 @@ def _parse(row: Any, split: str) -> Example:
 def _rows(folder: Path, split: str, problems: Problems) -> Iterator[Any]:
     """Questions with their ids and, where the evaluation's file of choices is there, the answers that are valid and plausible."""
     choices: dict[str, Any] = {}
-    for part in _parts(folder, f"{split.partition('_')[0]}_choices"):
-        choices |= part
-    for part in _parts(folder, f"{split}_questions"):
+    for part in _parts(folder, f"{split.partition('_')[0]}_choices", problems):
+        for id in sorted(choices.keys() & part.keys()):
+            problems.add("choices of a question that had some", f"question {id}")
+        choices = part | choices
+    for part in _parts(folder, f"{split}_questions", problems):
         for id, question in part.items():
             if not isinstance(question, dict):
                 problems.add("malformed row", f"question {id} is not an object")
@@ -86,12 +89,16 @@ def _rows(folder: Path, split: str, problems: Problems) -> Iterator[Any]:
             yield question | chosen | {"id": id}
 
 
-def _parts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """What a file holds, or each of the files in the folder of its name, which is how the large ones come."""
+def _parts(folder: Path, name: str, problems: Problems) -> Iterator[dict[str, Any]]:
+    """What a file holds, or each of the files in the folder of its name, which is how the large ones come.
+
+    Raises:
+        DataError: One of them can't be read, is of another form, or leads out of the folder.
+    """
     single, chunked = official_file(folder, f"{name}.json"), official_file(folder, name)
     files = [single] if single is not None else sorted(chunked.glob(f"{name}_*.json"), key=_number) if chunked is not None else []
     for path in files:
-        loaded = read_json(path)
+        loaded = read_json(ImageFolder(folder).inside(path), problems)
         if not isinstance(loaded, dict):
             raise DataError(f"{path} must hold questions by their ids; it is not in the benchmark's official format.")
         yield loaded

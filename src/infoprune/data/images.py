@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from infoprune.errors import DataError
 
-THREADS = 16  # reading headers waits for the disk, or for a network behind it
+THREADS = 16  # reading files waits for the disk, or for a network behind it
 
 
 class OutsideError(DataError):
@@ -46,11 +46,13 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def unreadable(paths: Iterable[Path]) -> dict[Path, str]:
-    """Which of the images can't be opened, and why; only headers are read."""
+    """Which of the images can't be read to their ends, and why."""
 
     def complaint(path: Path) -> str | None:
         try:
-            with opened(path):
+            with opened(path) as image:
+                image.draft("RGB", (1, 1))  # a JPEG's whole stream is read, its pixels are made at an eighth of the size
+                image.load()
                 return None
         except DataError as error:
             return str(error.__cause__)

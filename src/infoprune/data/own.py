@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from infoprune.data.benchmark import Row, Text, complaint, most_frequent, read_json
+from infoprune.data.benchmark import Row, Text, complaint, distinct_keys, most_frequent, read_json
 from infoprune.data.example import Example
 from infoprune.data.images import ImageFolder, OutsideError
 from infoprune.data.problems import Problems
@@ -33,7 +33,7 @@ def read(path: Path, problems: Problems) -> Iterator[Example]:
         DataError: The file can't be read, or is no list.
     """
     images = ImageFolder(path.parent)
-    for where, item in _lines(path, problems) if path.suffix == ".jsonl" else _items(path):
+    for where, item in _lines(path, problems) if path.suffix == ".jsonl" else _items(path, problems):
         try:
             record = _Record.model_validate(item)
             image = _image(record.image, images)
@@ -56,8 +56,8 @@ def _image(name: str, images: ImageFolder) -> Path | None:
     return (path if os.path.isfile(path) else None) if path.is_absolute() else images.find(name)
 
 
-def _items(path: Path) -> Iterator[tuple[str, Any]]:
-    loaded = read_json(path)
+def _items(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    loaded = read_json(path, problems)
     if not isinstance(loaded, list):
         raise DataError(f"{path} must hold a JSON list of records, one per question.")
     for number, item in enumerate(loaded, start=1):
@@ -72,6 +72,6 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
+                yield f"line {number}", json.loads(line, object_pairs_hook=distinct_keys(f"line {number}", problems))
             except (json.JSONDecodeError, RecursionError) as error:
                 problems.add("malformed row", f"line {number} is not valid JSON: {error}")

@@ -59,6 +59,14 @@ def parse_spec(spec: str) -> DataSpec:
     return DataSpec(name, split or None, source or None)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The examples of a specification, and how many bad records were skipped on the way."""
+
+    examples: list[Example]
+    skipped: int
+
+
 def load_examples(
     spec: str,
     *,
@@ -82,11 +90,27 @@ def load_examples(
 
     Raises:
         DataError: Nothing there, nothing readable in it, or bad records: missing, unreadable or oversized images, paths that leave the
-            folder, malformed rows, ids that occur twice, questions and annotations that do not match; with counts and the first cases.
+            folder, malformed rows, ids or keys that occur twice, questions and annotations that do not match; with counts and the first
+            cases.
     """
+    return load_counted(
+        spec, default_split=default_split, skip_bad=skip_bad, unanswered=unanswered, ocr=ocr, notify=notify,
+    ).examples  # fmt: skip
+
+
+def load_counted(
+    spec: str,
+    *,
+    default_split: str = "train",
+    skip_bad: bool = False,
+    unanswered: bool = False,
+    ocr: bool = False,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Loaded:
+    """As :func:`load_examples`, with the number of bad records that were skipped."""
     parsed = parse_spec(spec)
     if parsed.name == EASY_VQA:
-        return easy_vqa.read(parsed.split or default_split, notify)
+        return Loaded(easy_vqa.read(parsed.split or default_split, notify), 0)
     problems = Problems(spec)
     examples = list(_distinct(_found(parsed, spec, default_split, ocr, problems, notify), problems))
     broken = unreadable(example.image for example in examples)
@@ -98,7 +122,7 @@ def load_examples(
     if not examples and not problems.count:
         raise DataError(f"{spec} has no records. {'Each needs image, question and answer.' if parsed.name == OWN else ''}".strip())
     problems.settle(len(examples), skip_bad=skip_bad, notify=notify)
-    return examples
+    return Loaded(examples, problems.count)
 
 
 def _found(

@@ -48,14 +48,16 @@ def _rows(folder: Path, split: str, problems: Problems) -> Iterator[Any]:
     assert path is not None  # or there would be no such split
     words: dict[str, list[str]] = {}
     found = official_file(folder, OCR.format(split=split))
-    for item in listed(found, "data") if found is not None else ():
+    for item in listed(found, "data", problems) if found is not None else ():
         try:
             parsed = _Words.model_validate(item)
         except ValueError:
             problems.add(f"malformed row in {OCR.format(split=split)}", f"image {item.get('image_id') if isinstance(item, dict) else item}")
         else:
-            words[parsed.image_id] = parsed.ocr_tokens
-    for row in listed(path, "data"):
+            if parsed.image_id in words:
+                problems.add(f"image that occurs twice in {OCR.format(split=split)}", parsed.image_id)
+            words.setdefault(parsed.image_id, parsed.ocr_tokens)
+    for row in listed(path, "data", problems):
         id = row.get("image_id") if isinstance(row, dict) else None
         yield row | {"ocr_tokens": words[id]} if isinstance(id, str) and id in words else row
 

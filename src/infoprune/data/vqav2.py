@@ -58,13 +58,13 @@ def _rows(folder: Path, split: str, problems: Problems) -> Iterator[Any]:
     """Questions, each with its annotation; splits without a file of annotations have none."""
     path = official_file(folder, QUESTIONS.format(split=split))
     assert path is not None  # or there would be no such split
-    questions = listed(path, "questions")
+    questions = listed(path, "questions", problems)
     path = official_file(folder, ANNOTATIONS.format(split=split))
     if path is None:
         yield from questions
         return
     annotations: dict[Any, Any] = {}
-    for annotation in listed(path, "annotations"):
+    for annotation in listed(path, "annotations", problems):
         id = annotation.get("question_id") if isinstance(annotation, dict) else None
         if not isinstance(id, int):
             problems.add("malformed annotation", "question_id must be a whole number")

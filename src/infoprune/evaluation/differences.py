@@ -46,7 +46,10 @@ def differences(
 
 
 def changed_questions(dense: Quality, compressed: Quality, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, Any]]:
-    """Questions that the two models answer differently, worst first: by what the compressed model's score lost, then by KL."""
+    """Questions that the two models answer differently, worst first: by what the compressed model's score lost, then by KL.
+
+    ``outcome`` compares the two scores: what was lost or won may be a part, and what is neither may be right in other words.
+    """
     kl = compressed.kl_by_question
     found = []
     for index, (example, before, after) in enumerate(zip(examples, dense.answers, compressed.answers, strict=True)):
@@ -58,6 +61,7 @@ def changed_questions(dense: Quality, compressed: Quality, examples: Sequence[Ex
             "dense_answer": _text(before, example, dense.correct[index], tokenizer),
             "compressed_answer": _text(after, example, compressed.correct[index], tokenizer),
             "outcome": LOST if lost > 0 else WON if lost < 0 else CHANGED, "lost": lost,
+            "dense_score": float(dense.scores[index]), "compressed_score": float(compressed.scores[index]),
             "kl_nats": None if kl is None else float(kl[index]),
         })  # fmt: skip
     return sorted(found, key=lambda item: (-item["lost"], -(item["kl_nats"] or 0.0), item["index"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class Quality:
 
     @property
     def correct(self) -> np.ndarray:
-        """(questions,) boolean: what counts as right where nothing between right and wrong is possible."""
+        """(questions,) boolean: what counts as right where nothing between right and wrong is possible, as in McNemar's test."""
         return self.scores > 0.5
 
     @property
@@ -70,6 +71,14 @@ class Quality:
         if self.kl is None or self.token_question is None:
             return None
         return np.bincount(self.token_question, weights=self.kl) / np.bincount(self.token_question)
+
+    def only(self, chosen: np.ndarray) -> Quality:
+        """That of some questions alone, by a boolean for each."""
+        kl, question = self.kl, self.token_question
+        if question is not None:
+            held = chosen[question]
+            kl, question = None if kl is None else kl[held], (np.cumsum(chosen) - 1)[question[held]]
+        return Quality(self.scores[chosen], kl, question, tuple(compress(self.answers, chosen)))
 
 
 @torch.no_grad()

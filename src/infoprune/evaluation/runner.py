@@ -42,7 +42,8 @@ def evaluate(
         examples: Held-out questions.
         against: The reference of the KL, the paired difference and the speed-ups.
         answers: Generated answers of each model, dense first, to judge instead of scoring the reference answers.
-        metric: What judges generated answers, see :mod:`infoprune.evaluation.metrics`.
+        metric: What judges generated answers, see :mod:`infoprune.evaluation.metrics`. Questions that it does not count (GQA's outside the
+            balanced set) are in no accuracy and no comparison.
         timing: Also measure latency.
         repeats: Timed rounds.
         confidence: Of the one-sided bounds on the drop.
@@ -50,14 +51,17 @@ def evaluate(
 
     Returns:
         ``models``: a record per model (dense first); ``dtype``: their precision; ``prompt``: that of the first question; ``answers``:
-        whether these were scored or generated; ``comparison``: drop, KL, ratios and speed-ups, bounds, tests and changed questions
-        (:func:`infoprune.evaluation.differences.differences`), with ``against`` only.
+        whether these were scored or generated; ``metric``: what judged them; ``comparison``: drop, KL, ratios and speed-ups, bounds, tests
+        and changed questions (:func:`infoprune.evaluation.differences.differences`), with ``against`` only.
     """
     models = [vlm] if against is None else [against, vlm]
     family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
     scored, judged = _judged(models, examples, answers, metric, progress)
+    counted = judged[0].counted if judged else np.ones(len(examples), dtype=bool)
+    scored, places = [found.only(counted) for found in scored], np.flatnonzero(counted)
+    compared = [examples[place] for place in places]
     flops = [count_flops(m, inputs, answer_tokens) for m in models]
     times = latency.measure(models, family, inputs, answer_tokens=answer_tokens, repeats=repeats, progress=progress) if timing else []
     records = []
@@ -66,7 +70,7 @@ def evaluate(
             "model": model.model_id,
             "accuracy": scored[index].accuracy,
             "accuracy_ci95": list(scored[index].accuracy_ci95),
-            "num_questions": len(examples),
+            "num_questions": len(compared),
             "params": num_parameters(model.model),
             "flops": flops[index].as_dict(),
             "bytes_on_disk": bytes_on_disk(model),
@@ -78,15 +82,18 @@ def evaluate(
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "prompt": vlm.encoder.prompt_of(examples[0]),
         "answers": "scored" if answers is None else "generated",
+        "metric": judged[0].metric if judged else "exact",
         "peak_rss_gb": peak_memory_gb(vlm.device),
     }
     if against is not None:
-        result["comparison"] = quality.comparison(scored[0], scored[1], examples) | {
+        result["comparison"] = quality.comparison(scored[0], scored[1], compared) | {
             "flops_ratio": flops[1].total / flops[0].total,
             "params_ratio": records[1]["params"] / records[0]["params"],
             **(latency.speedups(times[0], times[1]) if timing else {}),
-            **differences(scored[0], scored[1], examples, vlm.processor.tokenizer, confidence=confidence),
+            **differences(scored[0], scored[1], compared, vlm.processor.tokenizer, confidence=confidence),
         }
+        for item in result["comparison"]["changed"]:
+            item["index"] = int(places[item["index"]])
     return result
 
 

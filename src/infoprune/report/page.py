@@ -22,7 +22,10 @@ from infoprune.errors import DataError, InfoPruneError
 MOST_SHOWN = 200
 THUMBNAIL = 144  # pixels
 BOUNDS = {"betting": "betting", "empirical_bernstein": "empirical Bernstein", "bootstrap": "bootstrap (approximate)"}
-OUTCOMES = {"lost": "dense right, compressed wrong", "changed": "both wrong, differently", "won": "dense wrong, compressed right"}
+OUTCOMES = {
+    (1, 0): "dense right, compressed wrong", (0, 1): "dense wrong, compressed right", (0, 0): "both wrong, differently",
+    (1, 1): "both right, in other words",
+}  # fmt: skip
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
@@ -31,6 +34,7 @@ th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2p
 .plot { max-width: 100% } .card { display: flex; gap: 1rem; border-bottom: 1px solid #d8dee4; padding: .6rem 0 }
 .card img { width: 144px; height: auto; object-fit: contain; align-self: flex-start } .none { width: 144px; color: #8c959f }
 .card p { margin: 0 0 .2rem } .lost { color: #b3261e } .won { color: #1a7f37 } .small { color: #57606a; font-size: .85rem }
+.prompt { white-space: pre-wrap }
 """
 
 
@@ -52,7 +56,7 @@ def write_page(result: dict[str, Any], path: Path, *, model: str) -> None:
     """Write the page, aside first and then in place.
 
     Args:
-        result: Of :func:`infoprune.evaluation.runner.evaluate`, with ``comparison``.
+        result: Of :func:`infoprune.evaluation.runner.evaluate`, with ``comparison``; ``skipped``, where it has that, are bad records.
         path: An .html file.
         model: The compressed model; if it is a folder with a certificate, that is shown.
 
@@ -74,7 +78,7 @@ def page(result: dict[str, Any], certificate: Certificate | None = None) -> str:
     """The page's HTML."""
     dense, compressed = result["models"]
     title = f"{Path(compressed['model']).name} against {Path(dense['model']).name}"
-    sections = [_figures(result), _differences(result["comparison"])]
+    sections = [_how(result), _figures(result), _kinds(result["models"]), _differences(result["comparison"])]
     if certificate is not None:
         sections.append(_certificate(certificate))
     sections.append(_changed(result["comparison"]["changed"]))
@@ -85,6 +89,13 @@ def page(result: dict[str, Any], certificate: Certificate | None = None) -> str:
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
+
+
+def _how(result: dict[str, Any]) -> str:
+    judge = "exact match" if result["metric"] == "exact" else f"metric {result['metric']}"
+    skipped = f" Bad records skipped: {result['skipped']:,}." if result.get("skipped") else ""
+    told = f"Answers {result['answers']} in {result['dtype']}, {judge}.{skipped}"
+    return f'<p>{escape(told)} Prompt of the first question: <code class="prompt">{escape(result["prompt"])}</code></p>'
 
 
 def _figures(result: dict[str, Any]) -> str:
@@ -109,6 +120,24 @@ def _figures(result: dict[str, Any]) -> str:
     return _table(("", "dense", "compressed", "dense / compressed"), rows)
 
 
+def _kinds(records: Sequence[dict[str, Any]]) -> str:
+    """What the metric of generated answers says, overall and by kind of question."""
+    if "metric" not in records[0]:
+        return ""
+    dense, compressed = (record["metric"] for record in records)
+
+    def cells(label: str, before: float, after: float, count: int | None = None) -> Sequence[str]:
+        return label, f"{before:.2f}", f"{after:.2f}", "" if count is None else f"{count:,}"
+
+    rows = [cells("overall", dense["overall"], compressed["overall"], dense["num_questions"])]
+    rows += [cells(name, value, compressed["further"].get(name, value)) for name, value in dense["further"].items()]
+    for name, groups in dense["breakdown"].items():
+        for kind, group in groups.items():
+            rows.append(cells(f"{name}: {kind}", group["percent"], compressed["breakdown"][name][kind]["percent"], group["count"]))
+    notes = f'<p class="small">{escape(" ".join(dense["notes"]))}</p>' if dense["notes"] else ""
+    return f"<h2>By kind of question, {escape(dense['metric'])}</h2>{_table(('', 'dense', 'compressed', 'questions'), rows)}{notes}"
+
+
 def _differences(compared: dict[str, Any]) -> str:
     low, high = compared["drop_ci95"]
     test = compared["mcnemar"]
@@ -119,7 +148,7 @@ def _differences(compared: dict[str, Any]) -> str:
     rows += [
         ("right in the dense model alone", f"{test['dense_only']:,}"),
         ("right in the compressed model alone", f"{test['compressed_only']:,}"),
-        ("McNemar's exact test, p (questions taken as independent)", f"{test['p_value']:.3g}"),
+        ("McNemar's exact test, p (questions taken as independent; right is a score above 0.5)", f"{test['p_value']:.3g}"),
         ("same answer [95%]", f"{compared['agreement']:.2f}% [{low:.2f}, {high:.2f}]"),
         ("KL(dense || compressed), nats per answer token", f"{compared['kl_nats']:.4f}"),
     ]
@@ -172,8 +201,18 @@ def _card(item: dict[str, Any]) -> str:
     return (
         f'<div class="card">{picture}<div><p><b>{escape(item["question"])}</b></p><p>reference: {escape(item["answer"])}</p>'
         f"<p>dense: {escape(item['dense_answer'])}</p><p>compressed: {escape(item['compressed_answer'])}</p>"
-        f'<p class="small"><span class="{escape(item["outcome"])}">{OUTCOMES[item["outcome"]]}</span>{kl}; {name}</p></div></div>'
+        f'<p class="small"><span class="{escape(item["outcome"])}">{_outcome(item)}</span>{kl}; {name}</p></div></div>'
     )
+
+
+def _outcome(item: dict[str, Any]) -> str:
+    """In words: who is right, where answers are right or wrong; else what the answer is worth."""
+    before, after = item["dense_score"], item["compressed_score"]
+    if before in (0, 1) and after in (0, 1):
+        return OUTCOMES[before, after]
+    if before == after:
+        return f"same score ({before:.2g}), in other words"
+    return f"compressed worth {'less' if after < before else 'more'} ({before:.2g}, now {after:.2g})"
 
 
 def thumbnail(path: Path) -> str | None:
