@@ -60,7 +60,7 @@ def evaluate(
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
     scored, judged = _judged(models, examples, answers, metric, progress)
     counted = judged[0].counted if judged else np.ones(len(examples), dtype=bool)
-    scored, places = [found.only(counted) for found in scored], np.flatnonzero(counted)
+    scored, places = [found.only(counted) for found in scored], np.flatnonzero(counted).tolist()
     compared = [examples[place] for place in places]
     flops = [count_flops(m, inputs, answer_tokens) for m in models]
     times = latency.measure(models, family, inputs, answer_tokens=answer_tokens, repeats=repeats, progress=progress) if timing else []
@@ -93,7 +93,7 @@ def evaluate(
             **differences(scored[0], scored[1], compared, vlm.processor.tokenizer, confidence=confidence),
         }
         for item in result["comparison"]["changed"]:
-            item["index"] = int(places[item["index"]])
+            item["index"] = places[item["index"]]
     return result
 
 
