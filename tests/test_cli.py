@@ -24,7 +24,9 @@ def test_compress_evaluate_ask_and_plan(checkpoint, jsonl, questions, tmp_path):
     result = json.loads(run("evaluate", out, "--against", checkpoint, "--data", jsonl, "--repeats", 1, "--json").stdout)
     assert result["comparison"]["flops_ratio"] == pytest.approx(report["flops_ratio"])
     shown = run("evaluate", out, "--against", checkpoint, "--data", jsonl, "--repeats", 1).stdout
-    assert all(text in shown for text in ("dense / compressed", "McNemar", "drop at most, 95%: betting", "same answer"))
+    assert all(
+        text in shown for text in ("dense / compressed", "McNemar", "right (score > 0.5)", "drop at most, 95%: betting", "same answer")
+    )
     answers = json.loads(run("ask", out, questions[0].image, "what shape ?", "--against", checkpoint, "--json").stdout)["answers"]
     assert [a["model"] for a in answers] == [str(out), str(checkpoint)]
     assert "units" in run("plan", "show", out).stdout

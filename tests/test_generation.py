@@ -256,6 +256,9 @@ def test_the_digest_is_that_of_the_weights(gqa_vlm):
 
 # --- processes ---------------------------------------------------------------------------------------------------------------------
 
+# Not "accelerate launch --cpu --num_processes 2", which starts one process.
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
 KILLED = """
 import os, signal, sys
 import infoprune
@@ -280,8 +283,7 @@ def test_killed_shared_and_alone(checkpoint, jsonl, tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, checkpoint, jsonl, shared], env=environment, capture_output=True)
     assert killed.returncode == -9, killed.stderr[-2000:]
     assert len((tmp_path / "shared.jsonl.0.part").read_text().splitlines()) == 7 and not shared.exists()
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "-m", "infoprune", "evaluate", checkpoint, "--data", jsonl, "--generate", "--answers", shared]
+    command = [*TWO_PROCESSES, "-m", "infoprune", "evaluate", checkpoint, "--data", jsonl, "--generate", "--answers", shared]
     command += ["--images-per-batch", "2", "--repeats", "0", "--json"]
     done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -295,8 +297,7 @@ def test_killed_shared_and_alone(checkpoint, jsonl, tmp_path):
 
 def test_scoring_is_told_by_one_process(checkpoint, jsonl, tmp_path):
     page = tmp_path / "report.html"
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "-m", "infoprune", "evaluate", checkpoint, "--data", jsonl, "--against", checkpoint]
+    command = [*TWO_PROCESSES, "-m", "infoprune", "evaluate", checkpoint, "--data", jsonl, "--against", checkpoint]
     command += ["--repeats", "0", "--report", page, "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
