@@ -87,7 +87,8 @@ class CompressionOptions:
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
         ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``low-rank``, but ``width`` where less than
-            :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks. See ``benchmarks/selection.py``.
+            :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks. A path of shares (``max_drop``) has one structure
+            all along: low rank. See ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
