@@ -3,10 +3,11 @@
     python benchmarks/headline.py [--parts curve arms ablation] [--shares S ...] [--seeds N ...]
         [--arm-shares S ...] [--arms NAME ...] [--questions N]
 
-``curve``: trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs), low-rank FFNs and full
-recovery at 2x, 3.2x and 5x fewer FLOPs, and the same recovery of the uncut model; at 8x training-free heads and fewer neurons, with
-the time that gates would have taken and larger steps for recovery, which is what limits it there. ``arms``: trained, training-free and
-random heads under the same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
+``curve``: training-free heads, fewer neurons and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs, with more steps where more was
+cut; trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs) under the same FFNs and recovery
+at 3.2x; and a recovery of the uncut model, which tells how much of a gain is training on the task. The rows also answer questions
+beyond the task (``shifted.TEST``). ``arms``: trained, training-free and random heads under the same FFN treatment and the same short
+recovery, three seeds, at 3.2x and 8x.
 ``ablation``: each term of the gates' objective off, at 3.2x, without recovery. Training stops early on the validation split; the test
 split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
 """
@@ -28,6 +29,7 @@ from infoprune.cli.console import BarProgress
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
+from shifted import TEST, shifted
 
 WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.2, 0.125, 0.5, 1.0)
@@ -35,10 +37,10 @@ ARM_SHARES = (1 / 3.2, 0.125)
 SEEDS = (0, 1, 2)
 FILES = {"curve": "headline", "arms": "arms", "ablation": "terms"}  # result files
 ARMS = {"trained": "trained", "training-free": "information-loss", "random": "random"}
-CURVE = {"heads": "trained", "ffn": "low-rank", "recovery": "full", "gate_cost": "time"}
-DEEP = {"ffn": "width", "recovery": "full", "recovery_rate": 1e-3, "recovery_steps": 450}
-DEEPER_THAN = 0.2
-UNCUT = {"heads": "none", "ffn": "none", "recovery": "full"}
+RECOVERY = {"recovery": "full", "recovery_rate": 1e-3}
+STEPS = {0.5: 80, 1 / 3.2: 200, 0.2: 250, 0.125: 450, 1.0: 60}  # of recovery, by the share of FLOPs that stays
+GATES_AT = 1 / 3.2
+BEYOND = 400  # questions on altered images
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
 TOGETHER = 7  # models scored in one pass beside the dense one
 TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
@@ -66,7 +68,7 @@ def runs(
 ) -> list[Run]:  # fmt: skip
     found = []
     if "curve" in parts:
-        found += [point(share) for share in shares]
+        found += [run for share in shares for run in points(share)]
     if "arms" in parts:
         found += [
             Run("arms", name, share, seed, SHORT | {"heads": heads, "recovery": "full"})
@@ -86,12 +88,16 @@ def runs(
     return found
 
 
-def point(share: float) -> Run:
-    """A model of the curve."""
-    if share < DEEPER_THAN:
-        return Run("curve", "training-free", share, options=DEEP)
-    options = CURVE | {"attention_share": round(share, 3)} if share < 1 else UNCUT
-    return Run("curve", "trained", share, options=options)
+def points(share: float) -> list[Run]:
+    """The curve's models at a share."""
+    recovery = RECOVERY | {"recovery_steps": STEPS[min(STEPS, key=lambda known: abs(known - share))]}
+    if share == 1:
+        return [Run("curve", "uncut", share, options=recovery | {"heads": "none", "ffn": "none"})]
+    found = [Run("curve", "training-free", share, options=recovery | {"ffn": "width"})]
+    if share == GATES_AT:
+        gates = {"heads": "trained", "ffn": "width", "gate_cost": "time", "attention_share": round(share, 3)}
+        found.append(Run("curve", "trained", share, options=recovery | gates))
+    return found
 
 
 def make(run: Run, dense: infoprune.VLM) -> None:
@@ -131,7 +137,7 @@ def row_of(run: Run, model: infoprune.VLM, figures: dict[str, Any]) -> dict[str,
         "recovered": run.options["recovery"] != "none", "seed": run.seed, "budget": run.share, "flops_ratio": report["flops_ratio"],
         **figures, "params": report["parameters"], "bytes_on_disk": bytes_on_disk(model), "seconds": report["seconds"],
         "flops": report["flops"], "dense_flops": report["dense_flops"], "training": stages,
-        **({"gates": gates_of(run.folder, report)} if run == runs(["curve"])[0] else {}),
+        **({"gates": gates_of(run.folder, report)} if run.part == "curve" and run.name == "trained" else {}),
         "folder": run.folder.name, "commit": (run.folder / "commit").read_text(),
     }  # fmt: skip
 
@@ -178,8 +184,22 @@ def measure(file: str, wanted_runs: Sequence[Run], dense: infoprune.VLM, example
             rows.append(row_of(run, model, quality.comparison(reference, score, examples)))
             log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")
         write(file, rows, **facts)
+    answer_beyond(rows, dense)
+    write(file, rows, **facts)
     time_curve(rows, dense, examples)
     write(file, rows, **facts)
+
+
+def answer_beyond(rows: list[dict[str, Any]], dense: infoprune.VLM) -> None:
+    """The curve's models on altered images and words that neither calibration nor recovery had."""
+    chosen = [row for row in rows if row.get("part") == "curve" and "beyond" not in row and (WORK / row["folder"]).is_dir()]
+    if not chosen:
+        return
+    examples = shifted(TEST, WORK / "shifted", BEYOND)
+    reference, *scores = quality.score([dense, *(infoprune.load(WORK / row["folder"]) for row in chosen)], examples)
+    for row, score in zip(chosen, scores, strict=True):
+        row["beyond"] = quality.comparison(reference, score, examples)
+        log(f"{row['folder']}: {score.accuracy:.2f}% of {reference.accuracy:.2f}% beyond the task, KL {score.kl_nats:.4f}")
 
 
 def time_curve(rows: list[dict[str, Any]], dense: infoprune.VLM, examples: list) -> None:
