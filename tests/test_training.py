@@ -464,6 +464,23 @@ def test_the_recovery_stage_scales_full_training_only(gqa_vlm, recovery):
         assert scales[id(parameter)] == (typical_magnitude(parameter) if recovery == "full" else 1.0)
 
 
+def test_biases_that_softmax_does_not_see_are_not_trained(gqa_vlm, questions):
+    vlm = gqa_vlm.copy()
+    trained = layer_weights(vlm.model, vlm.architecture)
+    biases = {name: p for name, p in vlm.model.named_parameters() if name.endswith("k_proj.bias")}
+    still = {name: p for name, p in biases.items() if name not in trained}
+    assert still and all("vision_tower" in name for name in still)
+    assert all("vision_tower" not in name for name in biases.keys() - still.keys())  # rotary positions turn those of the language model
+    batch, _ = next(iter(batches(vlm.encoder, questions, share_prefix=True)))
+    with torch.no_grad():
+        before = answer_logits(vlm.model, batch)
+        for parameter in still.values():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(answer_logits(vlm.model, batch), before, atol=1e-4, rtol=1e-4)
+        next(iter(trained.values())).add_(1.0)
+        assert (answer_logits(vlm.model, batch) - before).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("amx", "avx512"), [(False, False), (True, False), (False, True)])
 def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, amx, avx512):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
@@ -548,8 +565,7 @@ def test_spread_models_need_equal_parts_of_a_step():
 def test_two_processes_get_the_result_of_one(checkpoint, jsonl, tmp_path):
     one, two, spread = tmp_path / "one", tmp_path / "two", tmp_path / "spread"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     shared = [*launch, *command(checkpoint, jsonl, two)], [*launch, *command(checkpoint, jsonl, spread), "--shard"]
     for arguments in (command(checkpoint, jsonl, one), *shared):
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)

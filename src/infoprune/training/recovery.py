@@ -174,16 +174,24 @@ def layer_weights(model: nn.Module, architecture: Architecture) -> dict[str, nn.
     """Parameters of all layers of both towers and of the projector, made trainable; the rest is frozen.
 
     Embeddings of words, patches and positions and the language head stay as they are: nothing was cut there, words that no training
-    data shows must keep their meaning, and the towers are most sensitive to their first map.
+    data shows must keep their meaning, and the towers are most sensitive to their first map. So do the biases of keys where positions
+    do not turn them: they add the same to all scores of a query, softmax does not see it, and Adam would make steps of rounding errors.
     """
     layers = tuple({f"{site.path.rpartition('.')[0]}." for site in architecture.attention})
     inside = (*layers, *(f"{path}." for path in architecture.family.projector))
+    towers = {"vision": architecture.family.vision, "text": architecture.family.text}
+    unseen = {f"{s.path}.{s.names.key}.bias" for s in architecture.attention if not turns_keys(model.get_submodule(towers[s.tower]))}
     trainable = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(inside))
+        parameter.requires_grad_(name.startswith(inside) and name not in unseen)
         if parameter.requires_grad:
             trainable[name] = parameter
     return trainable
+
+
+def turns_keys(tower: Any) -> bool:
+    """Whether a tower has rotary positions, which turn a key's bias along with the key."""
+    return getattr(tower.config, "rope_parameters", None) is not None
 
 
 def relative_groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
