@@ -103,12 +103,12 @@ def efficiency() -> str:
     """Speed-up, share of FLOPs and their product."""
     cells = []
     for row in (r for r in load("efficiency")["rows"] if "parts" in r and r["method"] != "dense"):
-        line = [f"{row['budget']:.3g}", str(row["rank_multiple"]), row["engine"], str(row["batch"])]
+        line = [f"{row['budget']:.3g}", row["cut"], row["engine"], str(row["batch"])]
         for part in ("vision", "prompt"):
             p = row["parts"][part]
             line += [f"{p['flops_ratio']:.3f}", f"{p['speedup']:.2f}x", f"{p['efficiency']:.2f}", f"{p['of_bound']:.0%}"]
         cells.append(line)
-    header = ["share", "ranks a multiple of", "run by", "batch"]
+    header = ["share", "FFNs", "run by", "batch"]
     header += [f"{part}: {name}" for part in ("vision", "prompt") for name in ("FLOPs", "speed-up", "efficiency", "of peak")]
     return table(header, cells) + source("efficiency")
 
@@ -119,7 +119,7 @@ def decode() -> str:
     for row in (r for r in load("efficiency")["rows"] if r.get("part") == "decode"):
         read, time = row["bytes_read"], row["milliseconds"]["median"]
         cells.append([
-            "dense" if row["method"] == "dense" else f"{row['budget']:.3g}, ranks a multiple of {row['rank_multiple']}",
+            "dense" if row["method"] == "dense" else f"{row['budget']:.3g}, {row['cut']}",
             *(f"{read[name] / 1e6:.1f} MB" for name in ("layers", "head", "cache")), f"{time:.1f}", f"{row['speedup_decode']:.2f}x",
             f"{sum(read.values()) / time / 1e6:.1f} GB/s",
         ])  # fmt: skip

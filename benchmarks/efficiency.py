@@ -5,7 +5,7 @@
 Efficiency is the speed-up times the share of FLOPs that is left: 1 where time falls as FLOPs do. Timed are the vision tower and the whole
 prompt (image, projector, language model, one position of the head), run by PyTorch as it is and by ``torch.compile``, at a batch of one and
 at larger ones, where the time of small operations is shared by more tokens; then one decode step, with the bytes that it must read. Models
-are training-free, with ranks that are multiples of 8 or of 64. All models of a batch are timed in turn, dense among them.
+are training-free, with FFNs of fewer neurons or of low rank, ranks being multiples of 8 or of 64. All models of a batch are timed in turn, dense among them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from infoprune.steps import measure
 
 SHARES = (0.5, 1 / 3.2)
 BATCHES = (1, 16)
-MULTIPLES = (8, 64)
+CUTS: dict[str, dict[str, Any]] = {
+    "fewer neurons": {"ffn": "width"},
+    "low rank": {"ffn": "low-rank"},
+    "low rank, multiples of 64": {"ffn": "low-rank", "rank_multiple": 64},
+}
 WARMUP = 3
 Timed = dict[str, dict[str, Any]]  # by part: median, p25 and p75 in milliseconds
 
@@ -41,12 +45,12 @@ def main() -> None:
     args = parser.parse_args()
     dense = infoprune.load("demo", notify=log)
     probe, dense_flops, workload = measure(dense, whole_images("train", 64))
-    models: dict[tuple[float, int], Any] = {(1.0, 1): (dense, dense_flops)}
+    models: dict[tuple[float, str], Any] = {(1.0, "dense"): (dense, dense_flops)}
     for share in args.shares:
-        for multiple in MULTIPLES:
-            result = infoprune.compress(dense, "easy-vqa:train", flops=share, rank_multiple=multiple)
-            models[share, multiple] = (result.vlm, result.flops)
-            log(f"share {share:.3f}, ranks a multiple of {multiple}: {result.flops_ratio:.3f} of the FLOPs")
+        for cut, options in CUTS.items():
+            result = infoprune.compress(dense, "easy-vqa:train", flops=share, **options)
+            models[share, cut] = (result.vlm, result.flops)
+            log(f"share {share:.3f}, {cut}: {result.flops_ratio:.3f} of the FLOPs")
     rows: list[dict[str, Any]] = []
     bound = throughput()
     found = [vlm for vlm, _ in models.values()]
@@ -117,7 +121,7 @@ def parts_of(flops: Any, dense: Any, timed: Timed, timed_dense: Timed, batch: in
 
 @torch.no_grad()
 def decode_row(
-    vlm: infoprune.VLM, key: tuple[float, int], timed: Timed, dense: Timed, inputs: dict[str, torch.Tensor], text: str, head: str
+    vlm: infoprune.VLM, key: tuple[float, str], timed: Timed, dense: Timed, inputs: dict[str, torch.Tensor], text: str, head: str
 ) -> dict[str, Any]:
     """One further token: its time, and what must be read for it. ``text`` and ``head`` are the paths of language model and head."""
     model: Any = vlm.model
@@ -134,9 +138,9 @@ def decode_row(
     }  # fmt: skip
 
 
-def label(key: tuple[float, int]) -> dict[str, Any]:
+def label(key: tuple[float, str]) -> dict[str, Any]:
     """What a row starts with."""
-    return {"method": "dense" if key[0] == 1 else "infoprune", "budget": key[0], "rank_multiple": key[1]}
+    return {"method": "dense" if key[0] == 1 else "infoprune", "budget": key[0], "cut": key[1]}
 
 
 if __name__ == "__main__":
