@@ -5,7 +5,8 @@
 Efficiency is the speed-up times the share of FLOPs that is left: 1 where time falls as FLOPs do. Timed are the vision tower and the whole
 prompt (image, projector, language model, one position of the head), run by PyTorch as it is and by ``torch.compile``, at a batch of one and
 at larger ones, where the time of small operations is shared by more tokens; then one decode step, with the bytes that it must read. Models
-are training-free, with FFNs of fewer neurons or of low rank, ranks being multiples of 8 or of 64. All models of a batch are timed in turn, dense among them.
+are training-free, with FFNs of fewer neurons or of low rank, ranks being multiples of 8 or of 64. All models of a batch are timed in turn,
+dense among them.
 """
 
 from __future__ import annotations
