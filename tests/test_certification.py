@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import infoprune
 from infoprune import CompressionOptions, Example
 from infoprune.certification import path as certification_path
 from infoprune.certification import run as certification_run
-from infoprune.certification.certificate import Certificate, plan_digest
+from infoprune.certification.certificate import Certificate, certificate_of, image_digest, plan_digest, weights_digest
 from infoprune.certification.data import check_enough, most_per_image, split_data
 from infoprune.errors import BudgetError, CertificateError, CheckpointError
 from infoprune.evaluation.differences import changed_questions, differences
@@ -167,7 +168,7 @@ def test_certified_compression_end_to_end(taught, many, tmp_path):
     assert len(tried) < 3 or certificate.rank_correlation is not None
 
     folder = infoprune.save(result.vlm, tmp_path / "small", probe=result.probe, extra=result.as_dict(), certificate=certificate)
-    assert Certificate.read(folder) == certificate
+    assert Certificate.read(folder) == certificate.model_copy(update={"weights": weights_digest(folder)})
     assert json.loads((folder / "report.json").read_text())["certificate"]["plan"] == plan_digest(result.vlm.plan)
     card = (folder / "README.md").read_text()
     assert certificate.statement in card
@@ -306,7 +307,7 @@ def test_the_page_is_whole_and_escapes_what_strangers_wrote(taught, many, certif
         for image in (many[0].image, broken)
     ]  # fmt: skip
     target = tmp_path / "report.html"
-    write_page(told, target, model=str(folder))
+    write_page(told | {"warnings": [HOSTILE]}, target, Certificate.read(folder))
     html = target.read_text(encoding="utf-8")
     assert HOSTILE not in html
     assert "<script" not in html
@@ -318,10 +319,37 @@ def test_the_page_is_whole_and_escapes_what_strangers_wrote(taught, many, certif
     assert html.count("data:image/svg+xml;base64,") == 1
     assert not re.search(r'(src|href)="(?!data:)', html)
     assert not list(tmp_path.glob(".report*"))
+    assert "Warning: &lt;script&gt;" in html
     (folder / "certificate.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a valid certificate"):
-        write_page(told, target, model=str(folder))
+        certificate_of(str(folder), [])
     assert "None." in page(told | {"comparison": told["comparison"] | {"changed": []}})
+
+
+def test_a_certificate_holds_for_the_weights_it_is_of_and_names_its_images(certified, many, tmp_path):
+    folder = infoprune.save(certified.vlm, tmp_path / "small", certificate=certified.certificate)
+    images = [example.image for example in many]
+    found, warnings = certificate_of(str(folder), images)
+    assert found is not None and found == certified.certificate.model_copy(update={"weights": weights_digest(folder)})
+    assert len(warnings) == 1 and f"{certified.certificate.data.num_images} of the 60 images" in warnings[0]
+    certified_on = set(certified.certificate.data.images)
+    others = [image for image in images if image_digest(image) not in certified_on]
+    assert others and certificate_of(str(folder), others) == (found, [])
+    assert certificate_of("somebody/some-model", images) == (None, [])
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    names = list(weights)
+    save_file({name: weights[name] for name in names[1:]}, folder / "b.safetensors", {"format": "pt"})
+    save_file({names[0]: weights[names[0]]}, file, {"format": "pt"})
+    assert certificate_of(str(folder), others) == (found, [])  # however they are spread over files
+    weights[names[0]].flatten()[0] += 1e-3
+    save_file({names[0]: weights[names[0]]}, file, {"format": "pt"})
+    assert certificate_of(str(folder), others)[0] is None
+    assert "other weights" in certificate_of(str(folder), others)[1][0]
+    file.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="Cannot read the weights"):
+        certificate_of(str(folder), others)
 
 
 def test_the_page_says_how_answers_were_judged_and_what_they_are_worth(taught, many):

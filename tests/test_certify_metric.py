@@ -236,20 +236,26 @@ def test_statement_and_card_say_how_answers_came_about(certified):
 
 def test_certificates_of_the_first_version_are_read(certified, tmp_path):
     held = certified.certificate.model_dump(mode="json")
-    assert held["version"] == 2
+    assert held["version"] == 3
+    images = held["data"].pop("images")
 
     def read(**changes):
-        told = {key: value for key, value in (held | changes).items() if value is not None}
+        told = {key: value for key, value in ({"version": 2} | held | changes).items() if value is not None}
         (tmp_path / "certificate.json").write_text(json.dumps(told))
         return Certificate.read(tmp_path)
 
     new = dict.fromkeys(("metric", "prompt", "precision", "max_new_tokens"))
+    held.pop("version")
+    assert json.loads(read().to_json())["version"] == 2
+    third = read(version=3, weights="0" * 32, data=held["data"] | {"images": images})
+    assert third.weights == "0" * 32 and list(third.data.images) == images
     first = read(version=1, **new)
     assert first.metric == "exact" and "prompt" not in first.statement and "(exact)" in first.statement
     assert first.statement in model_card(certified.vlm.plan, None, first)
     assert json.loads(first.to_json())["version"] == 1
     for changes in (
-        {"version": 3}, {"version": 1}, new, {"metric": "exact"}, {"metric": "vqa"}, {"precision": "<b>"}, {"max_new_tokens": None},
+        {"version": 4}, {"weights": "0" * 32}, {"data": held["data"] | {"images": images}},
+        {"version": 1}, new, {"metric": "exact"}, {"metric": "vqa"}, {"precision": "<b>"}, {"max_new_tokens": None},
         {"version": 1} | new | {"metric": "vqav2/official"},
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match="not a valid certificate"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from safetensors import SafetensorError, safe_open
 from scipy.stats import spearmanr
 
 from infoprune.errors import CheckpointError
@@ -16,8 +19,9 @@ from infoprune.evaluation.certify import Bounds
 from infoprune.evaluation.metrics import EXACT, METRICS
 from infoprune.plan import CompressionPlan
 
-CERTIFICATE_VERSION = 2
+CERTIFICATE_VERSION = 3
 FILE = "certificate.json"
+IMAGE_DIGITS = 16  # of an image's SHA-256
 SCORE = "exact match of the greedy answer, teacher-forced"
 GENERATED = "mean score of the generated greedy answer"
 ASSUMPTIONS = (
@@ -40,6 +44,7 @@ class CertificationData(_Strict):
         fingerprint: Digest of file names, questions and answers; ``calibration``: of those that the plans were calibrated on.
         num_questions, num_images: How many were drawn; ``largest_image``: most questions on one image.
         kl_questions: The first so many of them give the KL.
+        images: Their images, by the first digits of the files' SHA-256; none before the third version.
     """
 
     source: str
@@ -49,6 +54,7 @@ class CertificationData(_Strict):
     num_images: int = Field(ge=1)
     largest_image: int = Field(ge=1)
     kl_questions: int = Field(ge=0)
+    images: tuple[Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{IMAGE_DIGITS}}}$")], ...] = ()
 
 
 class Measured(_Strict):
@@ -102,7 +108,8 @@ class Certificate(_Strict):
     """What is certified of the model in this folder, and how.
 
     Attributes:
-        version, library: Of the format and of infoprune. The first version knew exact match only, and says nothing of prompt and precision.
+        version, library: Of the format and of infoprune. The first version knew exact match only, and says nothing of prompt and precision;
+            the first two say nothing of the weights.
         max_drop_points, confidence: What was asked for.
         method: The bound that decided, and the procedure along the path.
         score: What the accuracy is.
@@ -111,6 +118,7 @@ class Certificate(_Strict):
         precision: That both models computed in.
         max_new_tokens: Longest generated answer; ``None`` where answers are not generated but scored.
         plan: Digest of the plan that passed.
+        weights: Digest of the weights that it is of, :func:`weights_digest`; ``None`` until they are saved.
         dense_accuracy: Percent, on the same questions.
         data: Certification data.
         path: All plans from mild to aggressive.
@@ -118,7 +126,7 @@ class Certificate(_Strict):
         assumptions: Without these the certificate does not hold.
     """
 
-    version: Literal[1, 2] = CERTIFICATE_VERSION
+    version: Literal[1, 2, 3] = CERTIFICATE_VERSION
     library: str
     max_drop_points: float = Field(gt=0)
     confidence: float = Field(gt=0, lt=1)
@@ -129,6 +137,7 @@ class Certificate(_Strict):
     precision: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")] | None = None
     max_new_tokens: int | None = Field(default=None, ge=1)
     plan: str
+    weights: str | None = None
     dense_accuracy: float
     data: CertificationData
     path: tuple[PathStep, ...]
@@ -142,6 +151,8 @@ class Certificate(_Strict):
         told = (self.prompt is not None, self.precision is not None, self.max_new_tokens is not None)
         if told != ((False, False, False) if self.version == 1 else (True, True, self.metric != EXACT)):
             raise ValueError("prompt and precision must be told, and max_new_tokens where answers are generated")
+        if self.version < 3 and (self.weights is not None or self.data.images):
+            raise ValueError("the first two versions know neither weights nor images")
         if self.version == 1 and self.metric != EXACT:
             raise ValueError(f"the first version knows no metric but '{EXACT}'")
         return self
@@ -202,6 +213,64 @@ class Certificate(_Strict):
 def plan_digest(plan: CompressionPlan) -> str:
     """Digest of everything in a plan."""
     return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+
+
+def weights_digest(folder: Path) -> str:
+    """Digest of all tensors in a folder's safetensors files: names, types, shapes and values, however they are spread over files.
+
+    Raises:
+        CheckpointError: A file can't be read.
+    """
+    places: dict[str, Path] = {}
+    digest = hashlib.sha256()
+    try:
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                places |= dict.fromkeys(opened.keys(), file)
+        for name in sorted(places):
+            with safe_open(places[name], framework="pt") as opened:
+                tensor = opened.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot read the weights in {folder}: {error}.") from error
+    return digest.hexdigest()[:32]
+
+
+def image_digest(path: Path) -> str:
+    """The first digits of the SHA-256 of an image file, as certificates name images; raises OSError if it can't be read."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:IMAGE_DIGITS]
+
+
+def certificate_of(model: str, images: Iterable[Path]) -> tuple[Certificate | None, list[str]]:
+    """The certificate that holds for a model, and what a reader of figures from ``images`` must know.
+
+    A certificate that names other weights than the folder has does not hold; one that names none is believed.
+
+    Args:
+        model: A checkpoint folder; anything else has no certificate.
+        images: Files that the model is now judged on.
+
+    Raises:
+        CheckpointError: The certificate or the weights can't be read.
+    """
+    folder = Path(model).expanduser()
+    certificate = Certificate.read(folder) if folder.is_dir() else None
+    if certificate is None:
+        return None, []
+    warnings = []
+    if known := set(certificate.data.images):
+        distinct = set(images)
+        seen = sum(image_digest(image) in known for image in distinct)
+        if seen:
+            warnings.append(
+                f"{seen:,} of the {len(distinct):,} images are among those that the model was certified on, which chose how far it is cut: "
+                "its figures on them are no independent test."
+            )
+    if certificate.weights is not None and certificate.weights != weights_digest(folder):
+        warnings.append("The certificate in the model's folder is of other weights than these, and says nothing of them.")
+        return None, warnings
+    return certificate, warnings
 
 
 def rank_correlation(path: tuple[PathStep, ...]) -> float | None:

@@ -21,6 +21,7 @@ import numpy as np
 from infoprune._version import __version__
 from infoprune.certification.certificate import (
     GENERATED,
+    IMAGE_DIGITS,
     SCORE,
     Certificate,
     CertificationData,
@@ -155,6 +156,7 @@ def _certificate(
             num_images=len(split.sizes),
             largest_image=int(split.sizes.max()),
             kl_questions=kl_questions(split),
+            images=tuple(image[:IMAGE_DIGITS] for image in dict.fromkeys(split.images)),
         ),
         path=tuple(steps),
         rank_correlation=rank_correlation(tuple(steps)),

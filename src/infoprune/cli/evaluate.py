@@ -60,6 +60,7 @@ def evaluate(
         return
     import torch
 
+    from infoprune.certification.certificate import certificate_of
     from infoprune.data import load_counted, parse_spec, subset
     from infoprune.evaluation.generation import dtype_for, generate_answers
     from infoprune.evaluation.metrics import metric_for
@@ -87,6 +88,9 @@ def evaluate(
         for name in (against, model)
         if name is not None
     ]
+    certificate, warnings = certificate_of(model, (example.image for example in examples))
+    for warning in warnings:
+        progress.note(f"Warning: {warning}")
     generated = None
     if generate:
         files = (answers and answers.with_name(f"{answers.stem}-against{answers.suffix}"), answers)[-len(models) :]
@@ -106,9 +110,9 @@ def evaluate(
         models[-1], examples, against=models[0] if against is not None else None, answers=generated, metric=judge, timing=repeats > 0,
         repeats=max(repeats, 1), confidence=confidence, progress=progress,
     )  # fmt: skip
-    result["skipped"] = loaded.skipped
+    result["skipped"], result["warnings"] = loaded.skipped, warnings
     if report is not None:
-        write_page(result, report, model=model)
+        write_page(result, report, certificate)
     if json_output:
         print_json(result)
         return

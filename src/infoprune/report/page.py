@@ -52,19 +52,18 @@ def check_page(path: Path, *, against: bool) -> None:
         raise InfoPruneError(f"Can't write the report to {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}.")
 
 
-def write_page(result: dict[str, Any], path: Path, *, model: str) -> None:
+def write_page(result: dict[str, Any], path: Path, certificate: Certificate | None = None) -> None:
     """Write the page, aside first and then in place.
 
     Args:
-        result: Of :func:`infoprune.evaluation.runner.evaluate`, with ``comparison``; ``skipped``, where it has that, are bad records.
+        result: Of :func:`infoprune.evaluation.runner.evaluate`, with ``comparison``; where it has them, ``skipped`` are bad records, and
+            ``warnings`` are what a reader must know.
         path: An .html file.
-        model: The compressed model; if it is a folder with a certificate, that is shown.
+        certificate: Shown if there is one.
 
     Raises:
         InfoPruneError: It can't be written.
-        CheckpointError: The model's certificate is damaged.
     """
-    certificate = Certificate.read(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     aside = path.with_name(f".{path.name}.partial")
     try:
         aside.write_text(page(result, certificate), encoding="utf-8")
@@ -95,7 +94,8 @@ def _how(result: dict[str, Any]) -> str:
     judge = "exact match" if result["metric"] == "exact" else f"metric {result['metric']}"
     skipped = f" Bad records skipped: {result['skipped']:,}." if result.get("skipped") else ""
     told = f"Answers {result['answers']} in {result['dtype']}, {judge}.{skipped}"
-    return f'<p>{escape(told)} Prompt of the first question: <code class="prompt">{escape(result["prompt"])}</code></p>'
+    warned = "".join(f"<p><b>Warning: {escape(text)}</b></p>" for text in result.get("warnings", []))
+    return f'{warned}<p>{escape(told)} Prompt of the first question: <code class="prompt">{escape(result["prompt"])}</code></p>'
 
 
 def _figures(result: dict[str, Any]) -> str:
