@@ -16,7 +16,7 @@ import infoprune
 from infoprune import CompressionOptions, Example
 from infoprune.certification import path as certification_path
 from infoprune.certification import run as certification_run
-from infoprune.certification.certificate import Certificate, certificate_of, image_digest, plan_digest, weights_digest
+from infoprune.certification.certificate import Certificate, certificate_of, image_digest, plan_digest, stored_digest
 from infoprune.certification.data import check_enough, most_per_image, split_data
 from infoprune.errors import BudgetError, CertificateError, CheckpointError
 from infoprune.evaluation.differences import changed_questions, differences
@@ -168,7 +168,7 @@ def test_certified_compression_end_to_end(taught, many, tmp_path):
     assert len(tried) < 3 or certificate.rank_correlation is not None
 
     folder = infoprune.save(result.vlm, tmp_path / "small", probe=result.probe, extra=result.as_dict(), certificate=certificate)
-    assert Certificate.read(folder) == certificate.model_copy(update={"weights": weights_digest(folder)})
+    assert Certificate.read(folder) == certificate.model_copy(update={"weights": stored_digest(folder)})
     assert json.loads((folder / "report.json").read_text())["certificate"]["plan"] == plan_digest(result.vlm.plan)
     card = (folder / "README.md").read_text()
     assert certificate.statement in card
@@ -330,7 +330,7 @@ def test_a_certificate_holds_for_the_weights_it_is_of_and_names_its_images(certi
     folder = infoprune.save(certified.vlm, tmp_path / "small", certificate=certified.certificate)
     images = [example.image for example in many]
     found, warnings = certificate_of(str(folder), images)
-    assert found is not None and found == certified.certificate.model_copy(update={"weights": weights_digest(folder)})
+    assert found is not None and found == certified.certificate.model_copy(update={"weights": stored_digest(folder)})
     assert len(warnings) == 1 and f"{certified.certificate.data.num_images} of the 60 images" in warnings[0]
     certified_on = set(certified.certificate.data.images)
     others = [image for image in images if image_digest(image) not in certified_on]

@@ -8,7 +8,7 @@ import os
 import pytest
 from PIL import Image
 
-from infoprune.data import load_counted, load_examples
+from infoprune.data import load_counted, load_examples, sources
 from infoprune.errors import DataError
 from test_benchmark_data import gqa_question, picture, write
 
@@ -66,3 +66,15 @@ def test_keys_of_own_data_occur_once(tmp_path, name):
     (tmp_path / name).write_text(record if name.endswith("l") else f"[{record}]")
     with pytest.raises(DataError, match=r"1 x key that occurs twice in one object: (own.json|line 1): answer"):
         load_examples(str(tmp_path / name))
+
+
+def test_reading_many_images_is_told(tmp_path, monkeypatch):
+    write(tmp_path / "val_balanced_questions.json", {"1": gqa_question(), "2": gqa_question(imageId="n2")})
+    for name in ("n1", "n2"):
+        picture(tmp_path / "images" / f"{name}.jpg")
+    told = []
+    load_examples(f"gqa:val@{tmp_path}", notify=told.append)
+    assert not told
+    monkeypatch.setattr(sources, "MANY_IMAGES", 2)
+    load_examples(f"gqa:val@{tmp_path}", notify=told.append)
+    assert len(told) == 1 and "reading 2 images" in told[0]

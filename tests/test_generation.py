@@ -206,6 +206,10 @@ def test_a_resumed_run_asks_only_what_is_left(recorded, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             generate_answers(vlm, questions, record=record, **FEW)
         assert not record.exists()
+    monkeypatch.setattr(generation, "packed_answers", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(InfoPruneError, match="Lower images_per_batch"):
+        generate_answers(vlm, questions, record=record, **FEW)
+    monkeypatch.setattr(generation, "packed_answers", stopping)
     allowed[0] = 99
     generate_answers(vlm, questions, record=record, **FEW)
     assert sum(asked) == len(questions) and record.read_bytes() == whole

@@ -23,7 +23,7 @@ from transformers import (
 
 from infoprune import modeling_infoprune as modeling
 from infoprune.certification.certificate import FILE as CERTIFICATE
-from infoprune.certification.certificate import Certificate, plan_digest, weights_digest
+from infoprune.certification.certificate import Certificate, plan_digest, stored_digest
 from infoprune.errors import CheckpointError
 from infoprune.families import FAMILIES
 from infoprune.geometry import state_geometry_
@@ -117,7 +117,7 @@ def save(
         if extra is not None:
             (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
         if certificate is not None:
-            certificate = certificate.model_copy(update={"weights": weights_digest(aside)})
+            certificate = certificate.model_copy(update={"weights": stored_digest(aside)})
             (aside / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
         card = model_card(vlm.plan, extra, certificate, licence=base_licence(vlm.model_id))
         (aside / "README.md").write_text(card, encoding="utf-8")

@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from scipy.stats import spearmanr
@@ -17,6 +16,7 @@ from scipy.stats import spearmanr
 from infoprune.errors import CheckpointError
 from infoprune.evaluation.certify import Bounds
 from infoprune.evaluation.metrics import EXACT, METRICS
+from infoprune.evaluation.record import add_tensor
 from infoprune.plan import CompressionPlan
 
 CERTIFICATE_VERSION = 3
@@ -118,7 +118,7 @@ class Certificate(_Strict):
         precision: That both models computed in.
         max_new_tokens: Longest generated answer; ``None`` where answers are not generated but scored.
         plan: Digest of the plan that passed.
-        weights: Digest of the weights that it is of, :func:`weights_digest`; ``None`` until they are saved.
+        weights: Digest of the weights that it is of, :func:`stored_digest`; ``None`` until they are saved.
         dense_accuracy: Percent, on the same questions.
         data: Certification data.
         path: All plans from mild to aggressive.
@@ -215,7 +215,7 @@ def plan_digest(plan: CompressionPlan) -> str:
     return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
 
 
-def weights_digest(folder: Path) -> str:
+def stored_digest(folder: Path) -> str:
     """Digest of all tensors in a folder's safetensors files: names, types, shapes and values, however they are spread over files.
 
     Raises:
@@ -229,9 +229,7 @@ def weights_digest(folder: Path) -> str:
                 places |= dict.fromkeys(opened.keys(), file)
         for name in sorted(places):
             with safe_open(places[name], framework="pt") as opened:
-                tensor = opened.get_tensor(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                add_tensor(digest, name, opened.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read the weights in {folder}: {error}.") from error
     return digest.hexdigest()[:32]
@@ -267,7 +265,7 @@ def certificate_of(model: str, images: Iterable[Path]) -> tuple[Certificate | No
                 f"{seen:,} of the {len(distinct):,} images are among those that the model was certified on, which chose how far it is cut: "
                 "its figures on them are no independent test."
             )
-    if certificate.weights is not None and certificate.weights != weights_digest(folder):
+    if certificate.weights is not None and certificate.weights != stored_digest(folder):
         warnings.append("The certificate in the model's folder is of other weights than these, and says nothing of them.")
         return None, warnings
     return certificate, warnings

@@ -19,6 +19,7 @@ from infoprune.data.vqav2 import VQAV2
 from infoprune.errors import DataError
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (VQAV2, TEXTVQA, GQA)}
+MANY_IMAGES = 5000  # reading so many takes long enough to be told
 EASY_VQA, OWN = "easy-vqa", "own"
 FORMS = f"'easy-vqa[:SPLIT]', a .jsonl or .json file, or one of {', '.join(BENCHMARKS)} as NAME[:SPLIT][@FOLDER or HUB-ID]"
 
@@ -113,6 +114,8 @@ def load_counted(
         return Loaded(easy_vqa.read(parsed.split or default_split, notify), 0)
     problems = Problems(spec)
     examples = list(_distinct(_found(parsed, spec, default_split, ocr, problems, notify), problems))
+    if (count := len({example.image for example in examples})) >= MANY_IMAGES:
+        notify(f"{spec}: reading {count:,} images to their ends, in search of damaged ones")
     broken = unreadable(example.image for example in examples)
     for image, reason in broken.items():
         problems.add("image that can't be read", f"{image.name}: {reason}")

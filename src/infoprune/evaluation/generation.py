@@ -22,7 +22,7 @@ from infoprune.training.loop import Processes, wants_bfloat16
 
 MAX_NEW_TOKENS = 16
 IMAGES_PER_BATCH = 8
-QUESTIONS_PER_ROW = 16
+QUESTIONS_PER_ROW = 16  # their keys and values are held at once; an image with more passes the tower once per row
 BATCHES_APART = 16  # that a process may be ahead of the others: these must not wait for it longer than process groups allow
 
 
@@ -169,5 +169,6 @@ def _out_of_memory(images_per_batch: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise InfoPruneError(
-            f"The device has not enough memory for {images_per_batch} images at once. Lower --images-per-batch; recorded answers are kept."
+            f"The device has not enough memory to answer questions on {images_per_batch} images at once. Lower images_per_batch "
+            "(infoprune evaluate --images-per-batch), or load the model in half precision; recorded answers are kept."
         ) from error

@@ -188,16 +188,17 @@ def weights_digest(model: torch.nn.Module) -> str:
     """Digest of all weights, by name, shape, precision and value."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        _add(digest, name, tensor)
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()[:16]
 
 
-def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+def add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    """Update a digest by a tensor's name, shape, precision and values."""
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:  # quantised weights are made of several tensors
         for part in flatten()[0]:
-            _add(digest, part, getattr(tensor, part))
+            add_tensor(digest, part, getattr(tensor, part))
     else:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
