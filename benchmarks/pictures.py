@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from arena_tables import SCOPES, arena_rows, mean, methods_of
 from result_tables import RESULTS, ROOT, load
@@ -89,3 +90,36 @@ def draw_arena() -> None:
             )
             axis.legend(fontsize=6)
     figure.savefig(ROOT / "docs" / "arena.png", dpi=110)
+
+
+def draw_certificate() -> None:
+    """Predicted beside measured loss of the plans on the certified path, and their drop: measured, bounded, and on the test split."""
+    rows = load("certificate")["rows"] if (RESULTS / "certificate.json").is_file() else []
+    path = [row for row in rows if row["part"] == "path"]
+    if not path:
+        return
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, drop = figure.subplots(1, 2)
+    predicted, measured = ([row[key] for row in path] for key in ("predicted_loss_nats", "kl_nats"))
+    loss.plot(predicted, measured, "o-")
+    for row, x, y in zip(path, predicted, measured, strict=True):
+        loss.annotate(f"{row['budget']:g}", (x, y), textcoords="offset points", xytext=(5, -10), fontsize=8)
+    rank = next(row["rank_correlation"] for row in rows if row["part"] == "prediction")
+    told = "" if rank is None else f": rank correlation {rank:.2f}"
+    loss.set(xscale="log", yscale="log", xlabel="predicted loss, nats per example", ylabel="measured KL, nats per answer token",
+             title=f"{len(path)} plans by their share of FLOPs{told}")  # fmt: skip
+    loss.xaxis.set_minor_formatter(NullFormatter())
+    shares = [row["budget"] for row in path]
+    bottom, top = ([row["test_drop_ci95"][end] for row in path] for end in (0, 1))
+    middle = [row["test_drop_points"] for row in path]
+    errors = [[m - b for m, b in zip(middle, bottom, strict=True)], [t - m for m, t in zip(middle, top, strict=True)]]
+    drop.errorbar(shares, middle, errors, fmt="s", color="#57606a", capsize=3, label="test questions [95%]")
+    drop.plot(shares, [row["drop_points"] for row in path], "o-", label="certification questions")
+    limit = max(path[0]["bounds"], key=float)
+    drop.plot(shares, [row["bounds"][limit]["betting"] for row in path], "v--", label="bound at 95%")
+    for row in (row for row in rows if row["part"] == "certified" and row["certified"]):
+        drop.axhline(row["max_drop_points"], color="#b3261e", lw=0.8, ls=":")
+    drop.set(xlabel="share of the dense FLOPs", ylabel="drop, points", title="drop; dotted: what was asked for")
+    drop.legend(fontsize=8)
+    figure.savefig(ROOT / "docs" / "certificate.png", dpi=110)

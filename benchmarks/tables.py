@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from arena_tables import ARENA_TABLES
-from pictures import draw_arena, draw_curve, draw_gates
+from pictures import draw_arena, draw_certificate, draw_curve, draw_gates
 from result_tables import RESULTS, ROOT, drop, load, source, table
 
 PARTS = ("vision", "prefill", "decode", "end_to_end")
@@ -361,7 +361,7 @@ def main() -> None:
         else:
             document.write_text(text)
     if "--check" not in sys.argv[1:]:
-        for draw in (draw_curve, draw_gates, draw_arena):
+        for draw in (draw_curve, draw_gates, draw_arena, draw_certificate):
             draw()
 
 
