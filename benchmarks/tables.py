@@ -128,18 +128,29 @@ def tail() -> str:
     return f"{len(found['rows'])} linears, worst relative difference {found['meta']['worst_relative_difference']:.1e}." + source("tail")
 
 
+HEADS_OF = {"training-free": "training-free heads", "trained": "trained heads", "uncut": "nothing cut, recovery alone"}
+
+
 def headline() -> str:
-    rows = sorted((r for r in load("headline")["rows"] if r.get("part") == "curve" and "error" not in r), key=lambda r: -r["budget"])
+    rows = [r for r in load("headline")["rows"] if r.get("part") == "curve" and "error" not in r]
+    rows.sort(key=lambda r: (-r["budget"], r["name"]))
     cells = []
     for r in rows:
         low, high = r["drop_ci95"]
         speed = [f"{r['speedup_' + part]:.2f}x" for part in ("prefill", "decode", "end_to_end")] if "speedup_prefill" in r else ["", "", ""]
         minutes = sum(stage["seconds"] for stage in r["training"].values()) / 60
-        name = f"{1 / r['flops_ratio']:.2f}x" if r["budget"] < 1 else "1x: recovery alone, nothing cut"
+        beyond = f"{r['beyond']['accuracy']:.1f}%, {r['beyond']['kl_nats']:.2f}" if "beyond" in r else ""
+        name = f"{1 / r['flops_ratio']:.2f}x, {HEADS_OF[r['name']]}" if r["budget"] < 1 else HEADS_OF[r["name"]]
         cells.append([name, f"{r['params'] / 1e6:.1f} M", f"{r['accuracy']:.2f}%",
-                      f"{r['drop_points']:.2f} [{low:.2f}, {high:.2f}]", f"{r['kl_nats']:.4f}", *speed, f"{minutes:.0f} min"])  # fmt: skip
-    header = ["fewer FLOPs", "parameters", "accuracy", "drop, points [95%]", "KL, nats", "prefill", "decode step", "end to end", "training"]
-    return table(header, cells) + source("headline")
+                      f"{r['drop_points']:.2f} [{low:.2f}, {high:.2f}]", f"{r['kl_nats']:.4f}", beyond, *speed,
+                      f"{minutes:.0f} min"])  # fmt: skip
+    header = ["fewer FLOPs", "parameters", "accuracy", "drop, points [95%]", "KL, nats", "beyond the task: accuracy, KL"]
+    dense = next((r["beyond"] for r in rows if "beyond" in r), None)
+    told = "" if dense is None else (
+        f"\n\nBeyond the task: {dense['num_questions']} questions in other words about altered images "
+        f"(`benchmarks/shifted.py`); the dense model answers {dense['dense_accuracy']:.1f}% of them."
+    )  # fmt: skip
+    return table([*header, "prefill", "decode step", "end to end", "training"], cells) + told + source("headline")
 
 
 def arms() -> str:
