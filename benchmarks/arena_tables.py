@@ -89,13 +89,13 @@ def scale() -> str:
         speed = [f"{row[f'speedup_{part}']:.2f}x" for part in ("vision", "prefill", "decode")]
         parts = [f"{row['of_dense'][tower]:.0%}" for tower in ("vision", "text")]
         cells.append([
-            row["model"], row["image"], f"{row['dense_flops'] / 1e12:.2f} T", *parts,
+            row["model"], row["image"], row["cut"], f"{row['dense_flops'] / 1e12:.2f} T", *parts,
             f"{row['share_of_blocks']:.3f}", f"{row['largest_factor']:.0f}x",
             f"{row['weights_gb_dense']:.2f} to {row['weights_gb_compressed']:.2f} GB",
             f"{row['cache_kb_per_token_dense']:.0f} to {row['cache_kb_per_token_compressed']:.0f} kB", *speed,
         ])  # fmt: skip
-    header = ["model", "image", "FLOPs", "in vision blocks", "in language blocks", "share each block keeps", "at most", "weights, 16 bits",
-              "cache per token, 16 bits", "vision layers", "prefill layers", "decode layers"]  # fmt: skip
+    header = ["model", "image", "FFNs", "FLOPs", "in vision blocks", "in language blocks", "share each block keeps", "at most",
+              "weights, 16 bits", "cache per token, 16 bits", "vision layers", "prefill layers", "decode layers"]  # fmt: skip
     return table(header, cells) + source("scale")
 
 

@@ -4,8 +4,8 @@
 
 Configurations are the published ones, weights are random: costs do not depend on their values. One layer of each kind is built, run and
 counted, and stands for all of its kind; everything else (embeddings, projector, language head) is there once, as in the real model. The
-cut is uniform: every block keeps the share of its FLOPs that the budget leaves. Times are of one layer in float32 at a batch of one, dense
-and cut alternating, times the number of layers; no whole model of this size was run.
+cut is uniform: every block keeps the share of its FLOPs that the budget leaves, FFNs with fewer neurons or of low rank. Times are of one
+layer in float32 at a batch of one, dense and cut alternating, times the number of layers; no whole model of this size was run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision, max_rank
 from infoprune.resolve import resolve
 
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 16  # of text beside the image
-RANK_MULTIPLE = 64
+RANK_MULTIPLE = 64  # of neurons, too
+CUTS = FEWER, LOW_RANK = "fewer neurons", "low rank"
 HALF = 2  # bytes of a weight or a cached value in the 16-bit formats that such models are served in
 Inputs = dict[str, torch.Tensor]
 
@@ -125,13 +126,14 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for name in args.models:
-        rows.append({"method": "infoprune:uniform", "model": name} | measured(MODELS[name](), args.factor, args.repeats))
-        log(f"{name}: {rows[-1]}")
+        for row in measured(MODELS[name](), args.factor, args.repeats):
+            rows.append({"method": "infoprune:uniform", "model": name} | row)
+            log(f"{name}: {row}")
     write("scale", rows, seeds=[0], data="none", num_questions=0, factor=args.factor)
 
 
-def measured(size: Size, factor: float, repeats: int) -> dict[str, Any]:
-    """One row."""
+def measured(size: Size, factor: float, repeats: int) -> list[dict[str, Any]]:
+    """A row for each way to cut FFNs."""
     torch.manual_seed(0)
     model = size.build().eval()
     architecture, inputs = resolve(model), size.inputs(model)
@@ -139,26 +141,31 @@ def measured(size: Size, factor: float, repeats: int) -> dict[str, Any]:
     sites = (*architecture.attention, *architecture.ffn)
     times = {site.path: size_of(size, site) for site in sites}
     fixed, cuttable = split(architecture, flops, workload, times)
-    share = ((fixed + sum(cuttable.values())) / factor - fixed) / sum(cuttable.values())
-    plan = uniform_plan(architecture, share)
-    small = copy.deepcopy(model)
-    shape_(small, plan.shapes())
-    left = {site.path: cost(site, plan, workload) * times[site.path] for site in sites}
     total = fixed + sum(cuttable.values())
-    row: dict[str, Any] = {
-        "image": size.image, "layers": {"vision": sum(size.vision), "text": sum(size.text)}, "dense_flops": total,
-        "flops_ratio": (fixed + sum(left.values())) / total, "share_of_blocks": share, "largest_factor": total / fixed,
-        "of_dense": {tower: sum(cuttable[s.path] for s in sites if s.tower == tower) / total for tower in ("vision", "text")},
-    }  # fmt: skip
-    for key, each in (("dense", model), ("compressed", small)):
-        row[f"weights_gb_{key}"] = HALF * weights(each, architecture, times) / 1e9
-        row[f"cache_kb_per_token_{key}"] = cache_bytes(architecture, times, None if each is model else plan) / 1e3
-    was, now = layer_times([model, small], architecture, inputs, repeats)
-    for part in was:
-        seconds = [sum(t * times[f"{path}"] for path, t in found[part].items()) for found in (was, now)]
-        row[f"layers_ms_{part}"] = {"dense": 1000 * seconds[0], "compressed": 1000 * seconds[1]}
-        row[f"speedup_{part}"] = seconds[0] / seconds[1]
-    return row
+    share = (total / factor - fixed) / sum(cuttable.values())
+    plans = {cut: uniform_plan(architecture, share, cut) for cut in CUTS}
+    cut_models = []
+    for plan in plans.values():
+        cut_models.append(copy.deepcopy(model))
+        shape_(cut_models[-1], plan.shapes())
+    was, *now = layer_times([model, *cut_models], architecture, inputs, repeats)
+    rows = []
+    for (cut, plan), small, layers in zip(plans.items(), cut_models, now, strict=True):
+        left = sum(cost(site, plan, workload) * times[site.path] for site in sites)
+        row: dict[str, Any] = {
+            "cut": cut, "image": size.image, "layers": {"vision": sum(size.vision), "text": sum(size.text)}, "dense_flops": total,
+            "flops_ratio": (fixed + left) / total, "share_of_blocks": share, "largest_factor": total / fixed,
+            "of_dense": {tower: sum(cuttable[s.path] for s in sites if s.tower == tower) / total for tower in ("vision", "text")},
+        }  # fmt: skip
+        for key, each in (("dense", model), ("compressed", small)):
+            row[f"weights_gb_{key}"] = HALF * weights(each, architecture, times) / 1e9
+            row[f"cache_kb_per_token_{key}"] = cache_bytes(architecture, times, None if each is model else plan) / 1e3
+        for part in was:
+            seconds = [sum(t * times[path] for path, t in found[part].items()) for found in (was, layers)]
+            row[f"layers_ms_{part}"] = {"dense": 1000 * seconds[0], "compressed": 1000 * seconds[1]}
+            row[f"speedup_{part}"] = seconds[0] / seconds[1]
+        rows.append(row)
+    return rows
 
 
 def size_of(size: Size, site: AttentionSite | FFNSite) -> int:
@@ -178,16 +185,20 @@ def cost(site: AttentionSite | FFNSite, plan: CompressionPlan | None, workload: 
     return attention_flops(site, len(plan.heads[site.path].keep_units) if plan else site.num_units, workload)
 
 
-def uniform_plan(architecture: Architecture, share: float) -> CompressionPlan:
-    """Every block keeps ``share`` of its units, and every FFN ranks of that share of its FLOPs."""
+def uniform_plan(architecture: Architecture, share: float, cut: str) -> CompressionPlan:
+    """Every block keeps ``share`` of its units, and every FFN neurons or ranks of that share of its FLOPs."""
     heads = {
         site.path: HeadDecision(keep_units=tuple(range(max(1, round(share * site.num_units)))), num_units=site.num_units)
         for site in architecture.attention
     }
     ffn = {}
     for site in architecture.ffn:
-        names = ("joint_rank" if site.gated else "up_rank", "down_rank")
-        ffn[site.path] = FFNDecision(**{name: rank_at(share, max_rank(site, name)) for name in names})
+        if cut == FEWER:
+            neurons = round(share * site.intermediate_size / RANK_MULTIPLE) * RANK_MULTIPLE
+            ffn[site.path] = FFNDecision(keep_neurons=tuple(range(max(RANK_MULTIPLE, neurons))), num_neurons=site.intermediate_size)
+        else:
+            names = ("joint_rank" if site.gated else "up_rank", "down_rank")
+            ffn[site.path] = FFNDecision(**{name: rank_at(share, max_rank(site, name)) for name in names})
     return CompressionPlan(library="", model_type=architecture.family.model_type, model_id="", heads=heads, ffn=ffn)
 
 
