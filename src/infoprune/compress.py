@@ -16,8 +16,9 @@ from infoprune.calibrate import Statistics
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example, subset
 from infoprune.decide import Decisions, attention_share, decide, unit_percentiles, with_units
-from infoprune.errors import BudgetError, PlanError
+from infoprune.errors import BudgetError, InfoPruneError, PlanError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters
+from infoprune.evaluation.record import weights_digest
 from infoprune.memory import release_memory
 from infoprune.model import VLM
 from infoprune.options import TRAINED, UNTRAINED, CompressionOptions
@@ -39,6 +40,7 @@ from infoprune.steps import (
     dense_architecture,
     example_pool,
     fingerprint,
+    images_state,
     make_plan,
     measure,
     packed_batches,
@@ -46,12 +48,15 @@ from infoprune.steps import (
 )
 from infoprune.surgery import ffn_options
 from infoprune.training.costs import flop_costs, time_costs
-from infoprune.training.gates import HeadGates
-from infoprune.training.heads import check_agreement, masked_logits
+from infoprune.training.gates import HeadGates, start_locations
+from infoprune.training.heads import binarise, check_agreement, masked_logits
 from infoprune.training.loop import Processes
 from infoprune.training.options import TrainingOptions
+from infoprune.training.recovery import require_peft
 from infoprune.training.run import LearnedHeads, TrainingRun, split
 from infoprune.training.state import WorkFolder
+
+UNUSED = 0.01  # of the dense FLOPs: what may be left of a budget without a word
 
 
 def compress(
@@ -94,7 +99,7 @@ def compress(
         run = _training_run(vlm, pool, data, options, training, work, progress)
         pool = run.examples
     examples = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
-    cut = run.saved_cut() if run else None
+    cut = run.saved_cut(vlm) if run else None
     if cut is None:
         cut = _cut_free(vlm, data, examples, options, run, in_place and training.recovery == "none", clock, progress)
         if run and training.recovery != "none":
@@ -102,11 +107,14 @@ def compress(
     else:
         progress.note("found the cut model of an interrupted run; going on with its recovery")
         cut = _reloaded(vlm, cut, examples)
-    if run is None or training.recovery == "none":
+    if run is None:
+        return cut
+    cut = replace(cut, main_process=run.processes.index == 0, trained_with=run.told)
+    if training.recovery == "none":
         return cut
     report = run.recover(cut.vlm, vlm)
-    clock.lap("recover")
-    return replace(cut, training=cut.training | {"recovery": report}, seconds=cut.seconds | clock.laps)
+    seconds = cut.seconds | {"recover": report["seconds"]}  # with those of interrupted runs
+    return replace(cut, training=cut.training | {"recovery": report}, seconds=seconds)
 
 
 def _options_of(
@@ -121,6 +129,13 @@ def _training_run(
     vlm: VLM, pool: list[Example], data: str | Sequence[Example], options: CompressionOptions, training: TrainingOptions,
     work: Path | None, progress: Progress,
 ) -> TrainingRun:  # fmt: skip
+    if training.recovery == "lora" or training.gate_lora:
+        require_peft()
+    if not vlm.model.dtype == torch.float32:
+        raise InfoPruneError(
+            f"Training needs weights in float32, not {str(vlm.model.dtype).removeprefix('torch.')}, in which small updates are lost. Load "
+            "the model with dtype=torch.float32; precision='bf16' computes in bfloat16 all the same."
+        )
     examples, validation = split(pool, training, options.seed, progress, skip_bad=options.skip_bad)
     processes = Processes.current(vlm.device, training.trackers, str(work or "."))
     if options.speedup is not None and processes.count > 1:
@@ -130,6 +145,8 @@ def _training_run(
         if processes.index == 0:
             told = {
                 "model": vlm.model_id,
+                "weights": weights_digest(vlm.model),
+                "images": images_state(examples + validation),
                 "prompt": vlm.encoder.prompt("{question}"),
                 "data": fingerprint(examples),
                 "validation": fingerprint(validation),
@@ -183,11 +200,16 @@ def _cut_free(
     clock.lap("cut")
     assert target.plan is not None
     flops = checked_flops(target, target.plan, probe, workload, dense_flops)
+    if options.flops is not None and flops.total < (options.flops - UNUSED) * dense_flops.total:
+        progress.note(
+            f"{flops.total / dense_flops.total:.3f} of the FLOPs remain where {options.flops:g} might: what is cut comes in larger "
+            "pieces, or other options (attention_share, rank_multiple) forbid to keep more."
+        )
     del statistics, inputs
     release_memory()
     return Compressed(
         target, dense_flops, flops, workload, decisions.predicted_loss, dense_parameters, num_parameters(target.model), clock.laps, probe,
-        report, run is None or run.processes.index == 0, speed=speed,
+        report, speed=speed,
     )  # fmt: skip
 
 
@@ -196,7 +218,7 @@ def _train_heads(
     workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor], options: CompressionOptions, run: TrainingRun, clock: Clock,
 ) -> tuple[Decisions, Statistics, dict[str, Any]]:  # fmt: skip
     """Decisions with heads that are learned, starting from ``decisions``; the moments after that, and figures for the report."""
-    learned = _learn_heads(target, solved, decisions, workload, probe, options, run)
+    learned = _learn_heads(target, solved, decisions, workload, dense_flops, probe, options, run)
     clock.lap("train heads")
     if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
         statistics = statistics_of(target, inputs, options.needs, run.progress)
@@ -207,15 +229,22 @@ def _train_heads(
 
 
 def _learn_heads(
-    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, probe: dict[str, torch.Tensor],
+    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor],
     options: CompressionOptions, run: TrainingRun,
 ) -> LearnedHeads:  # fmt: skip
-    """Gates start from the training-free choice under the same cost, by default with the share that the allocation gives attention."""
+    """Gates start from the training-free choice under the same cost, by default with the share that the allocation gives attention.
+
+    Raises:
+        BudgetError: With as many heads as they start with, FFNs can't meet the budget: told before anything trains.
+    """
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     target = run.options.attention_share or attention_share(solved, decisions, workload)
     costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe))
-    return run.learn_heads(vlm, sites, blocks, costs, target, unit_percentiles(solved, costs, target), options.compensate)
+    prior = unit_percentiles(solved, costs, target)
+    start = HeadGates(sites, start_locations(torch.tensor(prior), run.options.gate_prior, costs, target))
+    decide(with_units(solved, binarise(start, costs, target), options), FlopCosts(workload), dense_flops.total, options)
+    return run.learn_heads(vlm, sites, blocks, costs, target, prior, options.compensate)
 
 
 def _check_gates(

@@ -54,6 +54,7 @@ class Compressed:
         seconds: Wall time by step.
         probe: Inputs of one example, to compare a saved checkpoint on.
         training: What gate training and recovery were like, by stage.
+        trained_with: Options of training, and what it was validated on; empty where nothing was trained.
         main_process: False in all but one of several processes; that one saves.
         certificate: Of the accuracy that was kept, where ``max_drop`` asked for one.
         speed: How much faster it is, where ``speedup`` asked for that.
@@ -72,6 +73,7 @@ class Compressed:
     main_process: bool = True
     certificate: Certificate | None = None
     speed: Speed | None = None
+    trained_with: dict[str, Any] = field(default_factory=dict)
 
     @property
     def flops_ratio(self) -> float:
@@ -91,6 +93,7 @@ class Compressed:
             "parameters": self.parameters,
             "seconds": self.seconds,
             "training": self.training,
+            **({"trained_with": self.trained_with} if self.trained_with else {}),
             **certified,
             **({} if self.speed is None else {"speedup": self.speed.as_dict()}),
         }
@@ -148,6 +151,22 @@ def fingerprint(examples: Sequence[Example], *, people: bool = False) -> str:
         digest.update(f"{example.image.name}\0{example.prompt or example.question}\0{example.answer}\n".encode())
         if people:
             digest.update(repr(example.answers).encode())
+    return digest.hexdigest()[:16]
+
+
+def images_state(examples: Sequence[Example]) -> str:
+    """Digest of the images' names, sizes and times of change: whether files are still those that unfinished work has seen.
+
+    Raises:
+        DataError: One is not there.
+    """
+    digest = hashlib.sha256()
+    for image in dict.fromkeys(example.image for example in examples):
+        try:
+            found = image.stat()
+        except OSError as error:
+            raise DataError(f"Cannot read the image {image}: {error.strerror}. Check that the path is right.") from error
+        digest.update(f"{image.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,12 +37,13 @@ from infoprune.errors import CertificateError, CheckpointError
 from infoprune.evaluation.cost import Flops, num_parameters
 from infoprune.evaluation.generation import MAX_NEW_TOKENS
 from infoprune.evaluation.metrics import EXACT
+from infoprune.evaluation.record import weights_digest
 from infoprune.memory import release_memory
 from infoprune.model import VLM, load
 from infoprune.options import CompressionOptions
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
-from infoprune.steps import Compressed, fingerprint
+from infoprune.steps import Compressed, fingerprint, images_state
 from infoprune.training.state import WorkFolder
 
 
@@ -187,7 +187,9 @@ def _workplace(vlm: VLM, split: CertificationSplit, options: CompressionOptions,
         return
     told = {
         "model": vlm.model_id,
+        "weights": weights_digest(vlm.model),
         "calibration": fingerprint(split.calibration),
+        "images": images_state(split.calibration + split.certification),
         "certification": fingerprint(split.certification, people=split.metric != EXACT),
         "certify_metric": split.metric,
     }
@@ -235,7 +237,7 @@ class _Workplace:
 
     def discard(self) -> None:
         """Forget everything: there is nothing to go on with."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        WorkFolder(self.folder).discard()
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.folder / f"{name}.json"

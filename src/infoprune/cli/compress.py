@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -118,6 +117,7 @@ def compress(
     from infoprune.options import BUDGETS, TRAINED, CompressionOptions
     from infoprune.progress import Progress
     from infoprune.training.options import TrainingOptions
+    from infoprune.training.state import WorkFolder
 
     given: dict[str, Any] = {
         "model": model, "data": data, "output": output, "flops": flops, "speedup": speedup, "ks": ks, "max_drop": max_drop,
@@ -145,9 +145,12 @@ def compress(
     training = TrainingOptions(**_for(TrainingOptions, settings))
     target = Path(settings["output"])
     check_output_folder(target, source=settings["model"], overwrite=overwrite)
-    # Of several processes one speaks; the launcher numbers them before anything else runs.
-    progress = BarProgress() if os.environ.get("RANK", "0") == "0" else Progress()
     trains = options.heads == TRAINED or training.recovery != "none"
+    # Of several processes one speaks, and does all where there is nothing to share; the launcher numbers them before anything else runs.
+    first = os.environ.get("RANK", "0") == "0"
+    if not (first or trains):
+        return
+    progress = BarProgress() if first else Progress()
     work = target.with_name(f"{target.name}.work") if trains or options.max_drop is not None else None
     vlm = infoprune.load(
         settings["model"], device=settings.get("device", "cpu"), trust_remote_code=trust_remote_code,
@@ -162,7 +165,7 @@ def compress(
     infoprune.save(result.vlm, target, probe=result.probe, extra=report, certificate=result.certificate, overwrite=overwrite,
                    notify=progress.note)  # fmt: skip
     if work is not None:
-        shutil.rmtree(work)  # only now: until the checkpoint is in place, the work could still be lost
+        WorkFolder(work).discard()  # only now: until the checkpoint is in place, the work could still be lost
     if json_output:
         print_json(report | {"output": str(target)})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +62,31 @@ def unreadable(paths: Iterable[Path]) -> dict[Path, str]:
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
         return {path: reason for path, reason in zip(distinct, pool.map(complaint, distinct), strict=True) if reason is not None}
+
+
+def same_images(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
+    """Which of ``images`` are among ``others``: by path, or by content under another name. Only files of equal size are read."""
+    by_size: dict[int, set[Path]] = {}
+    known = set(others)
+    for path in known:
+        by_size.setdefault(_size(path), set()).add(path)
+    digests: dict[Path, bytes] = {}
+
+    def digest(path: Path) -> bytes:
+        if path not in digests:
+            digests[path] = hashlib.sha256(path.read_bytes()).digest()
+        return digests[path]
+
+    return {
+        image
+        for image in set(images)
+        if image in known or (_size(image) >= 0 and any(digest(image) == digest(other) for other in by_size.get(_size(image), ())))
+    }
+
+
+def _size(path: Path) -> int:
+    """In bytes; -1 for what is not there, which whoever opens it says."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 class ImageFolder:

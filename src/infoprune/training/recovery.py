@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,16 +213,25 @@ def typical_magnitude(tensor: torch.Tensor) -> float:
     return max(LEAST_MAGNITUDE, float(whole(tensor).abs().float().median()) / NORMAL_MEDIAN)
 
 
+def require_peft() -> None:
+    """Check that LoRA can be used.
+
+    Raises:
+        InfoPruneError: peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise InfoPruneError("LoRA needs peft: pip install 'infoprune[train]'.")
+
+
 def add_lora(model: Any, architecture: Architecture, rank: int, seed: int) -> tuple[Any, dict[str, nn.Parameter]]:
     """LoRA on every linear of every block, in place; merge with ``merge_and_unload`` of the returned wrapper.
 
     Raises:
         InfoPruneError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InfoPruneError("LoRA needs peft: pip install 'infoprune[train]'.") from error
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
     blocks = tuple(f"{site.path}." for site in (*architecture.attention, *architecture.ffn))
     targets = [name for name, module in model.named_modules() if name.startswith(blocks) and isinstance(module, nn.Linear)]
     with torch.random.fork_rng():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ import torch
 from infoprune.architecture import AttentionSite
 from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
-from infoprune.data import Example, load_examples, subset
-from infoprune.errors import InfoPruneError
+from infoprune.data import Example, load_examples, parse_spec, same_images, subset
+from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.freeze import frozen
 from infoprune.model import VLM, load
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import Compensation
 from infoprune.progress import Progress
+from infoprune.steps import fingerprint
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, start_locations
@@ -146,18 +147,34 @@ class TrainingRun:
             parameter.grad = None
         return trained.as_dict() | {"method": options.recovery, "best": stage.best.__dict__, "history": trained.history}
 
-    def saved_cut(self) -> tuple[VLM, dict[str, Any]] | None:
-        """The cut model of an interrupted run and its report."""
+    def saved_cut(self, vlm: VLM) -> tuple[VLM, dict[str, Any]] | None:
+        """The model that an interrupted run cut out of ``vlm``, and its report.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
         if self.work is None or not (self.work.path / CUT).is_dir():
             return None
         folder = self.work.path / CUT
-        return load(folder), json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        try:
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            return load(folder, device=str(vlm.device), dtype=vlm.model.dtype), report
+        except (CheckpointError, OSError, ValueError) as error:
+            raise CheckpointError(f"The cut model of an interrupted run is damaged ({error}). Delete {folder} to cut again.") from error
 
     def save_cut(self, vlm: VLM, report: dict[str, Any]) -> None:
         """Keep the cut model, so that a resumed run need not cut again."""
         if self.work is not None and self.processes.index == 0:
             save(vlm, self.work.path / CUT, extra=report)
         self.processes.wait()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Options, and what was validated on, for the report."""
+        return {
+            "options": asdict(self.options), "seed": self.seed, "processes": self.processes.count, "questions": len(self.examples),
+            "validation": {"questions": len(self.validation), "fingerprint": fingerprint(self.validation)},
+        }  # fmt: skip
 
     @property
     def _spreads(self) -> bool:
@@ -200,14 +217,22 @@ def split(
     """Training and validation questions; no image is in both.
 
     Raises:
-        DataError: The validation data can't be read, or there is a single image only.
+        DataError: The validation data can't be read or have all images, or there is a single image only.
     """
     if options.validation is None:
         train_part, validation = hold_out(pool, seed)
     else:
         validation = load_examples(options.validation, default_split="validation", skip_bad=skip_bad, notify=progress.note)
-        seen = {example.image for example in validation}
-        train_part = [example for example in pool if example.image not in seen]
+        if parse_spec(options.validation).split == "test":
+            progress.note("the validation data are a test split; they choose weights, so figures on that split are no independent test")
+        shared = same_images([e.image for e in pool], [e.image for e in validation])
+        train_part = [example for example in pool if example.image not in shared]
+        if shared:
+            progress.note(
+                f"left out {len(pool) - len(train_part):,} questions on {len(shared):,} training images that are in the validation data"
+            )
+        if not train_part:
+            raise DataError(f"All training images are in {options.validation}, too. Give other --validation data, or none.")
     images = list(dict.fromkeys(e.image for e in subset(validation, options.validation_questions, seed=seed)))
     chosen: list[Example] = []
     for image in images:  # whole images, whose questions share their tokens

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from safetensors.torch import save_file
 
 from infoprune.errors import CheckpointError
 from infoprune.training.sharding import as_part
+
+ASIDE = ".partial"
 
 
 @dataclass(frozen=True)
@@ -29,25 +33,46 @@ class WorkFolder:
         """Take the folder for one piece of work.
 
         Raises:
-            CheckpointError: It holds work with other settings; says which.
+            CheckpointError: It holds work with other settings (says which) or things that are nobody's work, or it can't be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "work.json"
         text = json.dumps(fingerprint, indent=2, sort_keys=True, default=str)
-        if not file.is_file():
-            _write_aside(file, text)
-            return
+        file = self.path / "work.json"
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            self.path.mkdir(parents=True, exist_ok=True)
+            held = file.read_text(encoding="utf-8") if file.is_file() else None
+            if held is None and any(entry != file.with_suffix(ASIDE) for entry in self.path.iterdir()):
+                raise CheckpointError(
+                    f"{self.path} holds files, but not the work.json that says what they are of. Move them away, or delete the folder."
+                )
+            _write_aside(file, text if held is None else held)  # that it can be written shall not show after hours
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise CheckpointError(f"Unfinished work can't be kept in {self.path}: {reason}. It must be a folder to write to.") from error
+        if held is not None:
+            self._check(file, held, json.loads(text))
+
+    def _check(self, file: Path, held: str, now: dict[str, Any]) -> None:
+        try:
+            known = json.loads(held)
+        except ValueError as error:
             raise CheckpointError(f"{file} is not readable ({error}). Delete the folder {self.path} to start again.") from error
-        now = json.loads(text)
-        differs = sorted(key for key in {*held, *now} if held.get(key) != now.get(key))
+        differs = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
         if differs:
             raise CheckpointError(
                 f"{self.path} holds interrupted work with other settings ({', '.join(differs)}). "
                 "Run with those settings to finish it, or delete the folder to start again."
             )
+
+    def discard(self) -> None:
+        """Remove the folder: out of the way first, so that a removal that is interrupted leaves nothing to go on from."""
+        aside = self.path.with_name(f".{self.path.name}-{os.getpid()}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        except OSError:  # its own folder can't be written to
+            aside = self.path
+        shutil.rmtree(aside, ignore_errors=True)
 
     def file(self, stage: str) -> Path:
         """State of one stage."""
@@ -55,7 +80,7 @@ class WorkFolder:
 
 
 def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_suffix(".partial")
+    aside = path.with_suffix(ASIDE)
     aside.write_text(text, encoding="utf-8")
     aside.rename(path)
 
@@ -66,13 +91,16 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any
     Raises:
         CheckpointError: The file could not be written, e.g. because the disk is full; an earlier state stays in place.
     """
-    aside = path.with_suffix(".partial")
+    aside = path.with_suffix(ASIDE)
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside, {"meta": json.dumps(meta)})
         aside.rename(path)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        raise CheckpointError(f"The training state could not be written to {path}: {error}. Is the disk full?") from error
+        raise CheckpointError(
+            f"The training state could not be written to {path}: {error}. Is the disk full, or the folder "
+            "no longer writable? What was saved before is still there."
+        ) from error
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
