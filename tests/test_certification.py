@@ -326,6 +326,12 @@ def test_the_page_is_whole_and_escapes_what_strangers_wrote(taught, many, certif
     assert "None." in page(told | {"comparison": told["comparison"] | {"changed": []}})
 
 
+def test_certified_weights_are_not_rounded(certified, tmp_path):
+    with pytest.raises(CheckpointError, match=r"weights in float32; they can't be saved in bfloat16"):
+        infoprune.save(certified.vlm, tmp_path / "small", certificate=certified.certificate, dtype=torch.bfloat16)
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_certificate_holds_for_the_weights_it_is_of_and_names_its_images(certified, many, tmp_path):
     folder = infoprune.save(certified.vlm, tmp_path / "small", certificate=certified.certificate)
     images = [example.image for example in many]

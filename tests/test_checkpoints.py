@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, TorchAoConfig, pipeline
 
 import infoprune
@@ -120,3 +121,42 @@ def test_int8_after_compression(small, tmp_path, kind):
     assert torch.equal(loaded(tmp_path / "int8")(**inputs).logits, found)
     sizes = [sum(file.stat().st_size for file in where.glob("*.safetensors")) for where in (tmp_path / "int8", folder)]
     assert sizes[0] < sizes[1]
+
+
+# --- the precision of the weights ----------------------------------------------------------------------------------------------------
+
+
+def dtypes(folder):
+    return {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+
+
+def test_weights_are_saved_in_the_precision_asked_for(gqa_vlm, questions, small, tmp_path, without_infoprune):
+    result = compress(gqa_vlm, questions, flops=0.8, rank_multiple=2, examples=12, ffn="low-rank")
+    frequencies = {name: value.clone() for name, value in result.vlm.model.named_buffers()}
+    folder = infoprune.save(result.vlm, tmp_path / "half", probe=result.probe, dtype=torch.bfloat16)  # compares logits
+    assert dtypes(folder) == {torch.bfloat16} and dtypes(small[0]) == {torch.float32}
+    assert loaded(folder).dtype == torch.bfloat16  # Transformers takes the precision that the configuration states
+    assert set(load_file(folder / "model.safetensors")) == set(load_file(small[0] / "model.safetensors"))  # tied weights once
+    held = infoprune.load(folder)
+    assert held.stored == torch.bfloat16 and infoprune.load(small[0]).stored == torch.float32
+    with torch.no_grad():
+        assert torch.equal(held.model(**small[1]).logits, result.vlm.model(**small[1]).logits)  # the one in memory was rounded, too
+    assert result.vlm.model.dtype == torch.float32
+    assert all(torch.equal(value, frequencies[name]) for name, value in result.vlm.model.named_buffers())
+
+
+def test_the_command_line_keeps_the_precision_of_the_original(gqa_vlm, jsonl, tmp_path):
+    original = gqa_vlm.copy()
+    original.model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    original.processor.save_pretrained(tmp_path / "dense")
+
+    def run(out, *more):
+        command = ["-m", "infoprune", "compress", tmp_path / "dense", "--data", jsonl, "--flops", "0.8", "--rank-multiple", "2", "-o", out]
+        return subprocess.run([sys.executable, *map(str, (*command, *more))], capture_output=True, text=True)
+
+    assert run(tmp_path / "half").returncode == 0
+    assert dtypes(tmp_path / "half") == {torch.bfloat16}
+    assert run(tmp_path / "full", "--weights", "fp32").returncode == 0
+    assert dtypes(tmp_path / "full") == {torch.float32}
+    told = run(tmp_path / "none", "--weights", "int3")
+    assert told.returncode == 2 and "no precision 'int3'" in told.stderr and not (tmp_path / "none").exists()

@@ -87,6 +87,7 @@ def save(
     probe: dict[str, torch.Tensor] | None = None,
     extra: dict[str, Any] | None = None,
     certificate: Certificate | None = None,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Path:
@@ -98,21 +99,26 @@ def save(
         probe: Model inputs; the reloaded checkpoint must give the same logits on them.
         extra: Written as ``report.json``; its figures also go into the model card, ``README.md``.
         certificate: Of :func:`infoprune.compress`; written as ``certificate.json`` and shown in the model card.
+        dtype: Precision of the saved weights; ``None``: the model's own. The model's weights are rounded to it, so that what is saved is
+            what one has.
         overwrite: Replace a folder that holds something.
         notify: Called with one line for people.
 
     Raises:
-        CheckpointError: Not compressed, the certificate is another model's, folder not empty, disk full, or the reloaded model
-            differs; nothing is left behind.
+        CheckpointError: Not compressed, the certificate is another model's or of weights before rounding, folder not empty, disk full,
+            or the reloaded model differs; nothing is left behind.
     """
     if vlm.plan is None:
         raise CheckpointError("This model has no compression plan; save an uncompressed model with its own save_pretrained.")
     if certificate is not None and certificate.plan != plan_digest(vlm.plan):
         raise CheckpointError("The certificate is of another plan than this model's.")
+    rounded = None if dtype == vlm.model.dtype else dtype
+    if certificate is not None and rounded is not None:
+        raise CheckpointError(f"The certificate is of weights in {told(vlm.model.dtype)}; they can't be saved in {told(rounded)}.")
     folder = Path(folder).expanduser()
     check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     with written_aside(folder) as aside:
-        _write(vlm, aside)
+        _write(vlm, aside, rounded)
         (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
         if extra is not None:
             (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
@@ -147,7 +153,13 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside.rename(folder)
 
 
-def _write(vlm: VLM, folder: Path) -> None:
+def told(dtype: torch.dtype) -> str:
+    """Its name, as configurations have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _write(vlm: VLM, folder: Path, rounded: torch.dtype | None) -> None:
+    """Weights, in the precision ``rounded`` if that is given, configuration and processor."""
     assert vlm.plan is not None
     config_class, base, conditional = classes(vlm.plan.model_type)
     fields = vlm.model.config.to_dict()
@@ -164,10 +176,35 @@ def _write(vlm: VLM, folder: Path) -> None:
     model.__class__, model.config = conditional, config
     try:
         # Not the family's legacy key names: those are only understood under its own model_type.
-        model.save_pretrained(folder, save_original_format=False)
+        weights = None if rounded is None else rounded_(model, rounded)
+        model.save_pretrained(folder, state_dict=weights, save_original_format=False)
     finally:
         model.__class__, model.config = dense_class, dense_config
+    if rounded is not None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(_restated(json.loads(file.read_text()), told(rounded)), indent=2) + "\n", encoding="utf-8")
     vlm.processor.save_pretrained(folder)
+
+
+def rounded_(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Round a model's floating-point weights to ``dtype`` in place; returns its state in that precision, tied weights still tied."""
+    made: dict[int, torch.Tensor] = {}
+    state = model.state_dict()
+    for name, value in state.items():
+        if value.is_floating_point():
+            place = value.data_ptr()
+            if place not in made:
+                made[place] = value.to(dtype)
+                value.copy_(made[place])
+            state[name] = made[place]
+    return state
+
+
+def _restated(config: Any, dtype: str) -> Any:
+    """A configuration whose every ``dtype`` is another; Transformers writes that of the model in memory."""
+    if isinstance(config, dict):
+        return {key: dtype if key == "dtype" and value else _restated(value, dtype) for key, value in config.items()}
+    return [_restated(item, dtype) for item in config] if isinstance(config, list) else config
 
 
 def _verify(vlm: VLM, folder: Path, probe: dict[str, torch.Tensor]) -> None:

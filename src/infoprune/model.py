@@ -20,6 +20,7 @@ from infoprune.plan import CompressionPlan
 from infoprune.resolve import COMPRESSED, family_of, resolve, supported, towers_of
 
 DEMO = "demo"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
@@ -34,6 +35,7 @@ class VLM:
         architecture: Sites of the dense model; ``None`` for a compressed one loaded from disk.
         model_id: Where it came from.
         plan: How it was compressed, if it was.
+        stored: Precision of the weights in the checkpoint that it came from, where its configuration tells.
     """
 
     model: Any
@@ -42,6 +44,7 @@ class VLM:
     architecture: Architecture | None
     model_id: str
     plan: CompressionPlan | None = None
+    stored: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +85,7 @@ def load(
         path: str | Path = ensure_demo(notify)
     else:
         path = _local_or_hub(source)
-    model, processor = _from_pretrained(path, source, dtype, trust_remote_code)
+    model, processor, stored = _from_pretrained(path, source, dtype, trust_remote_code)
     plan = None
     if str(model.config.model_type).startswith(COMPRESSED):
         file = cached_file(str(path), "plan.json", **OPTIONAL)  # beside the weights, also on a hub
@@ -93,7 +96,18 @@ def load(
     if getattr(model.config, "image_token_id", None) is None:
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
     model = model.to(device).eval()
-    return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan)
+    return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan, stored)
+
+
+def named_precision(name: str) -> torch.dtype:
+    """The precision that a command line calls ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        InfoPruneError: Another name.
+    """
+    if name not in PRECISIONS:
+        raise InfoPruneError(f"There is no precision '{name}'; choose auto, {', '.join(PRECISIONS)}.")
+    return PRECISIONS[name]
 
 
 def prompt_encoder(model: Any, processor: Any, prompt_suffix: str = "") -> PromptEncoder:
@@ -144,10 +158,15 @@ def _check_whole(path: Path) -> None:
             raise CheckpointError(f"{file} is corrupt or incomplete ({error}). Copy or download it again.") from error
 
 
-def _from_pretrained(path: str | Path, source: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+def _from_pretrained(
+    path: str | Path, source: str | Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, Any, torch.dtype | None]:
+    """Model, processor, and the precision that the configuration gives the weights."""
     options = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        towers_of(AutoConfig.from_pretrained(path, **options))  # before gigabytes of weights are read
+        config = AutoConfig.from_pretrained(path, **options)
+        towers_of(config)  # before gigabytes of weights are read
+        named: Any = config.dtype or config.get_text_config().dtype
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
@@ -164,4 +183,4 @@ def _from_pretrained(path: str | Path, source: str | Path, dtype: torch.dtype, t
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"The checkpoint '{source}' lacks {len(missing)} weights, the first being '{missing[0]}'. It is incomplete.")
-    return model, processor
+    return model, processor, named if named in PRECISIONS.values() else None

@@ -98,6 +98,9 @@ def compress(
     ] = None,
     patience: Annotated[Optional[int], typer.Option(help="Validations without gain before recovery stops (default 0: never).")] = None,
     precision: Annotated[Optional[str], typer.Option(help="Of training: 'fp32', 'bf16' or 'auto' (default).")] = None,
+    weights: Annotated[
+        Optional[str], typer.Option(help="Precision of the saved weights: fp32, bf16, fp16, or auto: the original's (default).")
+    ] = None,
     shard: Annotated[Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes.")] = None,
     tracker: Annotated[Optional[list[str]], typer.Option(help="Experiment tracker: tensorboard, wandb, mlflow; repeatable.")] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
@@ -110,10 +113,13 @@ def compress(
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON to standard output.")] = False,
 ) -> None:
     """Compress MODEL to a smaller, faster checkpoint that loads with from_pretrained."""
+    import torch
+
     import infoprune
     from infoprune.checkpoint import check_output_folder
     from infoprune.cli.recipe import read_recipe
     from infoprune.errors import InfoPruneError
+    from infoprune.model import named_precision
     from infoprune.options import BUDGETS, TRAINED, CompressionOptions
     from infoprune.progress import Progress
     from infoprune.training.options import TrainingOptions
@@ -130,7 +136,8 @@ def compress(
         "prompt_suffix": prompt_suffix,
         "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
         "attention_share": attention_share, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
-        "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision, "shard": shard,
+        "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision, "weights": weights,
+        "shard": shard,
         "trackers": tuple(tracker) if tracker else None, "skip_bad": skip_bad,
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}
@@ -143,6 +150,10 @@ def compress(
         raise InfoPruneError("Say which model to compress and where to: infoprune compress MODEL --flops 0.5 -o DIR (or in the recipe).")
     options = CompressionOptions(**_for(CompressionOptions, settings))
     training = TrainingOptions(**_for(TrainingOptions, settings))
+    named = settings.get("weights", "auto")
+    saved_precision = None if named == "auto" else named_precision(named)
+    if options.max_drop is not None and saved_precision not in (None, torch.float32):
+        raise InfoPruneError(f"A certificate is about weights in float32; they can't be saved in {named}. Leave out --weights.")
     target = Path(settings["output"])
     check_output_folder(target, source=settings["model"], overwrite=overwrite)
     trains = options.heads == TRAINED or training.recovery != "none"
@@ -161,9 +172,15 @@ def compress(
     )
     if not result.main_process:
         return
+    saved_as = saved_precision or vlm.stored
+    if saved_as is not None and result.certificate is not None and saved_as != vlm.model.dtype:
+        progress.note("the weights are saved in float32, in which they were certified, though the original's are not")
+        saved_as = None
     report = result.as_dict()
-    infoprune.save(result.vlm, target, probe=result.probe, extra=report, certificate=result.certificate, overwrite=overwrite,
-                   notify=progress.note)  # fmt: skip
+    infoprune.save(
+        result.vlm, target, probe=result.probe, extra=report, certificate=result.certificate, overwrite=overwrite, notify=progress.note,
+        dtype=saved_as,
+    )  # fmt: skip
     if work is not None:
         WorkFolder(work).discard()  # only now: until the checkpoint is in place, the work could still be lost
     if json_output:

@@ -12,7 +12,7 @@ from infoprune.errors import InfoPruneError
 from infoprune.options import BUDGETS, CompressionOptions
 from infoprune.training.options import TrainingOptions
 
-OTHER_KEYS = {"model", "data", "output", "method", "prompt_suffix", "device"}
+OTHER_KEYS = {"model", "data", "output", "method", "prompt_suffix", "device", "weights"}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

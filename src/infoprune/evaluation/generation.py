@@ -16,7 +16,7 @@ from infoprune.data import Example
 from infoprune.errors import DataError, InfoPruneError
 from infoprune.evaluation.decoding import batched_answers, can_pack, packed_answers
 from infoprune.evaluation.record import AnswerFile, fingerprint
-from infoprune.model import VLM
+from infoprune.model import VLM, named_precision
 from infoprune.progress import SILENT, Progress
 from infoprune.training.loop import Processes, wants_bfloat16
 
@@ -84,12 +84,9 @@ def dtype_for(precision: str, device: torch.device) -> torch.dtype:
     Raises:
         InfoPruneError: Another ``precision``.
     """
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision == "auto":
         precision = "fp32" if device.type != "cuda" else "bf16" if wants_bfloat16("auto", device) else "fp16"
-    if precision not in known:
-        raise InfoPruneError(f"There is no precision '{precision}'; choose auto, {', '.join(known)}.")
-    return known[precision]
+    return named_precision(precision)
 
 
 def _answer_all(
