@@ -5,9 +5,8 @@
 
 ``curve``: training-free heads, fewer neurons and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs, with more steps where more was
 cut; trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs) under the same FFNs and recovery
-at 3.2x; and a recovery of the uncut model, which tells how much of a gain is training on the task. The rows also answer questions
-beyond the task (``shifted.TEST``). ``arms``: trained, training-free and random heads under the same FFN treatment and the same short
-recovery, three seeds, at 3.2x and 8x.
+at 3.2x. The rows also answer questions beyond the task (``shifted.TEST``). ``arms``: trained, training-free and random heads under the
+same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
 ``ablation``: each term of the gates' objective off, at 3.2x, without recovery. Training stops early on the validation split; the test
 split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
 """
@@ -32,13 +31,13 @@ from infoprune.evaluation.runner import bytes_on_disk
 from shifted import TEST, shifted
 
 WORK = Path(__file__).parent / "work"
-SHARES = (1 / 3.2, 0.2, 0.125, 0.5, 1.0)
+SHARES = (1 / 3.2, 0.2, 0.125, 0.5)
 ARM_SHARES = (1 / 3.2, 0.125)
 SEEDS = (0, 1, 2)
 FILES = {"curve": "headline", "arms": "arms", "ablation": "terms"}  # result files
 ARMS = {"trained": "trained", "training-free": "information-loss", "random": "random"}
 RECOVERY = {"recovery": "full", "recovery_rate": 1e-3}
-STEPS = {0.5: 80, 1 / 3.2: 200, 0.2: 250, 0.125: 450, 1.0: 60}  # of recovery, by the share of FLOPs that stays
+STEPS = {0.5: 80, 1 / 3.2: 200, 0.2: 250, 0.125: 450}  # of recovery, by the share of FLOPs that stays
 GATES_AT = 1 / 3.2
 BEYOND = 400  # questions on altered images
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
@@ -91,8 +90,6 @@ def runs(
 def points(share: float) -> list[Run]:
     """The curve's models at a share."""
     recovery = RECOVERY | {"recovery_steps": STEPS[min(STEPS, key=lambda known: abs(known - share))]}
-    if share == 1:
-        return [Run("curve", "uncut", share, options=recovery | {"heads": "none", "ffn": "none"})]
     found = [Run("curve", "training-free", share, options=recovery | {"ffn": "width"})]
     if share == GATES_AT:
         gates = {"heads": "trained", "ffn": "width", "gate_cost": "time", "attention_share": round(share, 3)}

@@ -128,7 +128,7 @@ def tail() -> str:
     return f"{len(found['rows'])} linears, worst relative difference {found['meta']['worst_relative_difference']:.1e}." + source("tail")
 
 
-HEADS_OF = {"training-free": "training-free heads", "trained": "trained heads", "uncut": "nothing cut, recovery alone"}
+HEADS_OF = {"training-free": "training-free heads", "trained": "trained heads"}
 
 
 def headline() -> str:
@@ -140,8 +140,7 @@ def headline() -> str:
         speed = [f"{r['speedup_' + part]:.2f}x" for part in ("prefill", "decode", "end_to_end")] if "speedup_prefill" in r else ["", "", ""]
         minutes = sum(stage["seconds"] for stage in r["training"].values()) / 60
         beyond = f"{r['beyond']['accuracy']:.1f}%, {r['beyond']['kl_nats']:.2f}" if "beyond" in r else ""
-        name = f"{1 / r['flops_ratio']:.2f}x, {HEADS_OF[r['name']]}" if r["budget"] < 1 else HEADS_OF[r["name"]]
-        cells.append([name, f"{r['params'] / 1e6:.1f} M", f"{r['accuracy']:.2f}%",
+        cells.append([f"{1 / r['flops_ratio']:.2f}x, {HEADS_OF[r['name']]}", f"{r['params'] / 1e6:.1f} M", f"{r['accuracy']:.2f}%",
                       f"{r['drop_points']:.2f} [{low:.2f}, {high:.2f}]", f"{r['kl_nats']:.4f}", beyond, *speed,
                       f"{minutes:.0f} min"])  # fmt: skip
     header = ["fewer FLOPs", "parameters", "accuracy", "drop, points [95%]", "KL, nats", "beyond the task: accuracy, KL"]

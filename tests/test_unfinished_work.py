@@ -16,6 +16,7 @@ from PIL import Image
 import infoprune
 from infoprune.errors import BudgetError, CheckpointError, DataError, InfoPruneError
 from infoprune.progress import Progress
+from infoprune.report.model_card import model_card
 from infoprune.training import loop
 from infoprune.training.state import WorkFolder
 from test_training import QUICK
@@ -165,6 +166,9 @@ def test_validation_on_training_images_is_left_out_of_training_and_told(gqa_vlm,
     assert told == [f"left out {count} questions on {len(left)} training images that are in the validation data"]
     assert result.trained_with["questions"] == len(questions) - count
     assert result.as_dict()["trained_with"]["options"]["recovery_steps"] == QUICK["recovery_steps"]
+    card = model_card(result.vlm.plan, result.as_dict())
+    assert "* recovery, full: 6 steps over" in card and "* heads: 8 steps over" in card
+    assert f"* validated on {result.trained_with['validation']['questions']} questions" in card
 
 
 def test_without_training_one_of_several_processes_does_it_all(checkpoint, jsonl, tmp_path):

@@ -30,6 +30,8 @@ def model_card(
         licence: The original's, as a hub's identifier; where unknown, the card says whose licence holds and names none.
     """
     sections = [_front_matter(plan, licence), _head(plan), _cut(plan)]
+    if report and report.get("training"):
+        sections.append(_training(report["training"], report.get("trained_with", {})))
     if report and "flops" in report and "dense_flops" in report:
         sections.append(_figures(report))
     sections.append(_certificate(certificate) if certificate is not None else NO_CERTIFICATE)
@@ -95,6 +97,18 @@ def _cut(plan: CompressionPlan) -> str:
         data = _plain(_source(plan.calibration.data))
         lines.append(f"* calibrated on {plan.calibration.count:,} questions of {data}; knowledge beyond that task may be lost")
     return "\n".join([*lines, "* `plan.json` lists every decision\n"])
+
+
+def _training(stages: dict[str, Any], options: dict[str, Any]) -> str:
+    """What was trained, and what it was stopped on."""
+    lines = ["## Training\n"]
+    for stage, told in stages.items():
+        how = f", {_plain(told['method'])}" if "method" in told else ""
+        lines.append(f"* {_plain(stage)}{how}: {told['steps']} steps over {told['questions']:,} questions")
+    if validation := options.get("validation"):
+        digest = _plain(validation["fingerprint"])
+        lines.append(f"* validated on {validation['questions']:,} questions, fingerprint `{digest}`; options are in `report.json`")
+    return "\n".join([*lines, ""])
 
 
 def _figures(report: dict[str, Any]) -> str:
