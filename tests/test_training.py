@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import infoprune
 from conftest import ALL, built
-from infoprune.criteria.heads import Removal, block_of, compensate
+from infoprune.criteria.heads import Block, Removal, block_of, compensate
 from infoprune.decide import unit_percentiles
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
@@ -31,7 +32,7 @@ from infoprune.training.loop import one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, layer_weights, relative_groups, typical_magnitude
 from infoprune.training.run import TrainingRun
-from infoprune.training.structure import dense_structure, leave_one_out, structure_of
+from infoprune.training.structure import dense_structure, energy_forms, leave_one_out, stand_in, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
 
@@ -164,6 +165,51 @@ def test_structure_at_the_ends(vlm, questions, compensation):
         rates = [float(found.rate(torch.full((n,), z))) for z in (0.0, 0.3, 0.7, 1.0)]
         assert rates == sorted(rates)
         assert 0 <= float(found.ks(torch.full((n,), 0.2))) <= 1
+
+
+def random_block(units, width, hidden):
+    n = units * width
+    generator = torch.Generator().manual_seed(0)
+    contexts, out = (torch.randn(rows, n, dtype=torch.float64, generator=generator) for rows in (4 * n, hidden))
+    site = SimpleNamespace(num_units=units, unit_width=width, hidden_size=hidden, head_dim=width)
+    return Block(site, contexts.T @ contexts / len(contexts), contexts.mean(0), out, torch.eye(hidden, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kept", [[], [1, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("compensation", ["least-squares", "mean", "none"])
+@pytest.mark.parametrize("hidden", [12, 30])
+def test_energy_forms_are_those_of_the_units_maps(hidden, compensation, kept):
+    block = random_block(4, 5, hidden)
+    z = torch.tensor([0.9 if unit in kept else 0.2 for unit in range(4)])
+    coefficient = stand_in(block, kept, compensation)[0]
+    maps = [block.out @ coefficient]  # A_0, then one per unit, as they are defined
+    for unit in range(4):
+        c = block.columns(unit)
+        maps.append(block.out[:, c] @ (torch.eye(20, dtype=torch.float64) - coefficient)[c])
+    stacked = torch.stack(maps)
+    now = torch.einsum("a,ahn->hn", torch.cat([torch.ones(1), z]).double(), stacked)
+    energies, directions = torch.linalg.eigh(now @ block.covariance @ now.T)
+    projected = torch.einsum("hk,ahn->akn", directions, stacked)
+    expected = torch.einsum("akn,nm,bkm->kab", projected, block.covariance, projected)
+    torch.testing.assert_close(energy_forms(block, directions, coefficient), expected, atol=1e-10, rtol=1e-10)
+    gates = torch.cat([torch.ones(1), z])
+    found = torch.einsum("kab,a,b->k", structure_of(block, dense_structure(block), z, compensation).forms, gates, gates)
+    torch.testing.assert_close(found, energies.flip(0).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_refresh_makes_nothing_larger_than_one_map():
+    block, sizes = random_block(8, 16, 128), []
+    dense = dense_structure(block)
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            sizes.extend(piece.numel() for piece in (made if isinstance(made, tuple) else (made,)) if isinstance(piece, torch.Tensor))
+            return made
+
+    with Sizes():
+        structure_of(block, dense, torch.linspace(0, 1, 8), "least-squares")
+    assert max(sizes) == 128 * 128
 
 
 def test_ks_gradient_is_that_of_the_true_spectrum(gqa_vlm, questions):
