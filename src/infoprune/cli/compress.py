@@ -100,7 +100,10 @@ def compress(
     patience: Annotated[Optional[int], typer.Option(help="Validations without gain before recovery stops (default 0: never).")] = None,
     precision: Annotated[Optional[str], typer.Option(help="Of training: 'fp32', 'bf16' or 'auto' (default).")] = None,
     shard: Annotated[Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes.")] = None,
-    tracker: Annotated[Optional[list[str]], typer.Option(help="Experiment tracker: tensorboard, wandb, mlflow; repeatable.")] = None,
+    tracker: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Experiment tracker: tensorboard (files go to OUTPUT.logs, beside the output), wandb, mlflow; repeatable."),
+    ] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
     recipe: Annotated[Optional[Path], typer.Option(help="YAML file with the same options; the command line wins.")] = None,
@@ -117,6 +120,7 @@ def compress(
     from infoprune.errors import InfoPruneError
     from infoprune.options import BUDGETS, TRAINED, CompressionOptions
     from infoprune.progress import Progress
+    from infoprune.training.loop import check_trackers
     from infoprune.training.options import TrainingOptions
 
     given: dict[str, Any] = {
@@ -143,6 +147,7 @@ def compress(
         raise InfoPruneError("Say which model to compress and where to: infoprune compress MODEL --flops 0.5 -o DIR (or in the recipe).")
     options = CompressionOptions(**_for(CompressionOptions, settings))
     training = TrainingOptions(**_for(TrainingOptions, settings))
+    check_trackers(training.trackers)
     target = Path(settings["output"])
     check_output_folder(target, source=settings["model"], overwrite=overwrite)
     # Of several processes one speaks; the launcher numbers them before anything else runs.
