@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import infoprune
 from conftest import ALL, built
-from infoprune.criteria.heads import Removal, block_of, compensate
+from infoprune.compress import logs_folder
+from infoprune.criteria.heads import Block, Removal, block_of, compensate
 from infoprune.decide import unit_percentiles
-from infoprune.errors import CheckpointError, DataError, InfoPruneError
+from infoprune.errors import CalibrationError, CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import answer_logits, batches
 from infoprune.progress import SILENT
@@ -31,7 +33,7 @@ from infoprune.training.loop import one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, layer_weights, relative_groups, typical_magnitude
 from infoprune.training.run import TrainingRun
-from infoprune.training.structure import dense_structure, leave_one_out, structure_of
+from infoprune.training.structure import dense_structure, energy_forms, leave_one_out, stand_in, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
 
@@ -164,6 +166,51 @@ def test_structure_at_the_ends(vlm, questions, compensation):
         rates = [float(found.rate(torch.full((n,), z))) for z in (0.0, 0.3, 0.7, 1.0)]
         assert rates == sorted(rates)
         assert 0 <= float(found.ks(torch.full((n,), 0.2))) <= 1
+
+
+def random_block(units, width, hidden):
+    n = units * width
+    generator = torch.Generator().manual_seed(0)
+    contexts, out = (torch.randn(rows, n, dtype=torch.float64, generator=generator) for rows in (4 * n, hidden))
+    site = SimpleNamespace(num_units=units, unit_width=width, hidden_size=hidden, head_dim=width)
+    return Block(site, contexts.T @ contexts / len(contexts), contexts.mean(0), out, torch.eye(hidden, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kept", [[], [1, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("compensation", ["least-squares", "mean", "none"])
+@pytest.mark.parametrize("hidden", [12, 30])
+def test_energy_forms_are_those_of_the_units_maps(hidden, compensation, kept):
+    block = random_block(4, 5, hidden)
+    z = torch.tensor([0.9 if unit in kept else 0.2 for unit in range(4)])
+    coefficient = stand_in(block, kept, compensation)[0]
+    maps = [block.out @ coefficient]  # A_0, then one per unit, as they are defined
+    for unit in range(4):
+        c = block.columns(unit)
+        maps.append(block.out[:, c] @ (torch.eye(20, dtype=torch.float64) - coefficient)[c])
+    stacked = torch.stack(maps)
+    now = torch.einsum("a,ahn->hn", torch.cat([torch.ones(1), z]).double(), stacked)
+    energies, directions = torch.linalg.eigh(now @ block.covariance @ now.T)
+    projected = torch.einsum("hk,ahn->akn", directions, stacked)
+    expected = torch.einsum("akn,nm,bkm->kab", projected, block.covariance, projected)
+    torch.testing.assert_close(energy_forms(block, directions, coefficient), expected, atol=1e-10, rtol=1e-10)
+    gates = torch.cat([torch.ones(1), z])
+    found = torch.einsum("kab,a,b->k", structure_of(block, dense_structure(block), z, compensation).forms, gates, gates)
+    torch.testing.assert_close(found, energies.flip(0).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_refresh_makes_nothing_larger_than_one_map():
+    block, sizes = random_block(8, 16, 128), []
+    dense = dense_structure(block)
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            sizes.extend(piece.numel() for piece in (made if isinstance(made, tuple) else (made,)) if isinstance(piece, torch.Tensor))
+            return made
+
+    with Sizes():
+        structure_of(block, dense, torch.linspace(0, 1, 8), "least-squares")
+    assert max(sizes) == 128 * 128
 
 
 def test_ks_gradient_is_that_of_the_true_spectrum(gqa_vlm, questions):
@@ -506,6 +553,87 @@ def test_bad_training_options_are_refused():
         TrainingOptions(cross_entropy_weight=0.0, distillation_weight=0.0)
     with pytest.raises(InfoPruneError, match="budget"):
         infoprune.CompressionOptions(ks=0.1, heads="trained")
+
+
+# --- trackers ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracked(monkeypatch):
+    """Runs of a tracker that takes the place of TensorBoard's, the only one installed."""
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+
+    runs = []
+
+    class Recorder(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", True, None
+
+        def __init__(self, run_name, logging_dir):
+            super().__init__()
+            self.folder, self.config, self.logged, self.finished = Path(logging_dir), None, [], 0
+            runs.append(self)
+
+        def store_init_configuration(self, values):
+            self.config = values
+
+        def log(self, values, step=None, **_):
+            assert not self.finished
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished += 1
+
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
+    return runs
+
+
+TRACKED = QUICK | {"gate_steps": 4, "recovery": "full", "recovery_steps": 3, "trackers": ("tensorboard",)}
+
+
+@pytest.mark.parametrize("heads", ["trained", "information-loss"])
+def test_trackers_see_one_rising_step_and_the_options(gqa_vlm, questions, tmp_path, tracked, heads):
+    infoprune.compress(gqa_vlm, questions, work=tmp_path / "small.work", **TRACKED | {"heads": heads})
+    (run,) = tracked
+    stages = [name.split("/")[0] for _, values in run.logged for name in list(values)[:1]]
+    assert stages == ["gates"] * (4 if heads == "trained" else 0) + ["recovery"] * 3
+    assert [step for step, _ in run.logged] == list(range(len(stages)))
+    assert run.folder == tmp_path / "small.logs" and run.finished == 1
+    assert {type(value) for value in run.config.values()} <= {bool, int, float, str}
+    asked = {"flops": 0.7, "recovery": "full", "towers": "vision, text", "repair": True, "trackers": "tensorboard"}
+    assert asked.items() <= run.config.items() and "speedup" not in run.config
+
+
+def test_trackers_finish_when_training_fails(gqa_vlm, questions, tmp_path, tracked, monkeypatch):
+    from infoprune.training import loop
+
+    def failing(*_):
+        raise CalibrationError("NaN")
+
+    monkeypatch.setattr(loop, "_update", failing)
+    with pytest.raises(CalibrationError):
+        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **TRACKED)
+    with pytest.raises(CheckpointError, match="other settings"):  # before any stage
+        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **TRACKED | {"gate_steps": 5})
+    assert [run.finished for run in tracked] == [1, 1]
+
+
+def test_trackers_that_are_not_installed_are_told_before_any_work(gqa_vlm, tmp_path, tracked):
+    from infoprune.cli.compress import compress
+
+    names = ["tensorboard", "wandb", "mlflow"]
+    with pytest.raises(InfoPruneError, match="not installed: wandb, mlflow"):
+        infoprune.compress(gqa_vlm, str(tmp_path / "no.jsonl"), **TRACKED | {"trackers": tuple(names)})
+    with pytest.raises(InfoPruneError, match="not installed: wandb, mlflow"):
+        compress(model=str(tmp_path / "no model"), output=tmp_path / "small", flops=0.7, recovery="full", tracker=names)
+    assert not tracked
+
+
+def test_logs_lie_beside_the_work_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [logs_folder(work) for work in (Path("small-0.5.work"), tmp_path / "run-0.5", Path("."), None)]
+    assert found == [tmp_path / "small-0.5.logs", tmp_path / "run-0.5.logs", Path(f"{tmp_path}.logs"), Path("infoprune.logs")]
 
 
 # --- the command line, killed and in parallel ----------------------------------------------------------------------------------------

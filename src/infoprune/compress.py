@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ from infoprune.surgery import ffn_options
 from infoprune.training.costs import flop_costs, time_costs
 from infoprune.training.gates import HeadGates, start_locations
 from infoprune.training.heads import binarise, check_agreement, masked_logits
-from infoprune.training.loop import Processes
+from infoprune.training.loop import Processes, check_trackers
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import require_peft
 from infoprune.training.run import LearnedHeads, TrainingRun, split
@@ -79,7 +80,7 @@ def compress(
         training: How to train; or give the fields of :class:`TrainingOptions` by keyword, e.g. ``recovery="full"``.
         in_place: Cut ``vlm`` itself instead of a copy. Not with recovery, a certificate or a speed-up, which need the dense model.
         work: Folder for the state of training or certification, from which an interrupted run goes on; delete it afterwards. ``None``: no
-            state is kept.
+            state is kept. Trackers' files go beside it: to ``small.logs`` for ``small.work``, to ``infoprune.logs`` for ``None``.
         progress: Shows the steps.
 
     Raises:
@@ -88,33 +89,35 @@ def compress(
     """
     options, training = _options_of(options, training, given)
     dense_architecture(vlm)
+    check_trackers(training.trackers)
     if options.max_drop is not None:
         if training.recovery != "none":
             raise BudgetError(UNTRAINED)
         return compress_certified(vlm, data, options, work=work, progress=progress)
     clock = Clock()
-    run: TrainingRun | None = None
-    pool = example_pool(data, progress, skip_bad=options.skip_bad)
-    if options.heads == TRAINED or training.recovery != "none":
-        run = _training_run(vlm, pool, data, options, training, work, progress)
-        pool = run.examples
-    examples = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
-    cut = run.saved_cut(vlm) if run else None
-    if cut is None:
-        cut = _cut_free(vlm, data, examples, options, run, in_place and training.recovery == "none", clock, progress)
-        if run and training.recovery != "none":
-            run.save_cut(cut.vlm, cut.as_dict())
-    else:
-        progress.note("found the cut model of an interrupted run; going on with its recovery")
-        cut = _reloaded(vlm, cut, examples)
-    if run is None:
-        return cut
-    cut = replace(cut, main_process=run.processes.index == 0, trained_with=run.told)
-    if training.recovery == "none":
-        return cut
-    report = run.recover(cut.vlm, vlm)
-    seconds = cut.seconds | {"recover": report["seconds"]}  # with those of interrupted runs
-    return replace(cut, training=cut.training | {"recovery": report}, seconds=seconds)
+    with ExitStack() as ending:
+        run: TrainingRun | None = None
+        pool = example_pool(data, progress, skip_bad=options.skip_bad)
+        if options.heads == TRAINED or training.recovery != "none":
+            run = _training_run(vlm, pool, data, options, training, work, progress, ending)
+            pool = run.examples
+        examples = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
+        cut = run.saved_cut(vlm) if run else None
+        if cut is None:
+            cut = _cut_free(vlm, data, examples, options, run, in_place and training.recovery == "none", clock, progress)
+            if run and training.recovery != "none":
+                run.save_cut(cut.vlm, cut.as_dict())
+        else:
+            progress.note("found the cut model of an interrupted run; going on with its recovery")
+            cut = _reloaded(vlm, cut, examples)
+        if run is None:
+            return cut
+        cut = replace(cut, main_process=run.processes.index == 0, trained_with=run.told)
+        if training.recovery == "none":
+            return cut
+        report = run.recover(cut.vlm, vlm, steps_before=training.gate_steps if options.heads == TRAINED else 0)
+        seconds = cut.seconds | {"recover": report["seconds"]}  # with those of interrupted runs
+        return replace(cut, training=cut.training | {"recovery": report}, seconds=seconds)
 
 
 def _options_of(
@@ -127,7 +130,7 @@ def _options_of(
 
 def _training_run(
     vlm: VLM, pool: list[Example], data: str | Sequence[Example], options: CompressionOptions, training: TrainingOptions,
-    work: Path | None, progress: Progress,
+    work: Path | None, progress: Progress, ending: ExitStack,
 ) -> TrainingRun:  # fmt: skip
     if training.recovery == "lora" or training.gate_lora:
         require_peft()
@@ -137,7 +140,8 @@ def _training_run(
             "the model with dtype=torch.float32; precision='bf16' computes in bfloat16 all the same."
         )
     examples, validation = split(pool, training, options.seed, progress, skip_bad=options.skip_bad)
-    processes = Processes.current(vlm.device, training.trackers, str(work or "."))
+    processes = Processes.current(vlm.device, training.trackers, logs_folder(work), _hyperparameters(options, training))
+    ending.callback(processes.end)
     if options.speedup is not None and processes.count > 1:
         raise BudgetError("A speed-up is measured in one process; several would each cut another model. Give flops instead.")
     folder = WorkFolder(work) if work is not None else None
@@ -155,6 +159,18 @@ def _training_run(
             folder.claim(told | asdict(options) | asdict(training) | {"processes": processes.count})
         processes.wait()
     return TrainingRun(training, examples, validation, options.seed, processes, progress, folder)
+
+
+def logs_folder(work: Path | None) -> Path:
+    """Where trackers write files: beside the work folder, which goes when the work is done; ``infoprune.logs`` without one."""
+    return Path("infoprune.logs") if work is None else work.resolve().with_name(f"{work.resolve().name.removesuffix('.work')}.logs")
+
+
+def _hyperparameters(options: CompressionOptions, training: TrainingOptions) -> dict[str, bool | int | float | str]:
+    """All options that are set, for trackers, which take simple types only; lists as text."""
+    found = {field.name: getattr(kind, field.name) for kind in (options, training) for field in fields(kind)}
+    found = {name: ", ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in found.items()}
+    return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str)}
 
 
 def _reloaded(vlm: VLM, cut: tuple[VLM, dict[str, Any]], examples: Sequence[Example]) -> Compressed:

@@ -102,7 +102,10 @@ def compress(
         Optional[str], typer.Option(help="Precision of the saved weights: fp32, bf16, fp16, or auto: the original's (default).")
     ] = None,
     shard: Annotated[Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes.")] = None,
-    tracker: Annotated[Optional[list[str]], typer.Option(help="Experiment tracker: tensorboard, wandb, mlflow; repeatable.")] = None,
+    tracker: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Experiment tracker: tensorboard (files go to OUTPUT.logs, beside the output), wandb, mlflow; repeatable."),
+    ] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
     recipe: Annotated[Optional[Path], typer.Option(help="YAML file with the same options; the command line wins.")] = None,
@@ -122,6 +125,7 @@ def compress(
     from infoprune.model import named_precision
     from infoprune.options import BUDGETS, TRAINED, CompressionOptions
     from infoprune.progress import Progress
+    from infoprune.training.loop import check_trackers
     from infoprune.training.options import TrainingOptions
     from infoprune.training.state import WorkFolder
 
@@ -154,6 +158,7 @@ def compress(
     saved_precision = None if named == "auto" else named_precision(named)
     if options.max_drop is not None and saved_precision not in (None, torch.float32):
         raise InfoPruneError(f"A certificate is about weights in float32; they can't be saved in {named}. Leave out --weights.")
+    check_trackers(training.trackers)
     target = Path(settings["output"])
     check_output_folder(target, source=settings["model"], overwrite=overwrite)
     trains = options.heads == TRAINED or training.recovery != "none"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from infoprune.training.sharding import as_part, whole
 from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, restore_optimizer_, save_state
 
 CLIP_NORM = 1.0
+NOT_STARTED = "The experiment tracker could not be started: {} Install it, or leave out --tracker."
 Terms = dict[str, tuple[float, torch.Tensor]]  # by name: coefficient and value
 
 
@@ -72,6 +74,23 @@ class Stage(Protocol):
         ...
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether the trackers can be used here; Accelerate leaves out without a word what is not installed.
+
+    Raises:
+        InfoPruneError: Some are not installed; says which.
+    """
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    if missing := [name for name in names if name not in available]:
+        raise InfoPruneError(
+            f"Trackers that are not installed: {', '.join(missing)}. pip install {' '.join(missing)}, or leave out --tracker."
+        )
+
+
 @dataclass
 class Processes:
     """The processes that share the work; one, unless started with ``accelerate launch``.
@@ -83,26 +102,37 @@ class Processes:
     accelerator: Any = None
 
     @classmethod
-    def current(cls, device: torch.device, trackers: Sequence[str] = (), logging_dir: str | None = None) -> Processes:
-        """Join the processes that the launcher started.
+    def current(
+        cls, device: torch.device, trackers: Sequence[str] = (), logs: Path | None = None, config: dict[str, Any] | None = None
+    ) -> Processes:
+        """Join the processes that the launcher started; call :meth:`end` when they have done their work.
+
+        Args:
+            device: That of the model.
+            trackers: Names of experiment trackers, see :func:`check_trackers`.
+            logs: Folder of the trackers that write files.
+            config: Hyperparameters for the trackers, a flat mapping to values of simple types.
 
         Raises:
-            InfoPruneError: A strategy that training does not support, or a tracker that is not installed.
+            InfoPruneError: A strategy that training does not support, or a tracker that does not start.
         """
         from accelerate import Accelerator, DistributedType
 
         try:
-            accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(trackers) or None, project_dir=logging_dir)
-            if trackers:
-                accelerator.init_trackers("infoprune")
+            accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(trackers) or None, project_dir=logs)
         except (ImportError, ValueError) as error:
-            raise InfoPruneError(f"The experiment tracker could not be started: {error} Install it, or leave out --tracker.") from error
+            raise InfoPruneError(NOT_STARTED.format(error)) from error
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if accelerator.distributed_type not in supported:
             raise InfoPruneError(
                 f"Training does not run under {accelerator.distributed_type.value}. Use a plain multi-process launch; --shard spreads a "
                 "large model over its processes."
             )
+        if trackers:
+            try:
+                accelerator.init_trackers("infoprune", config)
+            except (ImportError, ValueError) as error:
+                raise InfoPruneError(NOT_STARTED.format(error)) from error
         return cls(accelerator)
 
     @property
@@ -128,6 +158,11 @@ class Processes:
         """To the trackers."""
         if self.accelerator is not None:
             self.accelerator.log(values, step=step)
+
+    def end(self) -> None:
+        """Let the trackers finish: what they still hold is written, and the run counts as ended."""
+        for tracker in () if self.accelerator is None else self.accelerator.trackers:
+            tracker.finish()  # not end_training, which would end the launcher's process group too: the caller may go on with it
 
 
 @dataclass
@@ -162,8 +197,11 @@ def train(
     work: WorkFolder | None = None,
     checkpoint_every: int = 50,
     rows_per_forward: int = 8,
+    steps_before: int = 0,
 ) -> Trained:
     """Train ``stage`` to its end, from where its state in ``work`` stopped.
+
+    Trackers see one step that rises over all stages: ``steps_before`` is how many updates earlier stages have made.
 
     Raises:
         CalibrationError: The loss became NaN or infinite; the last state is kept.
@@ -179,7 +217,7 @@ def train(
             result.history.append(values)
             result.questions += questions
             result.seconds = time.perf_counter() - started
-            processes.log({f"{stage.name}/{name}": value for name, value in values.items()}, step)
+            processes.log({f"{stage.name}/{name}": value for name, value in values.items()}, steps_before + step)
             progress.status({name: values[name] for name in values if name != "gradient"})
             advance(1)
             last = stop or step + 1 == stage.steps

@@ -126,8 +126,11 @@ class TrainingRun:
         """The mean of what all processes measured, so that all train on the same."""
         return replace(costs, **{name: self.processes.sum(getattr(costs, name)) / self.processes.count for name in ("fixed", "unit")})
 
-    def recover(self, student: VLM, teacher: VLM) -> dict[str, Any]:
-        """Train ``student`` in place and leave its best validated weights; returns figures for the report."""
+    def recover(self, student: VLM, teacher: VLM, *, steps_before: int = 0) -> dict[str, Any]:
+        """Train ``student`` in place and leave its best validated weights; returns figures for the report.
+
+        ``steps_before``: updates of the gates, from which trackers count on.
+        """
         options, wrapper = self.options, None
         assert teacher.architecture is not None
         with frozen(teacher.model), frozen(student.model):
@@ -139,7 +142,7 @@ class TrainingRun:
                 parameters = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
                 cache = None if self._spreads else VisionCache(teacher.model)
                 stage = RecoveryStage(learner, known, parameters, self.validation, options, autocast=self._autocast(student), cache=cache)
-                trained = self._train(stage, learner, options.images_per_step)
+                trained = self._train(stage, learner, options.images_per_step, steps_before)
                 stage.keep_best_()
         if wrapper is not None:
             wrapper.merge_and_unload()
@@ -198,7 +201,7 @@ class TrainingRun:
     def _autocast(self, vlm: VLM) -> bool:
         return wants_bfloat16(self.options.precision, vlm.device)
 
-    def _train(self, stage: Any, vlm: VLM, images_per_step: int) -> Trained:
+    def _train(self, stage: Any, vlm: VLM, images_per_step: int, steps_before: int = 0) -> Trained:
         if self._spreads and images_per_step % self.processes.count:
             raise InfoPruneError(
                 f"Processes that share a model need equal parts of a step: {images_per_step} images can't be dealt out to "
@@ -208,6 +211,7 @@ class TrainingRun:
         return train(
             stage, Stream(rows, images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),
             processes=self.processes, progress=self.progress, work=self.work, checkpoint_every=self.options.checkpoint_every,
+            steps_before=steps_before,
         )  # fmt: skip
 
 

@@ -92,43 +92,60 @@ class DenseStructure:
     """What does not depend on the gates; float64.
 
     Attributes:
-        root: (n, n) Cholesky factor of S.
         snr, dense: As in :class:`BlockStructure`.
     """
 
-    root: torch.Tensor
     snr: torch.Tensor
     dense: torch.Tensor
 
 
 def dense_structure(block: Block) -> DenseStructure:
     """Constants of one block, whatever its gates."""
-    root = torch.linalg.cholesky(block.covariance)
-    output = block.out @ root
     snr = torch.stack([head_spectrum(block, u) for u in range(block.site.num_units)]) / noise_energy(block)
-    return DenseStructure(root, snr, normalize(descending_eigh(output @ output.T)[0]).cumsum(0))
+    return DenseStructure(snr, normalize(descending_eigh(block.out @ block.covariance @ block.out.T)[0]).cumsum(0))
+
+
+def energy_forms(block: Block, directions: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
+    """The quadratic forms Q of the energies along ``directions``, (hidden, units + 1, units + 1), without any of the maps A_a.
+
+    A unit's map A_u = W E_u D, with D = I - C and E_u the projection on its columns, differs from the next one's only in the columns of
+    W that it takes. So with P = directions^T W (hidden, n) and R = D S D^T (n, n) the entry of units u and v in direction k is
+
+        P_ku R_uv P_kv^T,   and with A_0 = W C:   Q_k0v = (P C)_k (S D^T)_v P_kv^T,   Q_k00 = (P C)_k S (P C)_k^T,
+
+    where subscripts u and v take a unit's columns. All units together take as many products as a single map does.
+
+    Args:
+        block: Of S and W.
+        directions: (hidden, hidden) in columns.
+        coefficient: (n, n) C.
+    """
+    units = block.site.num_units
+    rest = torch.eye(len(coefficient), dtype=torch.float64) - coefficient
+    weight = directions.T @ block.out
+
+    def by_unit(rows: torch.Tensor) -> torch.Tensor:  # (hidden, n) -> (hidden, units)
+        return (rows * weight).view(len(weight), units, -1).sum(-1)
+
+    forms = weight.new_empty(len(weight), units + 1, units + 1)
+    standing_in = weight @ coefficient
+    seen = standing_in @ block.covariance
+    forms[:, 0, 0] = (seen * standing_in).sum(1)
+    forms[:, 0, 1:] = forms[:, 1:, 0] = by_unit(seen @ rest.T)
+    residual = rest @ block.covariance @ rest.T
+    for unit in range(units):
+        c = block.columns(unit)
+        forms[:, unit + 1, 1:] = by_unit(weight[:, c] @ residual[c])
+    return forms
 
 
 def structure_of(block: Block, dense: DenseStructure, gates: torch.Tensor, compensation: Compensation) -> BlockStructure:
     """Constants of one block at the present gates (units,), which say what stays (z > 1/2) and turn the directions."""
     z = gates.detach().double().cpu()
     kept = [u for u in range(block.site.num_units) if z[u] > 0.5]
-    n, root = len(block.covariance), dense.root
     coefficient, mean = stand_in(block, kept, compensation)
-    identity = torch.eye(n, dtype=torch.float64)
-    maps = [block.out @ coefficient @ root]  # A_0 S^1/2, then one per unit
-    for unit in range(block.site.num_units):
-        c = block.columns(unit)
-        maps.append(block.out[:, c] @ (identity[c] - coefficient[c]) @ root)
-    stacked = torch.stack(maps)
-    now = torch.einsum("a,ahn->hn", torch.cat([z.new_ones(1), z]), stacked)
-    directions = descending_eigh(now @ now.T)[1]
-    projected = directions.T @ stacked
-    pieces = (
-        coefficient,
-        mean,
-        dense.snr,
-        dense.dense,
-        torch.einsum("akn,bkn->kab", projected, projected),
-    )
+    gated = block.out * z.repeat_interleave(block.site.unit_width)
+    now = gated + (block.out - gated) @ coefficient  # sum_a z_a A_a
+    directions = descending_eigh(now @ block.covariance @ now.T)[1]
+    pieces = (coefficient, mean, dense.snr, dense.dense, energy_forms(block, directions, coefficient))
     return BlockStructure(*(piece.to(gates.device, torch.float32) for piece in pieces))
