@@ -15,6 +15,7 @@ import torch
 
 import infoprune
 from conftest import ALL, built
+from infoprune.cli.recipe import read_recipe
 from infoprune.criteria.heads import Removal, block_of, compensate
 from infoprune.decide import unit_percentiles
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
@@ -283,6 +284,32 @@ def test_lora_may_train_along_with_the_gates(gqa_vlm, questions):
     assert not any("lora" in name or "base_layer" in name for name, _ in result.vlm.model.named_parameters())
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, 1e-4), ({"gate_lora_rate": 3e-3}, 3e-3)])
+def test_lora_along_with_the_gates_has_a_rate_of_its_own(gqa_vlm, questions, monkeypatch, given, expected):
+    from infoprune.training import loop
+
+    rates, real = [], loop._update
+
+    def watched(stage, *rest):
+        done = real(stage, *rest)
+        rates.append((stage.name, [group["lr"] for group in stage.optimizer.param_groups]))
+        return done
+
+    monkeypatch.setattr(loop, "_update", watched)
+    options = QUICK | {"gate_steps": 2, "recovery_steps": 1, "recovery": "full", "recovery_rate": 1e-2, "gate_rate": 0.2}
+    infoprune.compress(gqa_vlm, questions, **options, gate_lora=2, **given)
+    assert [r for name, r in rates if name == "gates"] == [pytest.approx([0.2, expected])] * 2
+
+
+def test_recipes_name_rates_that_have_no_default(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gate_lora: 2\ngate_lora_rate: 0.001\nrecovery_rate: 0.01\n")
+    assert read_recipe(recipe) == {"gate_lora": 2, "gate_lora_rate": 0.001, "recovery_rate": 0.01}
+    recipe.write_text("gate_lora_rate: fast\n")
+    with pytest.raises(InfoPruneError, match="gate_lora_rate"):
+        read_recipe(recipe)
+
+
 def test_gates_start_at_the_budget_in_the_order_of_the_ranking(vlm):
     sites = list(vlm.architecture.attention)
     workload = Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in sites})
@@ -499,7 +526,7 @@ def test_early_stopping_keeps_the_best_weights(gqa_vlm, questions):
 
 
 def test_bad_training_options_are_refused():
-    for bad in ({"recovery": "some"}, {"gate_steps": 0}, {"trackers": ("nope",)}, {"ks_weight": -1.0}):
+    for bad in ({"recovery": "some"}, {"gate_steps": 0}, {"trackers": ("nope",)}, {"ks_weight": -1.0}, {"gate_lora_rate": 0.0}):
         with pytest.raises(InfoPruneError):
             TrainingOptions(**bad)
     with pytest.raises(InfoPruneError, match="tells training"):

@@ -51,6 +51,6 @@ def _kinds(key: str, default: Any) -> tuple[type, ...]:
         return (str,)
     if isinstance(default, bool):
         return (bool,)
-    if isinstance(default, float):
+    if default is None or isinstance(default, float):  # what else has no default is a share or a rate
         return (int, float)
     return (list,) if isinstance(default, tuple) else (type(default),)

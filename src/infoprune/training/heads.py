@@ -20,7 +20,7 @@ from infoprune.training.costs import Costs
 from infoprune.training.data import VisionCache
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
 from infoprune.training.loop import Terms, Totals
-from infoprune.training.options import TrainingOptions
+from infoprune.training.options import RATES, TrainingOptions
 from infoprune.training.structure import BlockStructure, dense_structure, stand_in, structure_of
 
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
@@ -89,7 +89,9 @@ class GateStage:
         self.parameters = {"log_alpha": gates.log_alpha, **(extra or {})}
         groups: list[dict[str, Any]] = [{"params": [gates.log_alpha], "betas": (0.9, 0.99)}]
         if extra:
-            groups.append({"params": list(extra.values()), "scale": options.rate("lora") / options.gate_rate})
+            # Not recovery's rate, which for full recovery is relative to each tensor.
+            rate = RATES["lora"] if options.gate_lora_rate is None else options.gate_lora_rate
+            groups.append({"params": list(extra.values()), "scale": rate / options.gate_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=options.gate_rate, weight_decay=0.0)
         self._draw = ""
 

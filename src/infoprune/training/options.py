@@ -8,8 +8,8 @@ from typing import Literal
 from infoprune.errors import InfoPruneError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-POSITIVE = """gate_steps gate_rate gate_images_per_step refresh multiplier_rate recovery_steps recovery_rate lora_rank images_per_step
-    questions_per_image validation_questions evaluate_every checkpoint_every distillation_temperature"""
+POSITIVE = """gate_steps gate_rate gate_images_per_step gate_lora_rate refresh multiplier_rate recovery_steps recovery_rate lora_rank
+    images_per_step questions_per_image validation_questions evaluate_every checkpoint_every distillation_temperature"""
 NOT_NEGATIVE = "gate_prior gate_lora cross_entropy_weight distillation_weight hidden_weight rate_weight ks_weight patience"
 RATES = {"full": 5e-4, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
 
@@ -32,6 +32,7 @@ class TrainingOptions:
             makes whole blocks go on short inputs; the model's FLOPs budget is met by the FFNs either way.
         attention_share: Share of the attention's cost that gates keep; ``None``: what the training-free allocation gives attention.
         gate_lora: Rank of a LoRA on all linears that trains along with the gates and is merged before the cut; 0: weights stay frozen.
+        gate_lora_rate: Its learning rate, constant; ``None``: :data:`RATES` of ``lora``.
         cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
         distillation_temperature: T.
@@ -65,6 +66,7 @@ class TrainingOptions:
     gate_cost: Literal["flops", "time"] = "flops"
     attention_share: float | None = None
     gate_lora: int = 0
+    gate_lora_rate: float | None = None
     cross_entropy_weight: float = 1.0
     distillation_weight: float = 1.0
     distillation_temperature: float = 2.0
@@ -88,7 +90,7 @@ class TrainingOptions:
     trackers: tuple[str, ...] = ()
 
     def rate(self, kind: str) -> float:
-        """Peak learning rate of weights that train as ``kind``, ``full`` or ``lora``."""
+        """Peak learning rate of recovery of ``kind``, ``full`` or ``lora``."""
         return RATES[kind] if self.recovery_rate is None else self.recovery_rate
 
     def __post_init__(self) -> None:
