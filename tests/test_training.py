@@ -21,6 +21,7 @@ from infoprune.decide import unit_percentiles
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import answer_logits, batches
+from infoprune.plan import CompressionPlan, HeadDecision
 from infoprune.progress import SILENT
 from infoprune.solve import SolvedSite
 from infoprune.training import objective
@@ -30,7 +31,7 @@ from infoprune.training.gates import HeadGates, deterministic_gate, hard_concret
 from infoprune.training.heads import binarise, check_agreement, masked_logits
 from infoprune.training.loop import one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import RecoveryStage, layer_weights, relative_groups, typical_magnitude
+from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, layer_weights, relative_groups, typical_magnitude
 from infoprune.training.run import TrainingRun
 from infoprune.training.structure import dense_structure, leave_one_out, structure_of
 from test_families import inputs_of, statistics_of
@@ -116,7 +117,6 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
 def test_masked_equals_compacted(vlm, questions, compensation):
     from infoprune.decide import Decisions
     from infoprune.options import CompressionOptions
-    from infoprune.plan import HeadDecision
     from infoprune.steps import apply_decisions
 
     statistics = statistics_of(vlm, questions)
@@ -515,6 +515,70 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, amx, 
     device = torch.device("cpu")
     assert wants_bfloat16("auto", device) == (amx or avx512)
     assert wants_bfloat16("bf16", device) and not wants_bfloat16("fp32", device)
+
+
+@pytest.mark.parametrize("recovery", ["full", "lora"])
+def test_towers_that_may_not_be_cut_are_not_trained(vlm, questions, recovery, monkeypatch):
+    family, caches, real = vlm.architecture.family, [], RecoveryStage.__init__
+
+    def watched(self, *args, **options):
+        real(self, *args, **options)
+        caches.append(self.own_cache)
+
+    monkeypatch.setattr(RecoveryStage, "__init__", watched)
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    options = QUICK | {"heads": "information-loss", "towers": ("text",), "flops": 0.9, "ffn": "low-rank"}
+    found = weights(infoprune.compress(vlm, questions, **options, recovery=recovery, recovery_rate=1e-2))
+    cut = weights(infoprune.compress(vlm, hold_out(questions, 0)[0], **options))
+
+    def inside(name, *paths):
+        return name.startswith(tuple(f"{path}." for path in paths))
+
+    vision = [n for n in before if inside(n, family.vision) and not inside(n, *family.projector)]
+    assert vision and all(torch.equal(found[name], before[name]) for name in vision)
+    assert any(not torch.equal(found[name], cut[name]) for name in found if inside(name, family.text))
+    moved = [n for n in before if inside(n, *family.projector) and not torch.equal(found[n], before[n])]
+    assert bool(moved) == (recovery == "full")
+    assert [cache is not None for cache in caches] == [recovery == "lora"]  # features change with the projector
+
+
+def test_the_tower_that_is_cut_trains_alone(gqa_vlm):
+    site = {s.tower: s for s in gqa_vlm.architecture.attention}
+    for towers in ({"vision"}, {"text"}, {"vision", "text"}):
+        heads = {site[t].path: HeadDecision(keep_units=(0,), num_units=site[t].num_units, compensate="none") for t in towers}
+        plan = CompressionPlan(library="", model_type="", model_id="", heads=heads)
+        assert cut_towers(plan, gqa_vlm.architecture) == towers
+        vlm = gqa_vlm.copy()
+        trained = layer_weights(vlm.model, vlm.architecture, towers)
+        assert {"vision" if "vision_tower" in n else "text" for n in trained if "projector" not in n} == towers
+        assert any("projector" in name for name in trained)
+        wrapper, lora = add_lora(vlm.model, vlm.architecture, 2, 0, towers)
+        assert {"vision" if "vision_tower" in name else "text" for name in lora} == towers
+        wrapper.unload()
+    assert cut_towers(None, gqa_vlm.architecture) == {"vision", "text"}
+    assert cut_towers(CompressionPlan(library="", model_type="", model_id=""), gqa_vlm.architecture) == {"vision", "text"}
+
+
+def test_a_frozen_tower_is_passed_once_per_image(gqa_vlm, questions):
+    options = QUICK | {"heads": "information-loss", "towers": ("text",), "flops": 0.9, "evaluate_every": 1, "recovery": "lora"}
+    path, passes, real = gqa_vlm.architecture.family.vision, [], RecoveryStage.validate
+
+    def counted(self, step):
+        hook = self.student.model.get_submodule(path).register_forward_hook(lambda *a: passes.append(step))
+        try:
+            return real(self, step)
+        finally:
+            hook.remove()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecoveryStage, "validate", counted)
+        cached = infoprune.compress(gqa_vlm, questions, **options).training["recovery"]["history"]
+    assert passes == [0]  # all validation images in one batch, before the first step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infoprune.training.run.fixed_features", lambda *a: False)
+        plain = infoprune.compress(gqa_vlm, questions, **options).training["recovery"]["history"]
+    for step, other in zip(cached, plain, strict=True):
+        assert step == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_early_stopping_keeps_the_best_weights(gqa_vlm, questions):

@@ -21,7 +21,8 @@ class TrainingOptions:
     A *step* is one update on a few images with all their questions.
 
     Attributes:
-        recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights but embeddings and language head) or ``none``.
+        recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights of the layers, and the projector, but no embeddings
+            and no language head) or ``none``. Only towers in which something was cut train.
         gate_steps: Updates of the gates (``heads=trained``).
         gate_rate: Learning rate of the gates' locations.
         gate_images_per_step: Images of one update of the gates, over all processes: fewer than recovery's, since an update draws its
@@ -31,7 +32,8 @@ class TrainingOptions:
         gate_cost: What gates pay for: ``flops``, or ``time``, the seconds that blocks take on this machine in one forward pass. Time
             makes whole blocks go on short inputs; the model's FLOPs budget is met by the FFNs either way.
         attention_share: Share of the attention's cost that gates keep; ``None``: what the training-free allocation gives attention.
-        gate_lora: Rank of a LoRA on all linears that trains along with the gates and is merged before the cut; 0: weights stay frozen.
+        gate_lora: Rank of a LoRA on all linears of the towers with gates, which trains along with these and is merged before the cut; 0:
+            weights stay frozen.
         gate_lora_rate: Its learning rate, constant; ``None``: :data:`RATES` of ``lora``.
         cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.

@@ -27,7 +27,7 @@ from infoprune.training.gates import HeadGates, deterministic_gate, start_locati
 from infoprune.training.heads import BestGates, GateStage
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import RecoveryStage, add_lora, layer_weights
+from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, fixed_features, layer_weights
 from infoprune.training.sharding import layer_paths, spread
 from infoprune.training.state import WorkFolder
 
@@ -105,7 +105,7 @@ class TrainingRun:
         with frozen(model):
             if options.gate_lora:
                 assert vlm.architecture is not None
-                wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed)
+                wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed, {site.tower for site in sites})
                 extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
             elif not self._spreads and all(site.tower == "text" for site in sites):
                 extra = {"cache": VisionCache(model)}
@@ -126,18 +126,26 @@ class TrainingRun:
         return replace(costs, **{name: self.processes.sum(getattr(costs, name)) / self.processes.count for name in ("fixed", "unit")})
 
     def recover(self, student: VLM, teacher: VLM) -> dict[str, Any]:
-        """Train ``student`` in place and leave its best validated weights; returns figures for the report."""
+        """Train ``student`` in place and leave its best validated weights; returns figures for the report.
+
+        Only the towers that its plan cuts train: one that :attr:`CompressionOptions.towers` leaves out stays as it is.
+        """
         options, wrapper = self.options, None
         assert teacher.architecture is not None
+        towers = cut_towers(student.plan, teacher.architecture)
         with frozen(teacher.model), frozen(student.model):
             if options.recovery == "lora":
-                wrapper, _ = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
+                wrapper, _ = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed, towers)
             else:
-                layer_weights(student.model, teacher.architecture)
+                layer_weights(student.model, teacher.architecture, towers)
             with self._spread(teacher, teacher) as known, self._spread(student, teacher) as learner:
                 parameters = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
                 cache = None if self._spreads else VisionCache(teacher.model)
-                stage = RecoveryStage(learner, known, parameters, self.validation, options, autocast=self._autocast(student), cache=cache)
+                fixed = not self._spreads and fixed_features(student.model, teacher.architecture)
+                stage = RecoveryStage(
+                    learner, known, parameters, self.validation, options, autocast=self._autocast(student), cache=cache,
+                    own_cache=VisionCache(student.model) if fixed else None,
+                )  # fmt: skip
                 trained = self._train(stage, learner, options.images_per_step)
                 stage.keep_best_()
         if wrapper is not None:
