@@ -26,9 +26,9 @@ from infoprune.progress import SILENT
 from infoprune.solve import SolvedSite
 from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
-from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
+from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
-from infoprune.training.heads import binarise, check_agreement, masked_logits
+from infoprune.training.heads import GateStage, binarise, check_agreement, masked_logits
 from infoprune.training.loop import one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, layer_weights, relative_groups, typical_magnitude
@@ -356,6 +356,35 @@ def test_gates_start_from_the_training_free_choice_and_keep_the_better_one(gqa_v
     assert list(heads["validation"]) == [0, 2, 4]
     assert heads["kept_of_step"] == min(heads["validation"], key=heads["validation"].get)
     assert len(set(heads["validation"].values())) > 1
+
+
+def test_validation_of_text_gates_passes_each_image_through_the_tower_once(gqa_vlm, questions, monkeypatch):
+    path, passes, real = gqa_vlm.architecture.family.vision, [], GateStage.validate
+
+    def counted(self, step):
+        hook = self.model.get_submodule(path).register_forward_hook(lambda *a: passes.append(step))
+        try:
+            return real(self, step)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(GateStage, "validate", counted)
+    options = QUICK | {"towers": ("text",), "flops": 0.85, "gate_rate": 3.0, "gate_prior": 6.0, "evaluate_every": 1}
+    cached = infoprune.compress(gqa_vlm, questions, **options).training["heads"]["validation"]
+    assert len(set(cached.values())) > 1 and passes == [0]  # gates changed, but all images are in the first validation's one batch
+    passes.clear()
+    monkeypatch.setattr("infoprune.training.run.VisionCache", lambda model: None)
+    plain = infoprune.compress(gqa_vlm, questions, **options).training["heads"]["validation"]
+    assert cached == pytest.approx(plain, rel=1e-5) and len(passes) > 2
+
+
+def test_images_of_rows(vlm, questions):
+    for share in (False, True):
+        for batch, indices in batches(vlm.encoder, questions, images_per_batch=4, share_prefix=share):
+            chosen = [questions[index] for index in indices]
+            images = images_of_rows(batch, chosen)
+            shared = share and vlm.encoder.shares_prefix
+            assert images == (list(dict.fromkeys(e.image for e in chosen)) if shared else [e.image for e in chosen])
 
 
 @pytest.mark.parametrize("flops", [0.9, 0.84])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class GateStage:
         costs: Costs,
         target: float,
         options: TrainingOptions,
-        validation: Callable[[], Iterable[PackedBatch]],
+        validation: Callable[[], Iterable[tuple[PackedBatch, list[Path]]]],
         *,
         compensation: Compensation,
         seed: int,
@@ -163,11 +164,14 @@ class GateStage:
             self.best.losses[step] = self.best.loss
             return self.best.loss
         o, total, targets = self.options, 0.0, 0
-        for batch in self.validation():
+        for batch, images in self.validation():
             with torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=self.autocast):
+                if self.cache is not None:
+                    batch = self.cache.replace(batch, images)
                 logits = answer_logits(self.model, batch)
                 with self.gates.opened(), self.without_extra():
-                    teacher = answer_logits(self.model, batch)
+                    # Every time anew: with a large vocabulary, logits of all answers would be too large to keep.
+                    teacher = answer_logits(self.model, batch) if o.distillation_weight else logits
             total += o.cross_entropy_weight * float(objective.cross_entropy(logits, batch.targets))
             total += o.distillation_weight * float(objective.distillation(logits, teacher, o.distillation_temperature))
             targets += len(batch.targets)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from infoprune.packing import PackedBatch, batches
 from infoprune.plan import Compensation
 from infoprune.progress import Progress
 from infoprune.training.costs import Costs
-from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
+from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, start_locations
 from infoprune.training.heads import BestGates, GateStage
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
@@ -182,9 +183,10 @@ class TrainingRun:
         with spread(vlm.model, layer_paths(dense.architecture), device) as model:
             yield replace(vlm, model=model)
 
-    def _validation(self, vlm: VLM) -> Iterator[PackedBatch]:
-        share = can_share_prefix(vlm)
-        return (batch.to(vlm.device) for batch, _ in batches(vlm.encoder, self.validation, share_prefix=share))
+    def _validation(self, vlm: VLM) -> Iterator[tuple[PackedBatch, list[Path]]]:
+        """Batches of the validation questions on the model's device, and the image of each row."""
+        for batch, indices in batches(vlm.encoder, self.validation, share_prefix=can_share_prefix(vlm)):
+            yield batch.to(vlm.device), images_of_rows(batch, [self.validation[index] for index in indices])
 
     def _autocast(self, vlm: VLM) -> bool:
         return wants_bfloat16(self.options.precision, vlm.device)
