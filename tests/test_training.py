@@ -7,14 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import infoprune
 from conftest import ALL, built
+from infoprune.cli import compress as compress_verb
+from infoprune.cli import evaluate as evaluate_verb
+from infoprune.cli.device import own_device
 from infoprune.cli.recipe import read_recipe
 from infoprune.criteria.heads import Removal, block_of, compensate
 from infoprune.decide import unit_percentiles
@@ -672,6 +678,62 @@ def test_a_model_is_spread_over_processes_and_comes_back():
     done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("spread") == 2
+
+
+class Seen(Exception):
+    """What a stage was given."""
+
+
+@pytest.mark.parametrize("stage", ["GateStage", "RecoveryStage"])
+def test_stages_compute_where_the_spread_copy_is(gqa_vlm, questions, monkeypatch, stage):
+    @contextmanager
+    def spread(self, vlm, dense):  # as on a machine with GPUs, of which the meta device plays the part
+        yield dataclasses.replace(vlm, model=vlm.copy().model.to("meta"))
+
+    def shown(*given, autocast, **options):
+        found = {"autocast": autocast}
+        if stage == "GateStage":
+            batch, _ = next(iter(given[6]()))
+            found |= {"gates": given[1].log_alpha.device.type, "targets": batch.targets.device.type}
+        raise Seen(found)
+
+    monkeypatch.setattr(TrainingRun, "_spread", spread)
+    monkeypatch.setattr("infoprune.training.run.wants_bfloat16", lambda precision, device: device.type)
+    monkeypatch.setattr(f"infoprune.training.run.{stage}", shown)
+    run = TrainingRun(TrainingOptions(recovery="full", shard=True), questions, questions, 0, SimpleNamespace(count=2, index=0), SILENT)
+    sites = list(gqa_vlm.architecture.attention)
+    costs = flop_costs(sites, Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in sites}))
+    learning = (gqa_vlm, sites, {}, costs, 0.5, [0.5] * len(costs.unit), "none")
+    with pytest.raises(Seen) as caught:
+        run.learn_heads(*learning) if stage == "GateStage" else run.recover(gqa_vlm.copy(), gqa_vlm)
+    assert set(caught.value.args[0].values()) == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "rank", "expected"),
+    [("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu"), ("mps", "1", "mps")],
+)
+def test_each_process_has_its_own_gpu(monkeypatch, asked, rank, expected):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert own_device(asked) == expected
+
+
+@pytest.mark.parametrize("verb", ["compress", "evaluate"])
+def test_commands_load_to_the_gpu_of_their_process(monkeypatch, tmp_path, jsonl, verb):
+    def load(name, *, device, **options):
+        raise Seen(device)
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("infoprune.load", load)
+    monkeypatch.setattr("infoprune.model.load", load)
+    app = typer.Typer()
+    (compress_verb if verb == "compress" else evaluate_verb).register(app)
+    app.callback()(lambda: None)  # so that the one command keeps its name
+    given = ["--flops", "0.5", "-o", str(tmp_path / "out")] if verb == "compress" else []
+    found = CliRunner().invoke(app, [verb, "somewhere", "--data", str(jsonl), "--device", "cuda", *given])
+    assert isinstance(found.exception, Seen) and found.exception.args == ("cuda:1",)
 
 
 def test_spread_models_need_equal_parts_of_a_step():

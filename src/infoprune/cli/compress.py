@@ -99,7 +99,9 @@ def compress(
     ] = None,
     patience: Annotated[Optional[int], typer.Option(help="Validations without gain before recovery stops (default 0: never).")] = None,
     precision: Annotated[Optional[str], typer.Option(help="Of training: 'fp32', 'bf16' or 'auto' (default).")] = None,
-    shard: Annotated[Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes.")] = None,
+    shard: Annotated[
+        Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes. Never ran on GPUs so far.")
+    ] = None,
     tracker: Annotated[Optional[list[str]], typer.Option(help="Experiment tracker: tensorboard, wandb, mlflow; repeatable.")] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
@@ -113,6 +115,7 @@ def compress(
     """Compress MODEL to a smaller, faster checkpoint that loads with from_pretrained."""
     import infoprune
     from infoprune.checkpoint import check_output_folder
+    from infoprune.cli.device import own_device
     from infoprune.cli.recipe import read_recipe
     from infoprune.errors import InfoPruneError
     from infoprune.options import BUDGETS, TRAINED, CompressionOptions
@@ -150,7 +153,7 @@ def compress(
     trains = options.heads == TRAINED or training.recovery != "none"
     work = target.with_name(f"{target.name}.work") if trains or options.max_drop is not None else None
     vlm = infoprune.load(
-        settings["model"], device=settings.get("device", "cpu"), trust_remote_code=trust_remote_code,
+        settings["model"], device=own_device(settings.get("device", "cpu")), trust_remote_code=trust_remote_code,
         prompt_suffix=settings.get("prompt_suffix", ""), notify=progress.note,
     )  # fmt: skip
     result = infoprune.compress(

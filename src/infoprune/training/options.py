@@ -56,7 +56,7 @@ class TrainingOptions:
         checkpoint_every: Steps between checkpoints of the training state.
         precision: ``fp32``, ``bf16`` (autocast) or ``auto``: bf16 where the hardware multiplies it faster.
         shard: Spread the weights over the processes while gates and recovery train (:mod:`infoprune.training.sharding`), for models that
-            one device can't train. Without effect in a single process.
+            one device can't train. Without effect in a single process. Tested on CPUs; never ran on GPUs so far.
         trackers: Names of experiment trackers: tensorboard, wandb, mlflow.
     """
 

@@ -100,7 +100,7 @@ class TrainingRun:
         With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
         """
         options, model = self.options, vlm.model
-        gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target)).to(vlm.device)
+        gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target))
         extra: dict[str, Any] = {}
         wrapper = None
         with frozen(model):
@@ -110,10 +110,11 @@ class TrainingRun:
                 extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
             elif not self._spreads and all(site.tower == "text" for site in sites):
                 extra = {"cache": VisionCache(model)}
-            with self._spread(vlm, vlm) as working, gates.attached(working.model):
+            # While a copy is spread, the model itself waits in the host's memory: all that computes is where the copy is.
+            with self._spread(vlm, vlm) as working, gates.to(working.device).attached(working.model):
                 stage = GateStage(
-                    working.model, gates, blocks, costs, target, options, lambda: self._validation(vlm), compensation=compensation,
-                    seed=self.seed, autocast=self._autocast(vlm), **extra,
+                    working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
+                    seed=self.seed, autocast=self._autocast(working), **extra,
                 )  # fmt: skip
                 trained = self._train(stage, working, options.gate_images_per_step)
         if wrapper is not None:
@@ -144,7 +145,7 @@ class TrainingRun:
                 cache = None if self._spreads else VisionCache(teacher.model)
                 fixed = not self._spreads and fixed_features(student.model, teacher.architecture)
                 stage = RecoveryStage(
-                    learner, known, parameters, self.validation, options, autocast=self._autocast(student), cache=cache,
+                    learner, known, parameters, self.validation, options, autocast=self._autocast(learner), cache=cache,
                     own_cache=VisionCache(student.model) if fixed else None,
                 )  # fmt: skip
                 trained = self._train(stage, learner, options.images_per_step)
