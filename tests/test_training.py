@@ -284,8 +284,14 @@ def test_trained_heads_and_recovery(vlm, questions, tmp_path, recovery):
 
 def test_lora_may_train_along_with_the_gates(gqa_vlm, questions):
     before = {name: p.clone() for name, p in gqa_vlm.model.named_parameters()}
-    result = infoprune.compress(gqa_vlm, questions, **QUICK, gate_lora=2)
+    result = infoprune.compress(gqa_vlm, questions, **QUICK, gate_lora=2, gate_lora_rate=1e-2)
+    still = infoprune.compress(gqa_vlm, questions, **QUICK, gate_lora=0)
     assert result.training["heads"]["agreement"] < 1e-4
+    whole = [s for s in gqa_vlm.architecture.attention if not {s.path} & (result.vlm.plan.heads.keys() | still.vlm.plan.heads.keys())]
+    queries = [f"{site.path}.{site.names.query}.weight" for site in whole]  # no cut and no repair touches those of a whole block
+    moved, frozen = weights(result), weights(still)
+    assert queries and all(torch.equal(frozen[name], before[name]) for name in queries)
+    assert all(not torch.equal(moved[name], frozen[name]) for name in queries)
     assert all(torch.equal(before[name], p) for name, p in gqa_vlm.model.named_parameters())
     assert not any("lora" in name or "base_layer" in name for name, _ in result.vlm.model.named_parameters())
 
