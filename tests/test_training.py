@@ -7,31 +7,39 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
 import infoprune
 from conftest import ALL, built
+from infoprune.cli import compress as compress_verb
+from infoprune.cli import evaluate as evaluate_verb
+from infoprune.cli.device import own_device
+from infoprune.cli.recipe import read_recipe
 from infoprune.compress import logs_folder
 from infoprune.criteria.heads import Block, Removal, block_of, compensate
 from infoprune.decide import unit_percentiles
 from infoprune.errors import CalibrationError, CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.packing import answer_logits, batches
+from infoprune.plan import CompressionPlan, HeadDecision
 from infoprune.progress import SILENT
 from infoprune.solve import SolvedSite
 from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
-from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
+from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
-from infoprune.training.heads import binarise, check_agreement, masked_logits
+from infoprune.training.heads import GateStage, binarise, check_agreement, masked_logits
 from infoprune.training.loop import one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import RecoveryStage, layer_weights, relative_groups, typical_magnitude
+from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, layer_weights, relative_groups, typical_magnitude
 from infoprune.training.run import TrainingRun
 from infoprune.training.structure import dense_structure, energy_forms, leave_one_out, stand_in, structure_of
 from test_families import inputs_of, statistics_of
@@ -117,7 +125,6 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
 def test_masked_equals_compacted(vlm, questions, compensation):
     from infoprune.decide import Decisions
     from infoprune.options import CompressionOptions
-    from infoprune.plan import HeadDecision
     from infoprune.steps import apply_decisions
 
     statistics = statistics_of(vlm, questions)
@@ -324,10 +331,42 @@ def test_trained_heads_and_recovery(vlm, questions, tmp_path, recovery):
 
 def test_lora_may_train_along_with_the_gates(gqa_vlm, questions):
     before = {name: p.clone() for name, p in gqa_vlm.model.named_parameters()}
-    result = infoprune.compress(gqa_vlm, questions, **QUICK, gate_lora=2)
+    result = infoprune.compress(gqa_vlm, questions, **QUICK, gate_lora=2, gate_lora_rate=1e-2)
+    still = infoprune.compress(gqa_vlm, questions, **QUICK, gate_lora=0)
     assert result.training["heads"]["agreement"] < 1e-4
+    whole = [s for s in gqa_vlm.architecture.attention if not {s.path} & (result.vlm.plan.heads.keys() | still.vlm.plan.heads.keys())]
+    queries = [f"{site.path}.{site.names.query}.weight" for site in whole]  # no cut and no repair touches those of a whole block
+    moved, frozen = weights(result), weights(still)
+    assert queries and all(torch.equal(frozen[name], before[name]) for name in queries)
+    assert all(not torch.equal(moved[name], frozen[name]) for name in queries)
     assert all(torch.equal(before[name], p) for name, p in gqa_vlm.model.named_parameters())
     assert not any("lora" in name or "base_layer" in name for name, _ in result.vlm.model.named_parameters())
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 1e-4), ({"gate_lora_rate": 3e-3}, 3e-3)])
+def test_lora_along_with_the_gates_has_a_rate_of_its_own(gqa_vlm, questions, monkeypatch, given, expected):
+    from infoprune.training import loop
+
+    rates, real = [], loop._update
+
+    def watched(stage, *rest):
+        done = real(stage, *rest)
+        rates.append((stage.name, [group["lr"] for group in stage.optimizer.param_groups]))
+        return done
+
+    monkeypatch.setattr(loop, "_update", watched)
+    options = QUICK | {"gate_steps": 2, "recovery_steps": 1, "recovery": "full", "recovery_rate": 1e-2, "gate_rate": 0.2}
+    infoprune.compress(gqa_vlm, questions, **options, gate_lora=2, **given)
+    assert [r for name, r in rates if name == "gates"] == [pytest.approx([0.2, expected])] * 2
+
+
+def test_recipes_name_rates_that_have_no_default(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gate_lora: 2\ngate_lora_rate: 0.001\nrecovery_rate: 0.01\n")
+    assert read_recipe(recipe) == {"gate_lora": 2, "gate_lora_rate": 0.001, "recovery_rate": 0.01}
+    recipe.write_text("gate_lora_rate: fast\n")
+    with pytest.raises(InfoPruneError, match="gate_lora_rate"):
+        read_recipe(recipe)
 
 
 def test_gates_start_at_the_budget_in_the_order_of_the_ranking(vlm):
@@ -376,6 +415,35 @@ def test_gates_start_from_the_training_free_choice_and_keep_the_better_one(gqa_v
     assert list(heads["validation"]) == [0, 2, 4]
     assert heads["kept_of_step"] == min(heads["validation"], key=heads["validation"].get)
     assert len(set(heads["validation"].values())) > 1
+
+
+def test_validation_of_text_gates_passes_each_image_through_the_tower_once(gqa_vlm, questions, monkeypatch):
+    path, passes, real = gqa_vlm.architecture.family.vision, [], GateStage.validate
+
+    def counted(self, step):
+        hook = self.model.get_submodule(path).register_forward_hook(lambda *a: passes.append(step))
+        try:
+            return real(self, step)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(GateStage, "validate", counted)
+    options = QUICK | {"towers": ("text",), "flops": 0.85, "gate_rate": 3.0, "gate_prior": 6.0, "evaluate_every": 1}
+    cached = infoprune.compress(gqa_vlm, questions, **options).training["heads"]["validation"]
+    assert len(set(cached.values())) > 1 and passes == [0]  # gates changed, but all images are in the first validation's one batch
+    passes.clear()
+    monkeypatch.setattr("infoprune.training.run.VisionCache", lambda model: None)
+    plain = infoprune.compress(gqa_vlm, questions, **options).training["heads"]["validation"]
+    assert cached == pytest.approx(plain, rel=1e-5) and len(passes) > 2
+
+
+def test_images_of_rows(vlm, questions):
+    for share in (False, True):
+        for batch, indices in batches(vlm.encoder, questions, images_per_batch=4, share_prefix=share):
+            chosen = [questions[index] for index in indices]
+            images = images_of_rows(batch, chosen)
+            shared = share and vlm.encoder.shares_prefix
+            assert images == (list(dict.fromkeys(e.image for e in chosen)) if shared else [e.image for e in chosen])
 
 
 @pytest.mark.parametrize("flops", [0.9, 0.84])
@@ -537,6 +605,70 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, amx, 
     assert wants_bfloat16("bf16", device) and not wants_bfloat16("fp32", device)
 
 
+@pytest.mark.parametrize("recovery", ["full", "lora"])
+def test_towers_that_may_not_be_cut_are_not_trained(vlm, questions, recovery, monkeypatch):
+    family, caches, real = vlm.architecture.family, [], RecoveryStage.__init__
+
+    def watched(self, *args, **options):
+        real(self, *args, **options)
+        caches.append(self.own_cache)
+
+    monkeypatch.setattr(RecoveryStage, "__init__", watched)
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    options = QUICK | {"heads": "information-loss", "towers": ("text",), "flops": 0.9, "ffn": "low-rank"}
+    found = weights(infoprune.compress(vlm, questions, **options, recovery=recovery, recovery_rate=1e-2))
+    cut = weights(infoprune.compress(vlm, hold_out(questions, 0)[0], **options))
+
+    def inside(name, *paths):
+        return name.startswith(tuple(f"{path}." for path in paths))
+
+    vision = [n for n in before if inside(n, family.vision) and not inside(n, *family.projector)]
+    assert vision and all(torch.equal(found[name], before[name]) for name in vision)
+    assert any(not torch.equal(found[name], cut[name]) for name in found if inside(name, family.text))
+    moved = [n for n in before if inside(n, *family.projector) and not torch.equal(found[n], before[n])]
+    assert bool(moved) == (recovery == "full")
+    assert [cache is not None for cache in caches] == [recovery == "lora"]  # features change with the projector
+
+
+def test_the_tower_that_is_cut_trains_alone(gqa_vlm):
+    site = {s.tower: s for s in gqa_vlm.architecture.attention}
+    for towers in ({"vision"}, {"text"}, {"vision", "text"}):
+        heads = {site[t].path: HeadDecision(keep_units=(0,), num_units=site[t].num_units, compensate="none") for t in towers}
+        plan = CompressionPlan(library="", model_type="", model_id="", heads=heads)
+        assert cut_towers(plan, gqa_vlm.architecture) == towers
+        vlm = gqa_vlm.copy()
+        trained = layer_weights(vlm.model, vlm.architecture, towers)
+        assert {"vision" if "vision_tower" in n else "text" for n in trained if "projector" not in n} == towers
+        assert any("projector" in name for name in trained)
+        wrapper, lora = add_lora(vlm.model, vlm.architecture, 2, 0, towers)
+        assert {"vision" if "vision_tower" in name else "text" for name in lora} == towers
+        wrapper.unload()
+    assert cut_towers(None, gqa_vlm.architecture) == {"vision", "text"}
+    assert cut_towers(CompressionPlan(library="", model_type="", model_id=""), gqa_vlm.architecture) == {"vision", "text"}
+
+
+def test_a_frozen_tower_is_passed_once_per_image(gqa_vlm, questions):
+    options = QUICK | {"heads": "information-loss", "towers": ("text",), "flops": 0.9, "evaluate_every": 1, "recovery": "lora"}
+    path, passes, real = gqa_vlm.architecture.family.vision, [], RecoveryStage.validate
+
+    def counted(self, step):
+        hook = self.student.model.get_submodule(path).register_forward_hook(lambda *a: passes.append(step))
+        try:
+            return real(self, step)
+        finally:
+            hook.remove()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecoveryStage, "validate", counted)
+        cached = infoprune.compress(gqa_vlm, questions, **options).training["recovery"]["history"]
+    assert passes == [0]  # all validation images in one batch, before the first step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infoprune.training.run.fixed_features", lambda *a: False)
+        plain = infoprune.compress(gqa_vlm, questions, **options).training["recovery"]["history"]
+    for step, other in zip(cached, plain, strict=True):
+        assert step == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
 def test_early_stopping_keeps_the_best_weights(gqa_vlm, questions):
     quick = QUICK | {"recovery_steps": 40, "evaluate_every": 1, "heads": "information-loss"}
     result = infoprune.compress(gqa_vlm, questions, recovery="full", recovery_rate=1.0, patience=2, **quick)  # a rate that ruins it
@@ -546,7 +678,7 @@ def test_early_stopping_keeps_the_best_weights(gqa_vlm, questions):
 
 
 def test_bad_training_options_are_refused():
-    for bad in ({"recovery": "some"}, {"gate_steps": 0}, {"trackers": ("nope",)}, {"ks_weight": -1.0}):
+    for bad in ({"recovery": "some"}, {"gate_steps": 0}, {"trackers": ("nope",)}, {"ks_weight": -1.0}, {"gate_lora_rate": 0.0}):
         with pytest.raises(InfoPruneError):
             TrainingOptions(**bad)
     with pytest.raises(InfoPruneError, match="tells training"):
@@ -680,6 +812,62 @@ def test_a_model_is_spread_over_processes_and_comes_back():
     done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("spread") == 2
+
+
+class Seen(Exception):
+    """What a stage was given."""
+
+
+@pytest.mark.parametrize("stage", ["GateStage", "RecoveryStage"])
+def test_stages_compute_where_the_spread_copy_is(gqa_vlm, questions, monkeypatch, stage):
+    @contextmanager
+    def spread(self, vlm, dense):  # as on a machine with GPUs, of which the meta device plays the part
+        yield dataclasses.replace(vlm, model=vlm.copy().model.to("meta"))
+
+    def shown(*given, autocast, **options):
+        found = {"autocast": autocast}
+        if stage == "GateStage":
+            batch, _ = next(iter(given[6]()))
+            found |= {"gates": given[1].log_alpha.device.type, "targets": batch.targets.device.type}
+        raise Seen(found)
+
+    monkeypatch.setattr(TrainingRun, "_spread", spread)
+    monkeypatch.setattr("infoprune.training.run.wants_bfloat16", lambda precision, device: device.type)
+    monkeypatch.setattr(f"infoprune.training.run.{stage}", shown)
+    run = TrainingRun(TrainingOptions(recovery="full", shard=True), questions, questions, 0, SimpleNamespace(count=2, index=0), SILENT)
+    sites = list(gqa_vlm.architecture.attention)
+    costs = flop_costs(sites, Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in sites}))
+    learning = (gqa_vlm, sites, {}, costs, 0.5, [0.5] * len(costs.unit), "none")
+    with pytest.raises(Seen) as caught:
+        run.learn_heads(*learning) if stage == "GateStage" else run.recover(gqa_vlm.copy(), gqa_vlm)
+    assert set(caught.value.args[0].values()) == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "rank", "expected"),
+    [("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu"), ("mps", "1", "mps")],
+)
+def test_each_process_has_its_own_gpu(monkeypatch, asked, rank, expected):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert own_device(asked) == expected
+
+
+@pytest.mark.parametrize("verb", ["compress", "evaluate"])
+def test_commands_load_to_the_gpu_of_their_process(monkeypatch, tmp_path, jsonl, verb):
+    def load(name, *, device, **options):
+        raise Seen(device)
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("infoprune.load", load)
+    monkeypatch.setattr("infoprune.model.load", load)
+    app = typer.Typer()
+    (compress_verb if verb == "compress" else evaluate_verb).register(app)
+    app.callback()(lambda: None)  # so that the one command keeps its name
+    given = ["--flops", "0.5", "-o", str(tmp_path / "out")] if verb == "compress" else []
+    found = CliRunner().invoke(app, [verb, "somewhere", "--data", str(jsonl), "--device", "cuda", *given])
+    assert isinstance(found.exception, Seen) and found.exception.args == ("cuda:1",)
 
 
 def test_spread_models_need_equal_parts_of_a_step():

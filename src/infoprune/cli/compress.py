@@ -101,7 +101,9 @@ def compress(
     weights: Annotated[
         Optional[str], typer.Option(help="Precision of the saved weights: fp32, bf16, fp16, or auto: the original's (default).")
     ] = None,
-    shard: Annotated[Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes.")] = None,
+    shard: Annotated[
+        Optional[bool], typer.Option("--shard/--no-shard", help="Spread the trained model over the processes. Never ran on GPUs so far.")
+    ] = None,
     tracker: Annotated[
         Optional[list[str]],
         typer.Option(help="Experiment tracker: tensorboard (files go to OUTPUT.logs, beside the output), wandb, mlflow; repeatable."),
@@ -120,6 +122,7 @@ def compress(
 
     import infoprune
     from infoprune.checkpoint import check_output_folder
+    from infoprune.cli.device import own_device
     from infoprune.cli.recipe import read_recipe
     from infoprune.errors import InfoPruneError
     from infoprune.model import named_precision
@@ -169,7 +172,7 @@ def compress(
     progress = BarProgress() if first else Progress()
     work = target.with_name(f"{target.name}.work") if trains or options.max_drop is not None else None
     vlm = infoprune.load(
-        settings["model"], device=settings.get("device", "cpu"), trust_remote_code=trust_remote_code,
+        settings["model"], device=own_device(settings.get("device", "cpu")), trust_remote_code=trust_remote_code,
         prompt_suffix=settings.get("prompt_suffix", ""), notify=progress.note,
     )  # fmt: skip
     result = infoprune.compress(

@@ -61,6 +61,7 @@ def evaluate(
     import torch
 
     from infoprune.certification.certificate import certificate_of
+    from infoprune.cli.device import own_device
     from infoprune.data import load_counted, parse_spec, subset
     from infoprune.evaluation.generation import dtype_for, generate_answers
     from infoprune.evaluation.metrics import metric_for
@@ -75,6 +76,7 @@ def evaluate(
     if report is not None:
         check_page(report, against=against is not None)
     progress = BarProgress() if first else Progress()
+    device = own_device(device)
     processes = Processes.current(torch.device(device)) if generate else Processes()
     dtype = dtype_for(precision or ("auto" if generate else "fp32"), torch.device(device))
     spec = parse_spec(data)

@@ -136,3 +136,9 @@ class VisionCache:
 def pack_rows(encoder: PromptEncoder, rows: Sequence[Sequence[Example]], device: torch.device) -> PackedBatch:
     """One batch of rows on ``device``."""
     return pack(encoder, rows).to(device)
+
+
+def images_of_rows(batch: PackedBatch, examples: Sequence[Example]) -> list[Path]:
+    """The image of each row of ``batch``, whose questions are ``examples``, in their order."""
+    of_row = dict(zip(batch.rows.tolist(), batch.question.tolist(), strict=True))  # every question has an answer token in its row
+    return [examples[of_row[row]].image for row in range(len(batch.segments))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from infoprune.training.costs import Costs
 from infoprune.training.data import VisionCache
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
 from infoprune.training.loop import Terms, Totals
-from infoprune.training.options import TrainingOptions
+from infoprune.training.options import RATES, TrainingOptions
 from infoprune.training.structure import BlockStructure, dense_structure, stand_in, structure_of
 
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
@@ -66,7 +67,7 @@ class GateStage:
         costs: Costs,
         target: float,
         options: TrainingOptions,
-        validation: Callable[[], Iterable[PackedBatch]],
+        validation: Callable[[], Iterable[tuple[PackedBatch, list[Path]]]],
         *,
         compensation: Compensation,
         seed: int,
@@ -89,7 +90,9 @@ class GateStage:
         self.parameters = {"log_alpha": gates.log_alpha, **(extra or {})}
         groups: list[dict[str, Any]] = [{"params": [gates.log_alpha], "betas": (0.9, 0.99)}]
         if extra:
-            groups.append({"params": list(extra.values()), "scale": options.rate("lora") / options.gate_rate})
+            # Not recovery's rate, which for full recovery is relative to each tensor.
+            rate = RATES["lora"] if options.gate_lora_rate is None else options.gate_lora_rate
+            groups.append({"params": list(extra.values()), "scale": rate / options.gate_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=options.gate_rate, weight_decay=0.0)
         self._draw = ""
 
@@ -161,11 +164,14 @@ class GateStage:
             self.best.losses[step] = self.best.loss
             return self.best.loss
         o, total, targets = self.options, 0.0, 0
-        for batch in self.validation():
+        for batch, images in self.validation():
             with torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=self.autocast):
+                if self.cache is not None:
+                    batch = self.cache.replace(batch, images)
                 logits = answer_logits(self.model, batch)
                 with self.gates.opened(), self.without_extra():
-                    teacher = answer_logits(self.model, batch)
+                    # Every time anew: with a large vocabulary, logits of all answers would be too large to keep.
+                    teacher = answer_logits(self.model, batch) if o.distillation_weight else logits
             total += o.cross_entropy_weight * float(objective.cross_entropy(logits, batch.targets))
             total += o.distillation_weight * float(objective.distillation(logits, teacher, o.distillation_temperature))
             targets += len(batch.targets)

@@ -8,8 +8,8 @@ from typing import Literal
 from infoprune.errors import InfoPruneError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-POSITIVE = """gate_steps gate_rate gate_images_per_step refresh multiplier_rate recovery_steps recovery_rate lora_rank images_per_step
-    questions_per_image validation_questions evaluate_every checkpoint_every distillation_temperature"""
+POSITIVE = """gate_steps gate_rate gate_images_per_step gate_lora_rate refresh multiplier_rate recovery_steps recovery_rate lora_rank
+    images_per_step questions_per_image validation_questions evaluate_every checkpoint_every distillation_temperature"""
 NOT_NEGATIVE = "gate_prior gate_lora cross_entropy_weight distillation_weight hidden_weight rate_weight ks_weight patience"
 RATES = {"full": 5e-4, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
 
@@ -21,7 +21,8 @@ class TrainingOptions:
     A *step* is one update on a few images with all their questions.
 
     Attributes:
-        recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights but embeddings and language head) or ``none``.
+        recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights of the layers, and the projector, but no embeddings
+            and no language head) or ``none``. Only towers in which something was cut train.
         gate_steps: Updates of the gates (``heads=trained``).
         gate_rate: Learning rate of the gates' locations.
         gate_images_per_step: Images of one update of the gates, over all processes: fewer than recovery's, since an update draws its
@@ -31,7 +32,9 @@ class TrainingOptions:
         gate_cost: What gates pay for: ``flops``, or ``time``, the seconds that blocks take on this machine in one forward pass. Time
             makes whole blocks go on short inputs; the model's FLOPs budget is met by the FFNs either way.
         attention_share: Share of the attention's cost that gates keep; ``None``: what the training-free allocation gives attention.
-        gate_lora: Rank of a LoRA on all linears that trains along with the gates and is merged before the cut; 0: weights stay frozen.
+        gate_lora: Rank of a LoRA on all linears of the towers with gates, which trains along with these and is merged before the cut; 0:
+            weights stay frozen.
+        gate_lora_rate: Its learning rate, constant; ``None``: :data:`RATES` of ``lora``.
         cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
         distillation_temperature: T.
@@ -53,7 +56,7 @@ class TrainingOptions:
         checkpoint_every: Steps between checkpoints of the training state.
         precision: ``fp32``, ``bf16`` (autocast) or ``auto``: bf16 where the hardware multiplies it faster.
         shard: Spread the weights over the processes while gates and recovery train (:mod:`infoprune.training.sharding`), for models that
-            one device can't train. Without effect in a single process.
+            one device can't train. Without effect in a single process. Tested on CPUs; never ran on GPUs so far.
         trackers: Names of experiment trackers: tensorboard, wandb, mlflow.
     """
 
@@ -65,6 +68,7 @@ class TrainingOptions:
     gate_cost: Literal["flops", "time"] = "flops"
     attention_share: float | None = None
     gate_lora: int = 0
+    gate_lora_rate: float | None = None
     cross_entropy_weight: float = 1.0
     distillation_weight: float = 1.0
     distillation_temperature: float = 2.0
@@ -88,7 +92,7 @@ class TrainingOptions:
     trackers: tuple[str, ...] = ()
 
     def rate(self, kind: str) -> float:
-        """Peak learning rate of weights that train as ``kind``, ``full`` or ``lora``."""
+        """Peak learning rate of recovery of ``kind``, ``full`` or ``lora``."""
         return RATES[kind] if self.recovery_rate is None else self.recovery_rate
 
     def __post_init__(self) -> None:

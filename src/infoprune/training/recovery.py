@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from infoprune.architecture import Architecture
+from infoprune.architecture import Architecture, TowerName
 from infoprune.data import Example
 from infoprune.errors import InfoPruneError
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM
 from infoprune.packing import PackedBatch, answer_logits, batches
+from infoprune.plan import CompressionPlan
 from infoprune.training import objective
-from infoprune.training.data import VisionCache
+from infoprune.training.data import VisionCache, images_of_rows
 from infoprune.training.loop import Terms, Totals, one_cycle
 from infoprune.training.options import TrainingOptions
 from infoprune.training.sharding import as_part, whole
 
 LEAST_MAGNITUDE = 1e-3  # Adafactor's epsilon_2: what starts at zero must be able to leave it
 NORMAL_MEDIAN = 0.6745  # median of |x| for a standard normal x
+BOTH_TOWERS: frozenset[TowerName] = frozenset(("vision", "text"))
 DEPTHS = 3  # hidden states are compared after the last layer and at this many minus one evenly spaced layers before it
 
 
@@ -77,15 +79,16 @@ class RecoveryStage:
 
     def __init__(
         self, student: VLM, teacher: VLM, parameters: dict[str, nn.Parameter], validation: Sequence[Example], options: TrainingOptions,
-        *, autocast: bool, cache: VisionCache | None = None,
+        *, autocast: bool, cache: VisionCache | None = None, own_cache: VisionCache | None = None,
     ) -> None:  # fmt: skip
+        """``cache`` is the teacher's; ``own_cache`` the student's, if its image features do not change (:func:`fixed_features`)."""
         assert teacher.architecture is not None
         self.student, self.teacher, self.parameters, self.validation, self.options = student, teacher, parameters, validation, options
         self.autocast = autocast
         self.steps = options.recovery_steps
         scaled = relative_groups(parameters) if options.recovery == "full" else list(parameters.values())
         self.optimizer = torch.optim.AdamW(scaled, lr=options.rate(options.recovery), weight_decay=0.0)
-        self.cache = cache
+        self.cache, self.own_cache = cache, own_cache
         self.best = Best()
         self.best_parameters: dict[str, torch.Tensor] = {}
         self._hidden = [Hidden(vlm.model, teacher.architecture) for vlm in (student, teacher)] if options.hidden_weight else []
@@ -101,14 +104,14 @@ class RecoveryStage:
 
     def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
         """Cross-entropy, and distillation of logits and hidden states."""
-        o = self.options
+        o, images = self.options, [row[0].image for row in rows]
         with self._take(0) as seen:
-            logits = answer_logits(self.student.model, batch)
+            logits = answer_logits(self.student.model, batch if self.own_cache is None else self.own_cache.replace(batch, images))
         terms: Terms = {"cross_entropy": (o.cross_entropy_weight, objective.cross_entropy(logits, batch.targets) / totals.targets)}
         if not (o.distillation_weight or o.hidden_weight):
             return terms
         with torch.no_grad(), self._take(1) as known:
-            known_images = batch if self.cache is None else self.cache.replace(batch, [row[0].image for row in rows])
+            known_images = batch if self.cache is None else self.cache.replace(batch, images)
             taught = answer_logits(self.teacher.model, known_images)
         if o.distillation_weight:
             value = objective.distillation(logits, taught, o.distillation_temperature)
@@ -142,8 +145,10 @@ class RecoveryStage:
         right = total = targets = 0
         loss = 0.0
         share = can_share_prefix(self.student)
-        for batch, _ in batches(self.student.encoder, self.validation, share_prefix=share):
+        for batch, indices in batches(self.student.encoder, self.validation, share_prefix=share):
             moved = batch.to(self.student.device)
+            if self.own_cache is not None:
+                moved = self.own_cache.replace(moved, images_of_rows(batch, [self.validation[index] for index in indices]))
             with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.autocast):
                 logits = answer_logits(self.student.model, moved).float()
             wrong = torch.zeros(moved.num_questions, device=logits.device)
@@ -171,17 +176,23 @@ class RecoveryStage:
         self.best_parameters = {name: as_part(value, self.parameters[name]) for name, value in tensors.items()}
 
 
-def layer_weights(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
-    """Parameters of all layers of both towers and of the projector, made trainable; the rest is frozen.
+def cut_towers(plan: CompressionPlan | None, architecture: Architecture) -> frozenset[TowerName]:
+    """The towers in which ``plan`` cuts anything, which are those that recovery trains; both where it cuts nothing, or is not known."""
+    cut: set[str] = set() if plan is None else {*plan.heads, *plan.ffn}
+    return frozenset(site.tower for site in (*architecture.attention, *architecture.ffn) if site.path in cut) or BOTH_TOWERS
+
+
+def layer_weights(model: nn.Module, architecture: Architecture, towers: Collection[TowerName] = BOTH_TOWERS) -> dict[str, nn.Parameter]:
+    """Parameters of all layers of ``towers`` and of the projector, made trainable; the rest is frozen.
 
     Embeddings of words, patches and positions and the language head stay as they are: nothing was cut there, words that no training
     data shows must keep their meaning, and the towers are most sensitive to their first map. So do the biases of keys where positions
     do not turn them: they add the same to all scores of a query, softmax does not see it, and Adam would make steps of rounding errors.
     """
-    layers = tuple({f"{site.path.rpartition('.')[0]}." for site in architecture.attention})
+    layers = tuple({f"{site.path.rpartition('.')[0]}." for site in architecture.attention if site.tower in towers})
     inside = (*layers, *(f"{path}." for path in architecture.family.projector))
-    towers = {"vision": architecture.family.vision, "text": architecture.family.text}
-    unseen = {f"{s.path}.{s.names.key}.bias" for s in architecture.attention if not turns_keys(model.get_submodule(towers[s.tower]))}
+    paths = {"vision": architecture.family.vision, "text": architecture.family.text}
+    unseen = {f"{s.path}.{s.names.key}.bias" for s in architecture.attention if not turns_keys(model.get_submodule(paths[s.tower]))}
     trainable = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(inside) and name not in unseen)
@@ -223,8 +234,20 @@ def require_peft() -> None:
         raise InfoPruneError("LoRA needs peft: pip install 'infoprune[train]'.")
 
 
-def add_lora(model: Any, architecture: Architecture, rank: int, seed: int) -> tuple[Any, dict[str, nn.Parameter]]:
-    """LoRA on every linear of every block, in place; merge with ``merge_and_unload`` of the returned wrapper.
+def fixed_features(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether training leaves what the language model is told about images as it is: nothing outside that model trains.
+
+    A vision tower that stays is not enough: the features that :class:`infoprune.training.data.VisionCache` keeps are, in most families,
+    the projector's output, and full recovery trains the projector.
+    """
+    inside = f"{architecture.family.text}."
+    return all(name.startswith(inside) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def add_lora(
+    model: Any, architecture: Architecture, rank: int, seed: int, towers: Collection[TowerName] = BOTH_TOWERS
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """LoRA on every linear of every block of ``towers``, in place; merge with ``merge_and_unload`` of the returned wrapper.
 
     Raises:
         InfoPruneError: peft is not installed.
@@ -232,7 +255,7 @@ def add_lora(model: Any, architecture: Architecture, rank: int, seed: int) -> tu
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    blocks = tuple(f"{site.path}." for site in (*architecture.attention, *architecture.ffn))
+    blocks = tuple(f"{site.path}." for site in (*architecture.attention, *architecture.ffn) if site.tower in towers)
     targets = [name for name, module in model.named_modules() if name.startswith(blocks) and isinstance(module, nn.Linear)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ from infoprune.plan import Compensation
 from infoprune.progress import Progress
 from infoprune.steps import fingerprint
 from infoprune.training.costs import Costs
-from infoprune.training.data import Stream, VisionCache, hold_out, rows_of
+from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, start_locations
 from infoprune.training.heads import BestGates, GateStage
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import RecoveryStage, add_lora, layer_weights
+from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, fixed_features, layer_weights
 from infoprune.training.sharding import layer_paths, spread
 from infoprune.training.state import WorkFolder
 
@@ -100,20 +101,21 @@ class TrainingRun:
         With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
         """
         options, model = self.options, vlm.model
-        gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target)).to(vlm.device)
+        gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target))
         extra: dict[str, Any] = {}
         wrapper = None
         with frozen(model):
             if options.gate_lora:
                 assert vlm.architecture is not None
-                wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed)
+                wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed, {site.tower for site in sites})
                 extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
             elif not self._spreads and all(site.tower == "text" for site in sites):
                 extra = {"cache": VisionCache(model)}
-            with self._spread(vlm, vlm) as working, gates.attached(working.model):
+            # While a copy is spread, the model itself waits in the host's memory: all that computes is where the copy is.
+            with self._spread(vlm, vlm) as working, gates.to(working.device).attached(working.model):
                 stage = GateStage(
-                    working.model, gates, blocks, costs, target, options, lambda: self._validation(vlm), compensation=compensation,
-                    seed=self.seed, autocast=self._autocast(vlm), **extra,
+                    working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
+                    seed=self.seed, autocast=self._autocast(working), **extra,
                 )  # fmt: skip
                 trained = self._train(stage, working, options.gate_images_per_step)
         if wrapper is not None:
@@ -129,19 +131,25 @@ class TrainingRun:
     def recover(self, student: VLM, teacher: VLM, *, steps_before: int = 0) -> dict[str, Any]:
         """Train ``student`` in place and leave its best validated weights; returns figures for the report.
 
+        Only the towers that its plan cuts train: one that :attr:`CompressionOptions.towers` leaves out stays as it is.
         ``steps_before``: updates of the gates, from which trackers count on.
         """
         options, wrapper = self.options, None
         assert teacher.architecture is not None
+        towers = cut_towers(student.plan, teacher.architecture)
         with frozen(teacher.model), frozen(student.model):
             if options.recovery == "lora":
-                wrapper, _ = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed)
+                wrapper, _ = add_lora(student.model, teacher.architecture, options.lora_rank, self.seed, towers)
             else:
-                layer_weights(student.model, teacher.architecture)
+                layer_weights(student.model, teacher.architecture, towers)
             with self._spread(teacher, teacher) as known, self._spread(student, teacher) as learner:
                 parameters = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
                 cache = None if self._spreads else VisionCache(teacher.model)
-                stage = RecoveryStage(learner, known, parameters, self.validation, options, autocast=self._autocast(student), cache=cache)
+                fixed = not self._spreads and fixed_features(student.model, teacher.architecture)
+                stage = RecoveryStage(
+                    learner, known, parameters, self.validation, options, autocast=self._autocast(learner), cache=cache,
+                    own_cache=VisionCache(student.model) if fixed else None,
+                )  # fmt: skip
                 trained = self._train(stage, learner, options.images_per_step, steps_before)
                 stage.keep_best_()
         if wrapper is not None:
@@ -194,9 +202,10 @@ class TrainingRun:
         with spread(vlm.model, layer_paths(dense.architecture), device) as model:
             yield replace(vlm, model=model)
 
-    def _validation(self, vlm: VLM) -> Iterator[PackedBatch]:
-        share = can_share_prefix(vlm)
-        return (batch.to(vlm.device) for batch, _ in batches(vlm.encoder, self.validation, share_prefix=share))
+    def _validation(self, vlm: VLM) -> Iterator[tuple[PackedBatch, list[Path]]]:
+        """Batches of the validation questions on the model's device, and the image of each row."""
+        for batch, indices in batches(vlm.encoder, self.validation, share_prefix=can_share_prefix(vlm)):
+            yield batch.to(vlm.device), images_of_rows(batch, [self.validation[index] for index in indices])
 
     def _autocast(self, vlm: VLM) -> bool:
         return wants_bfloat16(self.options.precision, vlm.device)
