@@ -64,6 +64,7 @@ VALUES = {
     "multiplier_rate": ("0.1", 0.1),
     "recovery_steps": ("50", 50),
     "recovery_rate": ("1e-3", 0.001),
+    "gate_lora_rate": ("2e-4", 0.0002),
     "lora_rank": ("8", 8),
     "images_per_step": ("4", 4),
     "questions_per_image": ("2", 2),

@@ -244,7 +244,7 @@ def split(
             progress.note(
                 f"left out {len(pool) - len(train_part):,} questions on {len(shared):,} training images that are in the validation data"
             )
-        if not train_part:
+        if pool and not train_part:
             raise DataError(f"All training images are in {options.validation}, too. Give other --validation data, or none.")
     images = list(dict.fromkeys(e.image for e in subset(validation, options.validation_questions, seed=seed)))
     chosen: list[Example] = []
