@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, TorchAoConfig, pipeline
 
 import infoprune
+from infoprune.checkpoint import rounded_
 from infoprune.compress import compress
 from test_families import inputs_of
 
@@ -145,6 +146,19 @@ def test_weights_are_saved_in_the_precision_asked_for(gqa_vlm, questions, small,
     assert all(torch.equal(value, frequencies[name]) for name, value in result.vlm.model.named_buffers())
 
 
+@torch.no_grad()
+def test_rounding_keeps_ties_and_shapes():
+    model = torch.nn.Module()
+    shared = torch.nn.Parameter(torch.tensor([1.0, 1.001]))
+    shapes = {"a": shared, "b": shared, "c": torch.nn.Parameter(torch.empty(0, 3)), "d": torch.nn.Parameter(torch.empty(2, 0))}
+    for name, parameter in shapes.items():
+        model.register_parameter(name, parameter)
+    state = rounded_(model, torch.bfloat16)
+    assert state["a"] is state["b"] and state["a"].dtype == torch.bfloat16
+    assert {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in shapes.items()}
+    assert shared.tolist() == state["a"].float().tolist() != [1.0, 1.001]
+
+
 def test_the_command_line_keeps_the_precision_of_the_original(gqa_vlm, jsonl, tmp_path):
     original = gqa_vlm.copy()
     original.model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
@@ -156,6 +170,9 @@ def test_the_command_line_keeps_the_precision_of_the_original(gqa_vlm, jsonl, tm
 
     assert run(tmp_path / "half").returncode == 0
     assert dtypes(tmp_path / "half") == {torch.bfloat16}
+    again = ["-m", "infoprune", "plan", "apply", tmp_path / "half", tmp_path / "dense", "--data", jsonl, "-o", tmp_path / "again"]
+    assert subprocess.run([sys.executable, *map(str, again)], capture_output=True).returncode == 0
+    assert dtypes(tmp_path / "again") == {torch.bfloat16}
     assert run(tmp_path / "full", "--weights", "fp32").returncode == 0
     assert dtypes(tmp_path / "full") == {torch.float32}
     told = run(tmp_path / "none", "--weights", "int3")

@@ -27,7 +27,7 @@ from infoprune.certification.certificate import Certificate, plan_digest, stored
 from infoprune.errors import CheckpointError
 from infoprune.families import FAMILIES
 from infoprune.geometry import state_geometry_
-from infoprune.model import VLM, load
+from infoprune.model import VLM, load, precision_name
 from infoprune.report.model_card import base_licence, model_card
 
 TOLERANCE = 1e-4
@@ -114,7 +114,9 @@ def save(
         raise CheckpointError("The certificate is of another plan than this model's.")
     rounded = None if dtype == vlm.model.dtype else dtype
     if certificate is not None and rounded is not None:
-        raise CheckpointError(f"The certificate is of weights in {told(vlm.model.dtype)}; they can't be saved in {told(rounded)}.")
+        raise CheckpointError(
+            f"The certificate is of weights in {precision_name(vlm.model.dtype)}; they can't be saved in {precision_name(rounded)}."
+        )
     folder = Path(folder).expanduser()
     check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     with written_aside(folder) as aside:
@@ -153,11 +155,6 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside.rename(folder)
 
 
-def told(dtype: torch.dtype) -> str:
-    """Its name, as configurations have it."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _write(vlm: VLM, folder: Path, rounded: torch.dtype | None) -> None:
     """Weights, in the precision ``rounded`` if that is given, configuration and processor."""
     assert vlm.plan is not None
@@ -182,17 +179,17 @@ def _write(vlm: VLM, folder: Path, rounded: torch.dtype | None) -> None:
         model.__class__, model.config = dense_class, dense_config
     if rounded is not None:
         file = folder / "config.json"
-        file.write_text(json.dumps(_restated(json.loads(file.read_text()), told(rounded)), indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(_restated(json.loads(file.read_text()), precision_name(rounded)), indent=2) + "\n", encoding="utf-8")
     vlm.processor.save_pretrained(folder)
 
 
 def rounded_(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Round a model's floating-point weights to ``dtype`` in place; returns its state in that precision, tied weights still tied."""
-    made: dict[int, torch.Tensor] = {}
+    made: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by place and shape: all tensors without entries are at the same place
     state = model.state_dict()
     for name, value in state.items():
         if value.is_floating_point():
-            place = value.data_ptr()
+            place = value.data_ptr(), value.shape
             if place not in made:
                 made[place] = value.to(dtype)
                 value.copy_(made[place])

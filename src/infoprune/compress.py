@@ -21,7 +21,7 @@ from infoprune.errors import BudgetError, InfoPruneError, PlanError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters
 from infoprune.evaluation.record import weights_digest
 from infoprune.memory import release_memory
-from infoprune.model import VLM
+from infoprune.model import VLM, precision_name
 from infoprune.options import TRAINED, UNTRAINED, CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
@@ -134,10 +134,10 @@ def _training_run(
 ) -> TrainingRun:  # fmt: skip
     if training.recovery == "lora" or training.gate_lora:
         require_peft()
-    if not vlm.model.dtype == torch.float32:
+    if vlm.model.dtype != torch.float32:
         raise InfoPruneError(
-            f"Training needs weights in float32, not {str(vlm.model.dtype).removeprefix('torch.')}, in which small updates are lost. Load "
-            "the model with dtype=torch.float32; precision='bf16' computes in bfloat16 all the same."
+            f"Training needs weights in float32, not {precision_name(vlm.model.dtype)}, in which small updates are lost. Load the model "
+            "with dtype=torch.float32; precision='bf16' computes in bfloat16 all the same."
         )
     examples, validation = split(pool, training, options.seed, progress, skip_bad=options.skip_bad)
     processes = Processes.current(vlm.device, training.trackers, logs_folder(work), _hyperparameters(options, training))

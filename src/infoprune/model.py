@@ -99,6 +99,11 @@ def load(
     return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan, stored)
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """A precision's name as configurations and reports have it, e.g. ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def named_precision(name: str) -> torch.dtype:
     """The precision that a command line calls ``fp32``, ``bf16`` or ``fp16``.
 

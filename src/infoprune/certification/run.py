@@ -39,7 +39,7 @@ from infoprune.evaluation.generation import MAX_NEW_TOKENS
 from infoprune.evaluation.metrics import EXACT
 from infoprune.evaluation.record import weights_digest
 from infoprune.memory import release_memory
-from infoprune.model import VLM, load
+from infoprune.model import VLM, load, precision_name
 from infoprune.options import CompressionOptions
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
@@ -170,7 +170,7 @@ def _asked(vlm: VLM, split: CertificationSplit) -> dict[str, Any]:
     return {
         "metric": split.metric,
         "prompt": vlm.encoder.prompt_of(replace(first, question="{question}", prompt=put)),
-        "precision": str(vlm.model.dtype).removeprefix("torch."),
+        "precision": precision_name(vlm.model.dtype),
         "max_new_tokens": None if split.metric == EXACT else MAX_NEW_TOKENS,
     }
 

@@ -73,7 +73,8 @@ def apply(
     cut = infoprune.apply_plan(vlm, loaded, data, skip_bad=skip_bad, progress=progress)
     source = data or (loaded.calibration.data if loaded.calibration else "")
     probe = prompt_inputs(cut.encoder, calibration_examples(source, 1, 0, skip_bad=skip_bad)[0])
-    infoprune.save(cut, output, probe={k: v.to(cut.device) for k, v in probe.items()}, overwrite=overwrite, notify=progress.note)
+    probe = {name: value.to(cut.device) for name, value in probe.items()}
+    infoprune.save(cut, output, probe=probe, dtype=vlm.stored, overwrite=overwrite, notify=progress.note)
     after = num_parameters(cut.model)
     if json_output:
         print_json({"output": str(output), "dense_parameters": before, "parameters": after})

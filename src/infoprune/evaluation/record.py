@@ -21,7 +21,7 @@ import torch
 
 from infoprune.data import Example
 from infoprune.errors import DataError
-from infoprune.model import VLM
+from infoprune.model import VLM, precision_name
 
 FORMAT = "infoprune-answers-1"
 
@@ -174,7 +174,7 @@ def fingerprint(vlm: VLM, examples: Sequence[Example], **settings: Any) -> dict[
         "format": FORMAT,
         "model": weights_digest(vlm.model),
         "configuration": _digest(vlm.model.config.to_dict()),
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "dtype": precision_name(vlm.model.dtype),
         "generation": _digest(vlm.model.generation_config.to_diff_dict()),
         "processor": _digest(images.to_dict() if images is not None else None),
         "prompt": vlm.encoder.prompt("{question}"),

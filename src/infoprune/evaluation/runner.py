@@ -18,7 +18,7 @@ from infoprune.evaluation.cost import Flops, num_parameters, prompt_inputs, typi
 from infoprune.evaluation.cost import count_flops as _count_flops
 from infoprune.evaluation.differences import differences
 from infoprune.evaluation.metrics import Scores, score_answers
-from infoprune.model import VLM
+from infoprune.model import VLM, precision_name
 from infoprune.progress import SILENT, Progress
 from infoprune.resolve import family_of
 
@@ -79,7 +79,7 @@ def evaluate(
         records.append(record | ({"metric": judged[index].as_dict()} if judged else {}))
     result: dict[str, Any] = {
         "models": records,
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "dtype": precision_name(vlm.model.dtype),
         "prompt": vlm.encoder.prompt_of(examples[0]),
         "answers": "scored" if answers is None else "generated",
         "metric": judged[0].metric if judged else "exact",
