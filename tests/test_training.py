@@ -22,7 +22,6 @@ from conftest import ALL, built
 from infoprune.cli import compress as compress_verb
 from infoprune.cli import evaluate as evaluate_verb
 from infoprune.cli.device import own_device
-from infoprune.cli.recipe import read_recipe
 from infoprune.compress import logs_folder
 from infoprune.criteria.heads import Block, Removal, block_of, compensate
 from infoprune.decide import unit_percentiles
@@ -358,15 +357,6 @@ def test_lora_along_with_the_gates_has_a_rate_of_its_own(gqa_vlm, questions, mon
     options = QUICK | {"gate_steps": 2, "recovery_steps": 1, "recovery": "full", "recovery_rate": 1e-2, "gate_rate": 0.2}
     infoprune.compress(gqa_vlm, questions, **options, gate_lora=2, **given)
     assert [r for name, r in rates if name == "gates"] == [pytest.approx([0.2, expected])] * 2
-
-
-def test_recipes_name_rates_that_have_no_default(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("gate_lora: 2\ngate_lora_rate: 0.001\nrecovery_rate: 0.01\n")
-    assert read_recipe(recipe) == {"gate_lora": 2, "gate_lora_rate": 0.001, "recovery_rate": 0.01}
-    recipe.write_text("gate_lora_rate: fast\n")
-    with pytest.raises(InfoPruneError, match="gate_lora_rate"):
-        read_recipe(recipe)
 
 
 def test_gates_start_at_the_budget_in_the_order_of_the_ranking(vlm):
