@@ -19,7 +19,8 @@ from pydantic import ValidationError
 import infoprune
 from infoprune.architecture import AttentionSite
 from infoprune.compress import compress
-from infoprune.decide import Decisions, decide
+from infoprune.decide import decide
+from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, InfoPruneError
 from infoprune.evaluation.cost import attention_flops, ffn_flops, predicted_flops
 from infoprune.options import CompressionOptions

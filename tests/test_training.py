@@ -122,7 +122,7 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
 
 @pytest.mark.parametrize("compensation", ["least-squares", "mean", "none"])
 def test_masked_equals_compacted(vlm, questions, compensation):
-    from infoprune.decide import Decisions
+    from infoprune.decisions import Decisions
     from infoprune.options import CompressionOptions
     from infoprune.steps import apply_decisions
 

@@ -18,7 +18,7 @@ from infoprune.errors import BudgetError, CheckpointError, DataError, InfoPruneE
 from infoprune.progress import Progress
 from infoprune.report.model_card import model_card
 from infoprune.training import loop
-from infoprune.training.state import WorkFolder
+from infoprune.training.state import WorkFolder, load_state, save_state
 from test_training import QUICK
 from tiny_models import TINY, build
 
@@ -176,3 +176,39 @@ def test_without_training_one_of_several_processes_does_it_all(checkpoint, jsonl
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
     assert done.returncode == 0 and not done.stdout
     assert not (tmp_path / "small").exists()
+
+
+def test_two_runs_do_not_share_a_folder(gqa_vlm, questions, tmp_path):
+    work = tmp_path / "work"
+    holder = """
+import sys, time
+from pathlib import Path
+from infoprune.training.state import WorkFolder, load_state, save_state
+folder = WorkFolder(Path(sys.argv[1]))
+folder.path.mkdir()
+with folder.held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", holder, str(work)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="Another run is at work"):
+            infoprune.compress(gqa_vlm, questions, work=work, **QUICK)
+        other.kill()  # as a crash would: the lock goes with the process
+    result = infoprune.compress(gqa_vlm, questions, work=work, **QUICK)
+    assert result.training["recovery"]["steps"] == QUICK["recovery_steps"]
+    with WorkFolder(work).held():  # nor does a run that has ended hold it
+        pass
+
+
+def test_a_bit_that_is_another_is_noticed(tmp_path):
+    file = tmp_path / "gates.safetensors"
+    tensors = {"half": torch.randn(4, 3).to(torch.bfloat16), "none": torch.empty(0), "step": torch.tensor(3)}
+    save_state(file, tensors, {"step": 2})
+    found, meta = load_state(file) or ({}, {})
+    assert meta == {"step": 2} and all(torch.equal(found[name], value) for name, value in tensors.items())
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 4
+    file.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_state(file)

@@ -16,7 +16,8 @@ from infoprune.architecture import AttentionSite
 from infoprune.calibrate import Statistics
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example, subset
-from infoprune.decide import Decisions, attention_share, decide, unit_percentiles, with_units
+from infoprune.decide import attention_share, decide, unit_percentiles, with_units
+from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, InfoPruneError, PlanError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters
 from infoprune.evaluation.record import weights_digest
@@ -157,6 +158,7 @@ def _training_run(
                 "library": __version__,
             }
             folder.claim(told | asdict(options) | asdict(training) | {"processes": processes.count})
+            ending.enter_context(folder.held())
         processes.wait()
     return TrainingRun(training, examples, validation, options.seed, processes, progress, folder)
 

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-
-import torch
 
 from infoprune import widths
 from infoprune.allocate import Option, allocate
 from infoprune.architecture import AttentionSite, FFNSite
-from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, removal_loss
+from infoprune.criteria.heads import INFORMATION_LOSS, Removal, removal_loss
 from infoprune.criteria.neurons import ENERGY
+from infoprune.decisions import Decisions, head_decision, round_up
 from infoprune.depth import least_influential, without
 from infoprune.errors import BudgetError
 from infoprune.evaluation.cost import Workload, attention_flops
-from infoprune.linalg import descending_eigh
+from infoprune.ks_rule import decide_by_ks
 from infoprune.options import NONE, TRAINED, CompressionOptions
 from infoprune.plan import FFNDecision, HeadDecision, max_rank
 from infoprune.rank_rules import RULES, ruled_options
 from infoprune.site_costs import SiteCosts
 from infoprune.solve import SolvedSite
-from infoprune.spectrum import ks_distance, rank_for_ks
 from infoprune.training.costs import Costs
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """The outcome: heads and ranks by path, the predicted loss in nats per example and, under a budget, what the model is to cost."""
-
-    heads: dict[str, HeadDecision]
-    ffn: dict[str, FFNDecision]
-    predicted_loss: float
-    predicted_cost: float | None = None
 
 
 def decide(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
@@ -49,7 +37,7 @@ def decide(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, optio
         BudgetError: Not reachable; says the smallest reachable share, or the largest speed-up.
     """
     if options.ks is not None:
-        return _decide_by_ks(solved, options)
+        return decide_by_ks(solved, options)
     if options.layers != NONE:
         return _decide_layers(solved, costs, dense_total, options)
     return _decide_by_cost(solved, costs, dense_total, options)
@@ -139,56 +127,9 @@ def remove_units(solved: list[SolvedSite], count: int, options: CompressionOptio
     for _ in range(count):  # within a block the order is fixed, so only its next unit competes
         _, path, _ = min(c for c in candidates if c[2] == taken[c[1]])
         taken[path] += 1
-    heads = {i.site.path: _head_decision(i.site, removals[i.site.path], taken[i.site.path], options)
+    heads = {i.site.path: head_decision(i.site, removals[i.site.path], taken[i.site.path], options)
              for i in blocks if taken[i.site.path] and isinstance(i.site, AttentionSite)}  # fmt: skip
     return Decisions(heads, {}, sum(i.tokens * removals[i.site.path].losses[taken[i.site.path]] for i in blocks))
-
-
-# --- adaptive rule -----------------------------------------------------------------------------------------------------------------
-
-
-def _decide_by_ks(solved: list[SolvedSite], options: CompressionOptions) -> Decisions:
-    assert options.ks is not None
-    heads, ffn, loss = {}, {}, 0.0
-    for item in solved:
-        if isinstance(item.site, AttentionSite):
-            assert item.removal is not None and item.block is not None
-            count = _removable(item.block, item.removal, options)
-            if count:
-                heads[item.site.path] = _head_decision(item.site, item.removal, count, options)
-                loss += item.removal.losses[count] * item.tokens
-            continue
-        assert item.spectra is not None and item.tails is not None
-        ranks = {}
-        for name, spectrum in _preferred(item.spectra).items():
-            rank = _round_up(rank_for_ks(spectrum, options.ks), options.rank_multiple)
-            if rank <= max_rank(item.site, name):
-                ranks[name] = rank
-                loss += 0.5 * float(item.tails[name][rank]) * item.tokens
-        if ranks:
-            ffn[item.site.path] = FFNDecision.model_validate(ranks)
-    return Decisions(heads, ffn, loss)
-
-
-def _preferred(spectra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Joint gate and up where both structures were solved: at equal KS it costs less."""
-    return {name: s for name, s in spectra.items() if "joint_rank" not in spectra or name in ("joint_rank", "down_rank")}
-
-
-def _removable(block: Block, removal: Removal, options: CompressionOptions) -> int:
-    """Most units of the order whose removal keeps KS(output spectrum without | with) within the tolerance."""
-    assert options.ks is not None
-    full = descending_eigh(block.out @ block.covariance @ block.out.T)[0]
-    count = 0
-    for k in range(1, len(removal.order) + 1):
-        kept = block.index([u for u in range(block.site.num_units) if u not in removal.order[:k]])
-        weight = block.out[:, kept]
-        if options.compensate == "least-squares" and len(kept):
-            weight = torch.linalg.solve(block.covariance[kept][:, kept], block.covariance[kept, :] @ block.out.T).T
-        if ks_distance(full, descending_eigh(weight @ block.covariance[kept][:, kept] @ weight.T)[0]) > options.ks:
-            break
-        count = k
-    return count
 
 
 # --- budget ------------------------------------------------------------------------------------------------------------------------
@@ -281,7 +222,7 @@ def _options(
                 Option(
                     costs.attention(site, site.num_units - k),
                     item.removal.losses[k] * item.tokens,
-                    (site.path, _head_decision(site, item.removal, k, options)) if k else None,
+                    (site.path, head_decision(site, item.removal, k, options)) if k else None,
                 )
                 for k in counts
             ]
@@ -305,7 +246,7 @@ def _ffn_groups(
         """Options of linears that get the same rank."""
         top = min(max_rank(site, name) for name in names)
         uniform = share * (max_rank(site, names[0]) + 1)
-        least = min(max(_round_up(int(floor * uniform), options.rank_multiple), options.rank_multiple), max(top, 1))
+        least = min(max(round_up(int(floor * uniform), options.rank_multiple), options.rank_multiple), max(top, 1))
         ranks: list[int] = list(range(least, top + 1, options.rank_multiple)) or [top]
         if options.allocation == "uniform":
             ranks = [max(min(int(uniform) // options.rank_multiple * options.rank_multiple, top), min(options.rank_multiple, top))]
@@ -391,12 +332,3 @@ def _worth_it(site: AttentionSite, count: int, costs: SiteCosts) -> int:
     """The fewest units whose removal saves as much as that of ``count``: measured time may not change with every one."""
     cost = costs.attention(site, site.num_units - count)
     return next(k for k in range(count + 1) if costs.attention(site, site.num_units - k) <= cost)
-
-
-def _head_decision(site: AttentionSite, removal: Removal, count: int, options: CompressionOptions) -> HeadDecision:
-    kept = tuple(u for u in range(site.num_units) if u not in removal.order[:count])
-    return HeadDecision(keep_units=kept, num_units=site.num_units, compensate=options.compensate)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from infoprune.decide import Decisions, decide
+from infoprune.decide import decide
+from infoprune.decisions import Decisions
 from infoprune.demo.sources import cache_directory
 from infoprune.errors import BudgetError
 from infoprune.evaluation import latency

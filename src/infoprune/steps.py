@@ -14,7 +14,7 @@ from infoprune.architecture import Architecture
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.certification.certificate import Certificate
 from infoprune.data import Example, load_examples, subset
-from infoprune.decide import Decisions
+from infoprune.decisions import Decisions
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import (
     Flops,

@@ -13,7 +13,8 @@ from infoprune.calibrate import Statistics
 from infoprune.certification.certificate import Measured
 from infoprune.certification.data import CertificationSplit
 from infoprune.data import Example
-from infoprune.decide import Decisions, decide
+from infoprune.decide import decide
+from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError
 from infoprune.evaluation.certify import by_image, p_value, upper_bounds
 from infoprune.evaluation.cost import Flops, Workload, num_parameters

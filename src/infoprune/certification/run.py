@@ -194,8 +194,10 @@ def _workplace(vlm: VLM, split: CertificationSplit, options: CompressionOptions,
         "certify_metric": split.metric,
     }
     settings = {key: value for key, value in asdict(replace(options, certify=None)).items() if key != "certify"}
-    WorkFolder(work).claim(settings | told | _asked(vlm, split) | {"library": __version__})
-    yield work
+    folder = WorkFolder(work)
+    folder.claim(settings | told | _asked(vlm, split) | {"library": __version__})
+    with folder.held():
+        yield work
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -17,6 +21,7 @@ from infoprune.errors import CheckpointError
 from infoprune.training.sharding import as_part
 
 ASIDE = ".partial"
+LOCK = "work.lock"
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class WorkFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             held = file.read_text(encoding="utf-8") if file.is_file() else None
-            if held is None and any(entry != file.with_suffix(ASIDE) for entry in self.path.iterdir()):
+            if held is None and any(entry.name not in (file.with_suffix(ASIDE).name, LOCK) for entry in self.path.iterdir()):
                 raise CheckpointError(
                     f"{self.path} holds files, but not the work.json that says what they are of. Move them away, or delete the folder."
                 )
@@ -62,6 +67,21 @@ class WorkFolder:
                 f"{self.path} holds interrupted work with other settings ({', '.join(differs)}). "
                 "Run with those settings to finish it, or delete the folder to start again."
             )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the claimed folder for the time of the block; the lock goes with the process, however that ends.
+
+        Raises:
+            CheckpointError: Another run is in it.
+        """
+        try:
+            with FileLock(self.path / LOCK, timeout=0):
+                yield
+        except Timeout as error:
+            raise CheckpointError(
+                f"Another run is at work in {self.path}. Wait for it, stop it, or give this one another output folder."
+            ) from error
 
     def discard(self) -> None:
         """Remove the folder: out of the way first, so that a removal that is interrupted leaves nothing to go on from."""
@@ -92,8 +112,9 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any
         CheckpointError: The file could not be written, e.g. because the disk is full; an earlier state stays in place.
     """
     aside = path.with_suffix(ASIDE)
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside, {"meta": json.dumps(meta)})
+        save_file(held, aside, {"meta": json.dumps(meta), "checksum": _checksum(held)})
         aside.rename(path)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
@@ -113,10 +134,22 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["meta"])
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 - safe_open has no items
+            header = file.metadata() or {}
+            meta, checksum = json.loads(header["meta"]), header["checksum"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open has no items
+        if _checksum(tensors) != checksum:
+            raise ValueError("its checksum is another")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"The training state {path} is damaged ({error}). Delete it to train this stage again.") from error
+    return tensors, meta
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of names and bytes: safetensors notices a file that is cut short, but not a bit that is another."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
