@@ -194,16 +194,20 @@ class Arena:
         """Make, score and time what is lacking; those that share a calibration follow each other."""
         wanted = [entry for entry in wanted if self.lacks(entry, recovered=False)]
         wanted.sort(key=lambda entry: (entry.seed, entry.options.examples, repr(shared(entry.options.needs))))
-        log(f"{len(wanted)} models")
-        calibrations = Calibrations(self.dense, wanted)
-        pending: list[tuple[Entry, infoprune.VLM, dict[str, Any]]] = []
+        models: dict[tuple[str, CompressionOptions], list[Entry]] = {}  # the default is one of its own variants, which is made once
         for entry in wanted:
+            models.setdefault((entry.scope, entry.options), []).append(entry)
+        log(f"{len(models)} models, {len(wanted)} rows")
+        calibrations = Calibrations(self.dense, wanted)
+        pending: list[tuple[list[Entry], infoprune.VLM, dict[str, Any]]] = []
+        for same in models.values():
             try:
-                small, facts = self.cut(entry, calibrations)
-                pending.append((entry, small, facts))
+                small, facts = self.cut(same[0], calibrations)
+                pending.append((same, small, facts))
             except infoprune.InfoPruneError as error:
-                self.rows.append(self.head(entry) | {"recovered": False, "num_questions": len(self.examples), "error": str(error)})
-                log(f"{entry.key}: {error}")
+                failed = {"recovered": False, "num_questions": len(self.examples), "error": str(error)}
+                self.rows += [self.head(entry) | failed for entry in same]
+                log(f"{same[0].key}: {error}")
             if len(pending) == TOGETHER:
                 self.score(pending, timed_seed)
                 pending = []
@@ -211,24 +215,23 @@ class Arena:
             self.score(pending, timed_seed)
         self.save()
 
-    def score(self, made: list[tuple[Entry, infoprune.VLM, dict[str, Any]]], timed_seed: int | None) -> None:
+    def score(self, made: list[tuple[list[Entry], infoprune.VLM, dict[str, Any]]], timed_seed: int | None) -> None:
         """Add the rows of a few models."""
         models = [self.dense, *(small for _, small, _ in made)]
         known, other = quality.score(models, self.examples), quality.score(models, self.others)
-        timed = [index for index, (entry, _, _) in enumerate(made) if entry.seed == timed_seed]
+        timed = [index for index, (same, _, _) in enumerate(made) if same[0].seed == timed_seed]
         times = self.time([made[index][1] for index in timed])
-        for index, (entry, small, facts) in enumerate(made):
-            row: dict[str, Any] = (
-                self.head(entry) | {"recovered": False} | quality.comparison(known[0], known[index + 1], self.examples) | facts
-            )
+        for index, (same, small, facts) in enumerate(made):
+            row: dict[str, Any] = {"recovered": False} | quality.comparison(known[0], known[index + 1], self.examples) | facts
             row["shifted"] = quality.comparison(other[0], other[index + 1], self.others)
             row |= {"flops_ratio": self.flops_ratio(small), "params": num_parameters(small.model)}
             row["bytes"] = sum(p.numel() * p.element_size() for p in small.model.parameters())  # as saved: tied weights once
             if index in timed:
                 row |= latency.speedups(times[0], times[1 + timed.index(index)])
-            self.rows.append(row)
-            log(f"{entry.scope} {entry.share} {entry.method} seed {entry.seed}: {row['accuracy']:.2f}%, KL {row['kl_nats']:.4f}; "
-                f"shifted {row['shifted']['accuracy']:.2f}%, KL {row['shifted']['kl_nats']:.4f}")  # fmt: skip
+            self.rows += [self.head(entry) | row for entry in same]
+            scope, _, share, seed = same[0].key
+            log(f"{scope} {share} {' = '.join(entry.method for entry in same)} seed {seed}: {row['accuracy']:.2f}%, "
+                f"KL {row['kl_nats']:.4f}; shifted {row['shifted']['accuracy']:.2f}%, KL {row['shifted']['kl_nats']:.4f}")  # fmt: skip
         self.save()
 
     def time(self, models: list[infoprune.VLM]) -> list[dict[str, dict[str, float]]]:

@@ -7,6 +7,7 @@ import shlex
 import pytest
 import torch
 import typer
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -50,6 +51,22 @@ def test_biases_go_where_the_configuration_has_a_place(vlm, questions, tmp_path)
         return
     model = AutoModelForImageTextToText.from_pretrained(export_dense(small, tmp_path / "dense"), dtype=torch.float32).eval()
     torch.testing.assert_close(model(**inputs).logits, small.model(**inputs).logits, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_checkpoint_keeps_its_precision(checkpoint, jsonl, tmp_path):
+    options = {"flops": 0.8, "rank_multiple": 2, "examples": 12, "compensate": "none", "centred": False}
+    result = infoprune.compress(infoprune.load(checkpoint), str(jsonl), **options)
+    small = infoprune.load(infoprune.save(result.vlm, tmp_path / "small", dtype=torch.bfloat16))
+    before = {name: value.clone() for name, value in small.model.state_dict().items()}
+    half = export_dense(small, tmp_path / "half")
+    whole = export_dense(small, tmp_path / "whole", dtype=torch.float32)
+    assert all(torch.equal(value, before[name]) for name, value in small.model.state_dict().items())
+    for folder, dtype in ((half, torch.bfloat16), (whole, torch.float32)):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118 - safe_open has no items
+        assert AutoModelForImageTextToText.from_pretrained(folder).dtype == dtype
+    assert (half / "model.safetensors").stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size
 
 
 def test_the_refusal_names_the_command_that_avoids_it(checkpoint, jsonl, tmp_path, monkeypatch):

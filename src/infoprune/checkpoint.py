@@ -178,23 +178,34 @@ def _write(vlm: VLM, folder: Path, rounded: torch.dtype | None) -> None:
     finally:
         model.__class__, model.config = dense_class, dense_config
     if rounded is not None:
-        file = folder / "config.json"
-        file.write_text(json.dumps(_restated(json.loads(file.read_text()), precision_name(rounded)), indent=2) + "\n", encoding="utf-8")
+        restate_precision_(folder, rounded)
     vlm.processor.save_pretrained(folder)
 
 
 def rounded_(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Round a model's floating-point weights to ``dtype`` in place; returns its state in that precision, tied weights still tied."""
-    made: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by place and shape: all tensors without entries are at the same place
-    state = model.state_dict()
-    for name, value in state.items():
-        if value.is_floating_point():
-            place = value.data_ptr(), value.shape
-            if place not in made:
-                made[place] = value.to(dtype)
-                value.copy_(made[place])
-            state[name] = made[place]
+    state = in_precision(model.state_dict(), dtype)
+    for name, value in model.state_dict().items():
+        value.copy_(state[name])
     return state
+
+
+def in_precision(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A copy of ``state`` with its floating-point tensors in ``dtype``; those that share their storage still do."""
+    made: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by place and shape: all tensors without entries are at the same place
+    found = {}
+    for name, value in state.items():
+        place = value.data_ptr(), value.shape
+        if value.is_floating_point() and place not in made:
+            made[place] = value.to(dtype)
+        found[name] = made[place] if value.is_floating_point() else value
+    return found
+
+
+def restate_precision_(folder: Path, dtype: torch.dtype) -> None:
+    """Let the configuration in ``folder`` name the precision that its weights are saved in."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(_restated(json.loads(file.read_text()), precision_name(dtype)), indent=2) + "\n", encoding="utf-8")
 
 
 def _restated(config: Any, dtype: str) -> Any:

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.checkpoint import check_output_folder, written_aside
+from infoprune.checkpoint import check_output_folder, in_precision, restate_precision_, written_aside
 from infoprune.errors import CheckpointError
 from infoprune.geometry import clear_geometry_
-from infoprune.model import VLM, load
+from infoprune.model import VLM, load, precision_name
 from infoprune.modeling_infoprune import Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import family_of, resolve
@@ -28,7 +28,14 @@ FLAGS = {"attention": "attention_bias", "ffn": "mlp_bias"}  # what a configurati
 
 
 @torch.no_grad()
-def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notify: Callable[[str], None] = lambda message: None) -> Path:
+def export_dense(
+    vlm: VLM,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Path:
     """Write a checkpoint of the stock family with the answers of a compressed model, in the size and at the speed of the dense one.
 
     Factorised linears are multiplied out, removed heads and neurons come back with zero weights, so any tool that knows the family can
@@ -37,6 +44,7 @@ def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notif
     Args:
         vlm: A compressed model, loaded from its folder.
         folder: Where to.
+        dtype: Precision of the written weights; ``None``: that of the compressed checkpoint.
         overwrite: Replace a folder that holds something.
         notify: Called with one line for people.
 
@@ -53,15 +61,26 @@ def export_dense(vlm: VLM, folder: str | Path, *, overwrite: bool = False, notif
     stock.generation_config = vlm.model.generation_config
     probe = probe_inputs(vlm)
     expected = vlm.model(**probe).logits
+    _check_same(stock(**probe).logits, expected)
+    written: torch.dtype = dtype or vlm.stored or stock.dtype
+    state = in_precision(stock.state_dict(), written)
     with written_aside(folder) as aside:
-        stock.save_pretrained(aside)
+        stock.save_pretrained(aside, state_dict=dict(state))  # which empties it where weights have other names on disk
+        restate_precision_(aside, written)
         vlm.processor.save_pretrained(aside)
-        notify("reloading the checkpoint and comparing logits")
-        found = load(aside, device=str(vlm.device), dtype=expected.dtype).model(**probe).logits
-        difference = float((found - expected).abs().max() / expected.abs().max())
-        if not difference <= TOLERANCE:
-            raise CheckpointError(f"The dense checkpoint's logits differ by {difference:.3g} of the largest one; nothing was kept.")
+        notify(f"reloading the checkpoint ({precision_name(written)}) and comparing logits")
+        found = load(aside, device=str(vlm.device), dtype=stock.dtype).model
+        # Rounded; assigned, since the weights in place may be those of ``vlm``.
+        stock.load_state_dict({name: value.to(stock.dtype) for name, value in state.items()}, assign=True)
+        stock.tie_weights()
+        _check_same(found(**probe).logits, stock(**probe).logits)
     return folder
+
+
+def _check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:
+        raise CheckpointError(f"The dense checkpoint's logits differ by {difference:.3g} of the largest one; nothing was kept.")
 
 
 def probe_inputs(vlm: VLM) -> dict[str, torch.Tensor]:

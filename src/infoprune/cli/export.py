@@ -22,20 +22,26 @@ def export(
         str,
         typer.Option("--to", help="dense: a stock checkpoint of the family, as large and as slow as the original. onnx, openvino: graphs."),
     ] = "dense",
+    weights: Annotated[
+        str, typer.Option("--weights", help="dense: precision of the written weights, fp32, bf16, fp16 or auto: the checkpoint's own.")
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
     """Write compressed MODEL for tools that know its family but not infoprune."""
     from infoprune.errors import InfoPruneError
     from infoprune.export import export_dense
     from infoprune.graphs import RUNTIMES, export_graphs
-    from infoprune.model import load
+    from infoprune.model import load, named_precision
 
     if to not in ("dense", *RUNTIMES):
         raise InfoPruneError(f"Unknown format '{to}'. Known: dense, {', '.join(RUNTIMES)}.")
+    if to != "dense" and weights != "auto":
+        raise InfoPruneError("--weights is for dense checkpoints; graphs have the precision that the model computes in.")
+    dtype = None if weights == "auto" else named_precision(weights)
     progress = BarProgress()
     vlm = load(model, notify=progress.note)
     if to == "dense":
-        folder = export_dense(vlm, output, overwrite=overwrite, notify=progress.note)
+        folder = export_dense(vlm, output, dtype=dtype, overwrite=overwrite, notify=progress.note)
         console.print(f"Wrote {folder}: the stock family, dense. It answers as the compressed model does, in the original's size and time.")
         return
     folder = export_graphs(vlm, output, to, overwrite=overwrite, notify=progress.note)
