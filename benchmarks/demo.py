@@ -22,11 +22,6 @@ from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
 
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
-# (method, share, options): the curve of the defaults, and what repair and more calibration questions contribute at both ends.
-VARIANTS = (("without repair", '{"repair": false}'), ("128 calibration questions", '{"examples": 128}'))
-RUNS = [("infoprune", share, "{}") for share in SHARES] + [
-    (f"infoprune:{name}", share, options) for share in (0.5, 0.31) for name, options in VARIANTS
-]
 
 # Runs in a process of its own, so that its peak memory is its own.
 WORKER = """
@@ -39,7 +34,7 @@ if sys.argv[1] == "dense":
     from infoprune.evaluation.generation import generate_answers
     generate_answers(vlm, infoprune.load_examples("easy-vqa:test")[:1])
 else:
-    result = infoprune.compress(vlm, "easy-vqa:train", flops=float(sys.argv[1]), in_place=True, **json.loads(sys.argv[3]))
+    result = infoprune.compress(vlm, "easy-vqa:train", flops=float(sys.argv[1]), in_place=True)
     seconds = time.time() - loaded
     infoprune.save(result.vlm, sys.argv[2], probe=result.probe, extra=result.as_dict())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -65,12 +60,12 @@ def main() -> None:
     log(f"dense process: peak {base['peak']:.2f} GB")
     with tempfile.TemporaryDirectory() as scratch:
         made = []
-        for number, (method, share, options) in enumerate(RUNS):
-            made.append(worker(str(share), f"{scratch}/{number}", options))
-            log(f"{method} {share}: compressed in {made[-1]['seconds']:.0f} s, peak {made[-1]['peak']:.2f} GB")
+        for number, share in enumerate(SHARES):
+            made.append(worker(str(share), f"{scratch}/{number}"))
+            log(f"{share}: compressed in {made[-1]['seconds']:.0f} s, peak {made[-1]['peak']:.2f} GB")
         dense = infoprune.load("demo")
-        models = [dense, *(infoprune.load(Path(scratch) / str(number)) for number in range(len(RUNS)))]
-        reports = [json.loads((Path(scratch) / str(number) / "report.json").read_text()) for number in range(len(RUNS))]
+        models = [dense, *(infoprune.load(Path(scratch) / str(number)) for number in range(len(SHARES)))]
+        reports = [json.loads((Path(scratch) / str(number) / "report.json").read_text()) for number in range(len(SHARES))]
         log("timing, all models interleaved")
         gc.collect()
         probe = prompt_inputs(dense.encoder, examples[0])
@@ -78,17 +73,15 @@ def main() -> None:
         log(f"scoring {len(examples)} questions with {len(models)} models")
         scored = quality.score(models, examples)
         rows = [dense_row(dense, scored[0], times[0], reports[0], base)]
-        for (method, share, _), model, score, timed, report, cost in zip(
-            RUNS, models[1:], scored[1:], times[1:], reports, made, strict=True
-        ):
+        for share, model, score, timed, report, cost in zip(SHARES, models[1:], scored[1:], times[1:], reports, made, strict=True):
             rows.append({
-                "method": method, "scope": "model", "recovered": False, "seed": 0, "budget": share,
+                "method": "infoprune", "scope": "model", "recovered": False, "seed": 0, "budget": share,
                 "flops_ratio": report["flops_ratio"], **quality.comparison(scored[0], score, examples),
                 **latency.speedups(times[0], timed), "milliseconds": timed, "flops": report["flops"],
                 "predicted_loss_nats": report["predicted_loss_nats"], "params": report["parameters"], "bytes_on_disk": bytes_on_disk(model),
                 "seconds_to_compress": cost["seconds"], "peak_rss_gb": cost["peak"],
             })  # fmt: skip
-            log(f"{method} {share}: {score.accuracy:.2f}%, KL {score.kl_nats:.4f}, prefill {rows[-1]['speedup_prefill']:.2f}x")
+            log(f"{share}: {score.accuracy:.2f}%, KL {score.kl_nats:.4f}, prefill {rows[-1]['speedup_prefill']:.2f}x")
         write("demo", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
 
 

@@ -22,8 +22,6 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" 
 def demo() -> str:
     rows = []
     for row in load("demo")["rows"]:
-        if row["method"] not in ("dense", "infoprune"):
-            continue
         dense = row["method"] == "dense"
         times = row["milliseconds"]
         rows.append([
@@ -50,16 +48,28 @@ def demo() -> str:
     return table(header, rows) + source("demo")
 
 
-def ablation() -> str:
-    rows = [row for row in load("demo")["rows"] if row.get("budget") in (0.5, 0.31)]
-    rows.sort(key=lambda row: (-row["budget"], row["method"]))
+def selection() -> str:
     cells = []
-    for r in rows:
-        costs = [f"{r['seconds_to_compress']:.0f} s", f"{r['peak_rss_gb']:.2f} GB"]
-        quality = [f"{r['accuracy']:.2f}%", f"{r['kl_nats']:.4f}", f"{r['predicted_loss_nats']:.2g}"]
-        cells.append([f"`--flops {r['budget']:g}`", r["method"].partition(":")[2] or "default", *quality, *costs])
-    header = ["", "method", "accuracy", "KL, nats per answer token", "predicted loss, nats per example", "time to compress", "peak memory"]
-    return table(header, cells)
+    for row in sorted((row for row in load("selection")["rows"] if "error" not in row), key=lambda row: -row["budget"]):
+        beyond = row["shifted"]
+        cells.append([
+            f"`--flops {row['budget']:g}`", row["method"].partition(":")[2], f"{row['accuracy']:.2f}%", f"{row['kl_nats']:.4f}",
+            f"{beyond['accuracy']:.2f}%", f"{beyond['kl_nats']:.4f}",
+        ])  # fmt: skip
+    dense = f"The dense model answers {row['dense_accuracy']:.2f}% and {beyond['dense_accuracy']:.2f}%."
+    return table(["", "variant", "accuracy", "KL, nats", "beyond the task", "KL, nats"], cells) + "\n\n" + dense + source("selection")
+
+
+def tower() -> str:
+    cells = []
+    for row in load("tower")["rows"]:
+        after = f", {row['steps']} steps of recovery" if row["recovered"] else ""
+        cells.append([
+            f"{row['budget']:g}", row["method"] + after, f"{row['flops_ratio']:.3f}", f"{row['accuracy']:.2f}%", f"{row['kl_nats']:.4f}",
+            f"{row['shifted']['accuracy']:.2f}%, {row['shifted']['kl_nats']:.3f}", f"{row['speedup_vision']:.2f}x",
+        ])  # fmt: skip
+    header = ["share asked", "method", "FLOPs share of seeing", "accuracy", "KL, nats", "beyond the task: accuracy, KL", "tower's time"]
+    return table(header, cells) + source("tower")
 
 
 def generate() -> str:
@@ -89,8 +99,7 @@ def cost() -> str:
     rows = load("demo")["rows"]
     cells = [["load the dense model, answer once", "", f"{rows[0]['peak_rss_gb']:.2f} GB", f"{rows[0]['bytes_on_disk'] / 1e6:.0f} MB"]]
     for row in rows[1:]:
-        if row["method"] == "infoprune":
-            cells.append([f"compress `--flops {row['budget']:g}`, save, reload, compare", f"{row['seconds_to_compress']:.0f} s",
+        cells.append([f"compress `--flops {row['budget']:g}`, save, reload, compare", f"{row['seconds_to_compress']:.0f} s",
                           f"{row['peak_rss_gb']:.2f} GB", f"{row['bytes_on_disk'] / 1e6:.0f} MB"])  # fmt: skip
     return table(["process", "time to compress", "peak memory", "weights on disk"], cells)
 
@@ -336,7 +345,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "graphs": graphs,
     "quantise": quantise,
     "demo": demo,
-    "ablation": ablation,
+    "selection": selection,
+    "tower": tower,
     "cost": cost,
     "ffn": ffn,
     "heads": heads,
@@ -347,7 +357,6 @@ TABLES |= {"runner": runner, "crash": crash} | ARENA_TABLES
 
 FILES = dict.fromkeys((name for name in ARENA_TABLES if name.startswith("arena")), "arena") | {
     "refused": "families",
-    "ablation": "demo",
     "cost": "demo",
     "arms": "headline",
     "terms": "headline",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -13,12 +14,14 @@ from transformers import CONFIG_MAPPING
 import infoprune
 from infoprune import CompressionOptions, CompressionPlan, InfoPruneError
 from infoprune.compress import apply_plan, compress
-from infoprune.criteria.heads import CRITERIA
+from infoprune.criteria.heads import CRITERIA, block_of, information_loss
 from infoprune.criteria.neurons import RANKINGS as NEURONS
 from infoprune.errors import BudgetError, CheckpointError, PlanError, UnsupportedModelError
 from infoprune.families import FAMILIES, REFUSED
 from infoprune.plan import FFNDecision, HeadDecision, ffn_parameters, max_rank
 from infoprune.resolve import resolve
+from infoprune.solve import solve_sites
+from infoprune.steps import calibrated
 from test_families import plan_of
 from tiny_models import TINY, build
 
@@ -297,3 +300,29 @@ def test_unsupported_tower_is_refused(gqa_vlm):
     gqa_vlm.model.config.text_config.model_type = "gpt2"
     with pytest.raises(UnsupportedModelError, match="gpt2"):
         resolve(gqa_vlm.model)
+
+
+def test_without_the_task_heads_and_ffns_lose_in_one_unit(gqa_vlm, questions):
+    options = CompressionOptions(flops=0.7, rank_multiple=2, examples=6, ffn_metric="identity", weighting="uniform")
+    assert not options.needs.gradients
+    result = compress(gqa_vlm, questions, options=options)
+    report = result.as_dict()
+    assert report["predicted_squared_error"] > 0 and "predicted_loss_nats" not in report
+    gradients = calibrated(gqa_vlm, questions, dataclasses.replace(options.needs, gradients=True))[0]
+    site = next(s for s in gqa_vlm.architecture.attention if s.tower == "text")
+    weight = gqa_vlm.model.get_submodule(f"{site.path}.{site.names.out}").weight
+    task, identity = (block_of(site, gradients.sites[site.path], weight, metric) for metric in ("task", "identity"))
+    assert torch.equal(identity.metric, torch.eye(site.hidden_size, dtype=torch.float64)) and not torch.equal(task.metric, identity.metric)
+    solved = solve_sites(gqa_vlm.model, gqa_vlm.architecture, gradients, options)
+    assert next(i for i in solved if i.site == site).removal.losses == information_loss(identity, options.compensate).losses
+
+
+def test_choosing_neurons_means_fewer_of_them():
+    assert CompressionOptions(flops=0.5, neurons="fluctuation").ffn == "width"
+    for fields in (
+        {"ffn": "low-rank", "neurons": "random"},
+        {"ffn": "width", "whitening": "diagonal"},
+        {"ffn": "width", "structure": "best"},
+    ):
+        with pytest.raises(InfoPruneError, match="width"):
+            CompressionOptions(flops=0.5, **fields)

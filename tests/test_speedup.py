@@ -290,6 +290,58 @@ def test_nothing_is_taken_that_is_no_faster(gqa_vlm, questions, fields, monkeypa
     assert all(not d.keep_units and "vision" in path for path, d in decisions.heads.items())
 
 
+FIXED_SHARES = [
+    {"allocation": "uniform", "ffn": "low-rank"}, {"allocation": "uniform", "ffn": "width"}, {"heads": "random", "ffn": "low-rank"},
+    {"heads": "random", "ffn": "width", "neurons": "random"}, {"allocation": "tolerance", "ffn": "low-rank"},
+    {"allocation": "uniform", "heads": "none", "ffn": "low-rank"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FIXED_SHARES)
+def test_shares_that_are_set_beforehand_meet_the_budget_all_the_same(gqa_vlm, questions, fields, monkeypatch, tmp_path):
+    options = CompressionOptions(speedup=1.25, rank_multiple=2, **fields)
+    solved, probe, dense, workload = solved_of(gqa_vlm, questions, options)
+
+    def seconds(name, size):  # a third of every part's time does not fall with its size
+        return 1.0 + size * (0.2 if "units of" in name else 0.06 if "factors" in name else 0.03)
+
+    table, costs = made_up(monkeypatch, tmp_path, gqa_vlm, solved, probe, workload, seconds)
+    found = decide(solved, costs, table.end_to_end, options)
+    assert found.predicted_cost is not None and found.predicted_cost <= table.end_to_end / 1.25 * (1 + 1e-9)
+    for share in (0.7, 0.8, 0.9):
+        counted = dataclasses.replace(options, speedup=None, flops=share)
+        found = decide(solved, FlopCosts(workload), dense.total, counted)
+        assert found.predicted_cost is not None and found.predicted_cost <= share * dense.total * (1 + 1e-9)
+    with pytest.raises(BudgetError, match="smallest share") as caught:
+        decide(solved, FlopCosts(workload), dense.total, dataclasses.replace(options, speedup=None, flops=1e-4))
+    least = float(str(caught.value).split("reaches is ")[1].split(". ")[0])
+    decide(solved, FlopCosts(workload), dense.total, dataclasses.replace(options, speedup=None, flops=least))
+
+
+@pytest.mark.parametrize("allocation", ["tolerance", "effective-rank"])
+def test_rules_for_ranks_take_no_factors_that_are_no_faster(gqa_vlm, questions, allocation, monkeypatch, tmp_path):
+    options = CompressionOptions(speedup=1.05, rank_multiple=2, ffn="low-rank", allocation=allocation, heads="none", floor=0.0)
+    solved, probe, _, workload = solved_of(gqa_vlm, questions, options)
+    width = gqa_vlm.architecture.ffn[0].hidden_size
+
+    def seconds(name, size):  # factors of the vision tower take longer than its linears, whatever their rank
+        slow = name.startswith(("up", "down")) and f"stream of {width}" in name
+        return 5.0 + 0.1 * size if slow and "factors" in name else 1.0 if slow else 1e-3 + 0.05 * size
+
+    vision = {s.hidden_size for s in gqa_vlm.architecture.ffn if s.tower == "vision"}
+    text = {s.hidden_size for s in gqa_vlm.architecture.ffn if s.tower == "text"}
+    assert vision == {width} and width not in text
+    table, costs = made_up(monkeypatch, tmp_path, gqa_vlm, solved, probe, workload, seconds)
+    found = decide(solved, costs, table.end_to_end, options)
+    assert found.ffn and not any("vision" in path for path in found.ffn)
+
+
+def test_nothing_to_cut_is_told(gqa_vlm, questions):
+    *_, workload = measure(gqa_vlm, questions)
+    with pytest.raises(BudgetError, match="nothing in this model that could be cut"):
+        decide([], FlopCosts(workload), 1e9, CompressionOptions(flops=0.5))
+
+
 def test_a_speed_up_out_of_reach_says_the_largest(gqa_vlm, questions, monkeypatch, tmp_path):
     options = CompressionOptions(speedup=50, rank_multiple=2, ffn="low-rank")
     solved, probe, _, workload = solved_of(gqa_vlm, questions, options)
@@ -357,6 +409,18 @@ def test_a_miss_that_stays_is_told_and_the_nearest_cut_kept():
     answers = iter([1.6, 2.0, 1.7])  # too slow, fast enough, too slow: what was asked for counts first
     speed, _, notes = reached(1.8, lambda s: next(answers))
     assert speed.kept == 1 and "was missed" not in notes[-1]
+
+
+def test_cuts_in_large_pieces_are_timed_once_and_the_miss_is_told():
+    notes = []
+    cut: Any = lambda decisions: decisions.predicted_cost  # noqa: E731 - stands in for a model
+    decided = lambda budget: Decisions({}, {}, 0.0, 1 / (2.0 if budget > 1.2 else 1.1))  # noqa: E731
+    _, _, speed = reach(1.3, 1.0, decided, cut, lambda cost: (1 / cost, 1.0), notes.append)
+    assert [attempt.measured for attempt in speed.attempts] == pytest.approx([2.0, 1.1])  # the correction goes below what lies between
+    assert speed.kept == 0 and "2.00 times faster where 1.3 was asked for" in notes[-1]
+    notes.clear()
+    _, _, speed = reach(1.3, 1.0, lambda budget: Decisions({}, {}, 0.0, 0.5), cut, lambda cost: (1 / cost, 1.0), notes.append)
+    assert len(speed.attempts) == 1 and any("pieces too large" in note for note in notes)
 
 
 # --- the whole ---------------------------------------------------------------------------------------------------------------------

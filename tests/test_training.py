@@ -526,6 +526,56 @@ def test_interrupted_training_ends_with_the_same_weights(gqa_vlm, questions, tmp
     assert len(resumed.training["recovery"]["history"]) == options["recovery_steps"]
 
 
+@pytest.mark.parametrize("at", [3, 4, 7])
+def test_training_that_collapses_goes_back(gqa_vlm, questions, tmp_path, monkeypatch, at):
+    from infoprune.training import loop, recovery
+
+    monkeypatch.setattr(recovery, "COLLAPSE", (0.0, 0.0))  # a model of random weights has nothing to lose: always
+    notes = []
+    told = SimpleNamespace(note=notes.append, task=SILENT.task, status=SILENT.status)
+    options = QUICK | {"heads": "information-loss", "recovery": "full", "recovery_steps": 9}
+    whole = infoprune.compress(gqa_vlm, questions, progress=told, **options)
+    report = whole.training["recovery"]
+    assert report["went_back"] == [3, 6] and len(report["history"]) == 9
+    assert sum("lost its way" in note for note in notes) == len(report["went_back"])
+    real = loop._update
+
+    def stopping(stage, stream, encoder, device, step, *rest):
+        if step == at:
+            raise KeyboardInterrupt
+        return real(stage, stream, encoder, device, step, *rest)
+
+    monkeypatch.setattr(loop, "_update", stopping)
+    once = options | {"checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **once)
+    monkeypatch.setattr(loop, "_update", real)
+    resumed = infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **once)
+    assert resumed.training["recovery"]["went_back"] == report["went_back"]
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_after_going_back_steps_are_half_as_large(gqa_vlm, questions, monkeypatch):
+    student = gqa_vlm.copy()
+    parameters = layer_weights(student.model, gqa_vlm.architecture)
+    options = TrainingOptions(recovery="full", recovery_steps=10, evaluate_every=2)
+    stage = RecoveryStage(student, gqa_vlm, parameters, questions, options, autocast=False)
+    stage.begin(0)
+    stage.best.cross_entropy = 0.01
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    rate = stage.learning_rate(4)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.mul_(2.0)
+    monkeypatch.setattr(stage, "validate", lambda step: (90.0, 0.115))
+    assert not stage.end(1, {}) and not stage.went_back  # a little worse is noise
+    monkeypatch.setattr(stage, "validate", lambda step: (0.0, 0.125))
+    assert not stage.end(3, {})
+    assert stage.went_back == [4] and stage.learning_rate(4) == rate / 2
+    assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+
+
 def test_work_with_other_settings_is_not_mixed_up(gqa_vlm, questions, tmp_path):
     infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)
     with pytest.raises(CheckpointError, match="gate_steps"):

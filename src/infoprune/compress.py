@@ -46,6 +46,7 @@ from infoprune.steps import (
     make_plan,
     measure,
     packed_batches,
+    predicted_name,
     statistics_of,
 )
 from infoprune.surgery import ffn_options
@@ -181,7 +182,7 @@ def _reloaded(vlm: VLM, cut: tuple[VLM, dict[str, Any]], examples: Sequence[Exam
     flops = count_flops(found.model, dense_architecture(vlm).family, probe, workload.answer_tokens)
     target = replace(found, architecture=vlm.architecture, model_id=vlm.model_id, encoder=vlm.encoder)
     return Compressed(
-        target, dense_flops, flops, workload, report["predicted_loss_nats"], report["dense_parameters"], report["parameters"],
+        target, dense_flops, flops, workload, report[predicted_name(found.plan)], report["dense_parameters"], report["parameters"],
         report["seconds"], probe, report["training"], speed=Speed.from_dict(report["speedup"]) if "speedup" in report else None,
     )  # fmt: skip
 

@@ -23,6 +23,8 @@ from infoprune.site_costs import SiteCosts
 from infoprune.solve import SolvedSite
 from infoprune.training.costs import Costs
 
+HALVINGS = 20  # of what uniform shares and rankings aim at, where costs are not in proportion to sizes
+
 
 def decide(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
     """Choose heads and ranks or widths, or whole layers, under ``options.flops``, ``options.speedup`` or ``options.ks``.
@@ -144,19 +146,12 @@ def _decide_layers(solved: list[SolvedSite], costs: SiteCosts, dense_total: floa
 
 def _decide_by_cost(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, options: CompressionOptions) -> Decisions:
     cuttable = sum(_dense_cost(item.site, costs) for item in solved)
+    if not cuttable:
+        raise BudgetError("With these heads, ffn and towers there is nothing in this model that could be cut: let more be cut.")
     budget = options.cost_share * dense_total - (dense_total - cuttable)
-    share = max(budget, 0.0) / cuttable
-    forced = _forced_heads(solved, costs, options, budget, share)
-    fixed = _fixed_widths(solved, costs, options, budget, share, forced)
-    floor = options.floor
-    while True:
-        groups = _groups(solved, costs, options, budget, share, floor, forced | fixed)
-        smallest = sum(min(option.cost for option in group) for group in groups)
-        if smallest <= budget:
-            break
-        if floor > 0:  # floors are a safeguard, the budget is a promise: lower them until it fits
-            floor = floor / 2 if floor > 0.05 else 0.0
-            continue
+    groups = _affordable_groups(solved, costs, options, budget, cuttable)
+    smallest = _smallest(groups)
+    if smallest > budget:
         raise BudgetError(_out_of_reach((smallest + dense_total - cuttable) / dense_total, options))
     chosen = allocate(groups, budget)
     heads: dict[str, HeadDecision] = {}
@@ -176,6 +171,54 @@ def _decide_by_cost(solved: list[SolvedSite], costs: SiteCosts, dense_total: flo
     ffn |= {item.site.path: widths.decision(item, narrowed[item.site.path]) for item in solved if item.site.path in narrowed}
     cost = dense_total - cuttable + sum(option.cost for option in chosen)
     return Decisions(heads, ffn, sum(option.loss for option in chosen), cost)
+
+
+def _affordable_groups(
+    solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, cuttable: float
+) -> list[list[Option]]:
+    """Ways to treat every site whose cheapest are within the budget, or the cheapest of all where none are.
+
+    Uniform shares and rankings are set for the share that was asked for, as if cost were in proportion to size. Where the real cost is
+    above that (of measured time a part is fixed, and units come whole), they are set for the largest part of it that fits.
+    """
+    asked = max(budget, 0.0) / cuttable
+
+    def at(part: float) -> list[list[Option]]:
+        return _groups_at(solved, costs, options, budget, part * asked, part * options.cost_share)
+
+    if _smallest(groups := at(1.0)) <= budget:
+        return groups
+    if _smallest(found := at(0.0)) > budget:
+        return found
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if _smallest(groups := at(middle)) <= budget:
+            low, found = middle, groups
+        else:
+            high = middle
+    return found
+
+
+def _groups_at(
+    solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, share: float, whole: float
+) -> list[list[Option]]:
+    """Ways to treat every site; floors, which are a safeguard, are lowered until the budget, which is a promise, is met.
+
+    ``share`` of what can be cut, and ``whole`` of the model, are what uniform shares and rankings aim at.
+    """
+    forced = _forced_heads(solved, costs, options, budget, share, whole)
+    fixed = _fixed_widths(solved, costs, options, budget, share, forced)
+    floor = options.floor
+    while True:
+        groups = _groups(solved, costs, options, budget, share, floor, forced | fixed)
+        if floor == 0 or _smallest(groups) <= budget:
+            return groups
+        floor = floor / 2 if floor > 0.05 else 0.0
+
+
+def _smallest(groups: list[list[Option]]) -> float:
+    return sum(min(option.cost for option in group) for group in groups)
 
 
 def _out_of_reach(share: float, options: CompressionOptions) -> str:
@@ -285,14 +328,17 @@ def _fixed_widths(
     dense = [_dense_cost(item.site, costs) for item in narrow]
     blocks = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     target = share * sum(dense)
-    if all(site.path in forced for site in blocks):
-        target = budget - sum(costs.attention(site, site.num_units - forced[site.path]) for site in blocks)
+    if all(site.path in forced for site in blocks) and share > 0:
+        left = budget - sum(costs.attention(site, site.num_units - forced[site.path]) for site in blocks)
+        target = left * share * sum(_dense_cost(item.site, costs) for item in solved) / budget  # all of it at the share asked for
     if options.allocation == "uniform":
         return widths.uniform(narrow, target / sum(dense), options.rank_multiple)
     return widths.ranked(narrow, dense, target, options.rank_multiple)
 
 
-def _forced_heads(solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, share: float) -> dict[str, int]:
+def _forced_heads(
+    solved: list[SolvedSite], costs: SiteCosts, options: CompressionOptions, budget: float, share: float, whole: float
+) -> dict[str, int]:
     """Units to remove from each block where that is decided already, by a uniform share, or by a ranking, which has no unit to trade.
 
     Rankings get the share of the attention's cost that was asked of the model, filled by one global ranking; the FFNs get the rest of
@@ -301,13 +347,14 @@ def _forced_heads(solved: list[SolvedSite], costs: SiteCosts, options: Compressi
     decided = {item.site.path: item.fixed for item in solved if item.fixed is not None}
     if options.allocation != "global":
         removals = ((item.site, item.removal) for item in solved if isinstance(item.site, AttentionSite) and item.removal is not None)
-        return {site.path: min(len(removal.order), round(site.num_units * (1 - share))) for site, removal in removals} | decided
+        counts = {site: min(len(removal.order), round(site.num_units * (1 - share))) for site, removal in removals}
+        return {site.path: _worth_it(site, count, costs) for site, count in counts.items()} | decided
     if decided or options.heads in (INFORMATION_LOSS, TRAINED, NONE):
         return decided
     attention = [item for item in solved if isinstance(item.site, AttentionSite)]
     total = sum(_dense_cost(item.site, costs) for item in attention)
     alone = len(attention) == len(solved)
-    least, most = (total - budget, total) if alone else (0.0, (1 - options.cost_share) * total)  # cost to save
+    least, most = (total - budget, total) if alone else (0.0, (1 - whole) * total)  # cost to save
     candidates = []
     for item in attention:
         assert item.removal is not None and isinstance(item.site, AttentionSite) and item.removal.scores is not None

@@ -86,16 +86,17 @@ class CompressionOptions:
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
-        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``low-rank``, but ``width`` where less than
-            :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks. A path of shares (``max_drop``) has one structure
-            all along: low rank. See ``benchmarks/selection.py``.
+        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``width`` where ``neurons`` are chosen, or
+            less than :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks; else ``low-rank``. A path of shares
+            (``max_drop``) has one structure all along: low rank. See ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
         compensate: What takes the place of removed heads in the output projection, see :class:`infoprune.plan.HeadDecision`. ``repair``
             refits that projection whatever this says.
         alpha: Weight of eRank in ``erank-ks``.
-        ffn_metric, centred, structure, whitening, shrinkage: See :class:`infoprune.criteria.ffn.FFNOptions`.
+        ffn_metric, centred, structure, whitening, shrinkage: See :class:`infoprune.criteria.ffn.FFNOptions`. The metric is that of heads,
+            too, whose losses compete with those of FFNs: ``identity`` leaves the task out, and losses are squared errors, not nats.
         allocation: ``global``: least loss over all sites; ``uniform``: the same share everywhere (a baseline); ``tolerance``,
             ``effective-rank``: FFN ranks by a rule of other methods, see :mod:`infoprune.rank_rules`, heads the same share everywhere.
         weighting: See :func:`infoprune.calibrate.calibrate`.
@@ -187,6 +188,8 @@ class CompressionOptions:
             raise InfoPruneError(f"top_k must be at least 2, not {self.top_k}: one token alone leaves nothing uncertain.")
 
     def _usual_ffn(self) -> Literal["low-rank", "width"]:
+        if self.neurons != ENERGY:
+            return WIDTH
         plain = (self.structure, self.whitening, self.shrinkage, self.layers) == ("joint", "full", SHRINKAGE, NONE)
         asked = self.flops if self.speedup is None else 1 / max(self.speedup, 1)
         return WIDTH if plain and self.allocation not in RANK_RULES and asked is not None and asked < WIDTH_BELOW else LOW_RANK
@@ -194,6 +197,10 @@ class CompressionOptions:
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
             raise BudgetError("The KS rule is about spectra, which neurons do not have: give flops instead of ks, or ffn low-rank.")
+        if self.ffn != WIDTH and self.neurons != ENERGY:
+            raise InfoPruneError(f"neurons {self.neurons} says which neurons stay, and ffn {self.ffn} keeps or cuts all alike: take width.")
+        if self.ffn == WIDTH and (self.structure, self.whitening) != ("joint", "full"):
+            raise InfoPruneError("structure and whitening are about factors, which ffn width has not: leave them out, or take low-rank.")
         if self.ffn == WIDTH and self.allocation in RANK_RULES:
             raise InfoPruneError(f"allocation {self.allocation} is a rule for ranks, which neurons do not have: take global or uniform.")
         if self.layers == NONE:
@@ -256,7 +263,7 @@ class CompressionOptions:
             temperature=self.temperature,
             top_k=self.top_k,
             seed=self.seed,
-            gradients=self.ffn_metric == "task" or self.weighting == "relevance" or self.heads in (INFORMATION_LOSS, TRAINED, "energy"),
+            gradients=self.ffn_metric == "task" or self.weighting == "relevance",
             branches=self.structure != "joint" and self.ffn_metric == "task",
             magnitudes=self.ffn != NONE and self.whitening == "diagonal",
             neurons=self.ffn == WIDTH,

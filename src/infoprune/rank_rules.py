@@ -115,7 +115,8 @@ def _rounded(linear: FactorizableLinear, rank: int, multiple: int) -> int | None
     if rank > linear.top:
         return None
     rounded = max(-(-rank // multiple) * multiple, multiple)
-    return rounded if rounded <= linear.top else (linear.top if rounded == multiple else None)
+    found = rounded if rounded <= linear.top else (linear.top if rounded == multiple else None)
+    return None if found is None or linear.cost(found) >= linear.dense else found  # fewer FLOPs always; less time not always
 
 
 def _within(

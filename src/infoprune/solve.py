@@ -61,7 +61,7 @@ def solve_sites(
         blocks = []
         for site in sites:
             out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
-            blocks.append(block_of(site, statistics.sites[site.path], out.weight.cpu()))
+            blocks.append(block_of(site, statistics.sites[site.path], out.weight.cpu(), options.ffn_metric))
         setwise = options.heads in (INFORMATION_LOSS, TRAINED)  # trained heads are first given the share that the set-wise loss gives them
         scores = {} if setwise else rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
         for site, block in zip(sites, blocks, strict=True):

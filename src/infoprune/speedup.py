@@ -114,8 +114,10 @@ def reach(
 ) -> tuple[VLM, Decisions, Speed]:
     """Cut for ``asked``; while the measured speed-up is off by more than :data:`TOLERANCE`, decide again for what corrects that.
 
-    The budget of a correction is the speed-up asked for, times the last predicted over the last measured one. A miss that remains after
-    :data:`CORRECTIONS` is told, and no error: of all cuts the one nearest to ``asked`` is kept, one that is fast enough before others.
+    The budget of a correction is the last one, times the speed-up asked for over the measured one, but at most half the way back to no
+    speed-up; that decisions may stay below their budget, because sites come in large pieces, is corrected with the rest. Decisions that
+    were timed before end it. A miss that remains after :data:`CORRECTIONS` is told, and no error: of all cuts the one nearest to
+    ``asked`` is kept, one that is fast enough before others.
 
     Args:
         asked: The speed-up.
@@ -126,9 +128,10 @@ def reach(
         note: Called with one line for people.
     """
     attempts: list[Attempt] = []
+    tried: list[Decisions] = []
     kept: tuple[VLM, Decisions, int] | None = None
     budget = asked
-    while len(attempts) <= CORRECTIONS and budget > 1:
+    while len(attempts) <= CORRECTIONS:
         try:
             decisions = decided(budget)
         except BudgetError as error:
@@ -137,6 +140,10 @@ def reach(
             note(f"no further correction: {error}")
             break
         assert decisions.predicted_cost is not None
+        if decisions in tried:
+            note(f"no further correction: what can be cut comes in pieces too large to come nearer to {asked:g}")
+            break
+        tried.append(decisions)
         model = cut(decisions)
         dense_ms, compressed_ms = timed(model)
         attempt = Attempt(budget, dense_seconds / decisions.predicted_cost, dense_ms / compressed_ms, dense_ms, compressed_ms)
@@ -148,11 +155,16 @@ def reach(
         release_memory()
         if abs(attempt.measured / asked - 1) <= TOLERANCE:
             break
-        budget = asked * attempt.predicted / attempt.measured
+        budget = max(budget * asked / attempt.measured, (1 + budget) / 2)
     assert kept is not None
     speed = Speed(asked, tuple(attempts), kept[2])
     if attempts[kept[2]].measured < (1 - TOLERANCE) * asked:
         note(f"the speed-up asked for, {asked:g}, was missed: the fastest cut is {attempts[kept[2]].measured:.2f} times faster")
+    elif attempts[kept[2]].measured > (1 + TOLERANCE) * asked:
+        note(
+            f"the model is {attempts[kept[2]].measured:.2f} times faster where {asked:g} was asked for: of the cuts tried that are "
+            "fast enough this one is nearest"
+        )
     return kept[0], kept[1], speed
 
 

@@ -41,6 +41,11 @@ QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
 ROWS_PER_BATCH = 4  # bounds the memory of activations kept for the backward pass
 
 
+def predicted_name(plan: CompressionPlan | None) -> str:
+    """What the predicted loss of a plan is called: nats where the task's metric weighs errors."""
+    return "predicted_squared_error" if plan is not None and plan.method.get("ffn_metric") == "identity" else "predicted_loss_nats"
+
+
 @dataclass(frozen=True)
 class Compressed:
     """Outcome of :func:`compress`.
@@ -49,7 +54,8 @@ class Compressed:
         vlm: The compressed model, with its plan.
         dense_flops, flops: Counted on the real models, before and after.
         workload: What they were counted over.
-        predicted_loss: Second-order prediction of the information lost by the cut, in nats per example.
+        predicted_loss: Second-order prediction of the information lost by the cut, in nats per example; under the identity metric the
+            squared error of the cut blocks' outputs.
         dense_parameters, parameters: Before and after.
         seconds: Wall time by step.
         probe: Inputs of one example, to compare a saved checkpoint on.
@@ -88,7 +94,7 @@ class Compressed:
             "dense_flops": self.dense_flops.as_dict(),
             "flops": self.flops.as_dict(),
             "workload": {name: value for name, value in self.workload.__dict__.items() if name != "attention"},
-            "predicted_loss_nats": self.predicted_loss,
+            predicted_name(self.vlm.plan): self.predicted_loss,
             "dense_parameters": self.dense_parameters,
             "parameters": self.parameters,
             "seconds": self.seconds,

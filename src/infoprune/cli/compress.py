@@ -217,6 +217,7 @@ def _summary(report: dict[str, Any]) -> Table:
         asked = f"asked {speed['asked']:.2f}x, predicted {speed['predicted']:.2f}x"
         dense, now = speed["dense_ms"], speed["compressed_ms"]
         table.add_row(f"end to end, {asked}", f"{dense:.1f} ms", f"{now:.1f} ms", f"{speed['measured']:.2f}x")
-    table.add_row("predicted loss", "", f"{report['predicted_loss_nats']:.4f} nats / example", "")
+    if "predicted_loss_nats" in report:
+        table.add_row("predicted loss", "", f"{report['predicted_loss_nats']:.4f} nats / example", "")
     table.add_row("seconds", "", " + ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()), "")
     return table

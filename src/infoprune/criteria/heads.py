@@ -13,7 +13,7 @@ import torch
 
 from infoprune.architecture import AttentionSite
 from infoprune.calibrate import SiteStatistics
-from infoprune.criteria.ffn import METRIC_RIDGE
+from infoprune.criteria.ffn import METRIC_RIDGE, Metric
 from infoprune.errors import CalibrationError
 from infoprune.linalg import descending_eigh, with_ridge
 from infoprune.plan import Compensation
@@ -67,19 +67,22 @@ class Block:
         )
 
 
-def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.Tensor) -> Block:
-    """Assemble what criteria need; the covariance gets the ridge of :data:`COMPENSATION_RIDGE`."""
+def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.Tensor, metric: Metric = "task") -> Block:
+    """Assemble what criteria need; the covariance gets the ridge of :data:`COMPENSATION_RIDGE`.
+
+    Without gradients, or where ``metric`` is ``identity``, F is the identity, and losses are squared errors of the block's output.
+    """
     moments = statistics.pooled("input")
     covariance = moments.covariance
     covariance = (covariance + covariance.T) / 2  # float32 products leave it slightly asymmetric, which an inverse would magnify
     ridge = max(COMPENSATION_RIDGE * float(covariance.diagonal().mean()), 1e-30)
     covariance = covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
-    if statistics.output_gradient is None:
-        metric = torch.eye(site.hidden_size, dtype=torch.float64)
+    if statistics.output_gradient is None or metric == "identity":
+        fisher = torch.eye(site.hidden_size, dtype=torch.float64)
     else:
         raw = statistics.output_gradient.second_moment
-        metric = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
-    return Block(site, covariance, moments.mean, out_weight.double(), metric, ridge, statistics.sensitivity, statistics.saliency)
+        fisher = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
+    return Block(site, covariance, moments.mean, out_weight.double(), fisher, ridge, statistics.sensitivity, statistics.saliency)
 
 
 @dataclass(frozen=True)

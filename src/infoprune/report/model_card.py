@@ -121,7 +121,9 @@ def _figures(report: dict[str, Any]) -> str:
     if speed := report.get("speedup"):
         times = f"{speed['dense_ms']:.1f} ms | {speed['compressed_ms']:.1f} ms"
         rows.append(f"| end to end, measured where it was cut | {times} | {1 / speed['measured']:.3f} |")
-    return "\n".join([*rows, f"\nPredicted loss of information: {report['predicted_loss_nats']:.2g} nats per example (second order).\n"])
+    if "predicted_loss_nats" in report:
+        rows.append(f"\nPredicted loss of information: {report['predicted_loss_nats']:.2g} nats per example (second order).")
+    return "\n".join([*rows, ""])
 
 
 def _certificate(certificate: Certificate) -> str:

@@ -22,7 +22,7 @@ from infoprune.packing import PackedBatch, PromptEncoder
 from infoprune.progress import Progress
 from infoprune.training.data import Stream, pack_rows
 from infoprune.training.sharding import as_part, whole
-from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, restore_optimizer_, save_state
+from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, optimizer_updates, restore_optimizer_, save_state
 
 CLIP_NORM = 1.0
 NOT_STARTED = "The experiment tracker could not be started: {} Install it, or leave out --tracker."
@@ -237,7 +237,7 @@ def _resume(stage: Stage, work: WorkFolder | None) -> tuple[Trained, int]:
     with torch.no_grad():
         for name, parameter in stage.parameters.items():
             parameter.copy_(as_part(tensors[f"parameter.{name}"], parameter))
-    restore_optimizer_(stage.optimizer, stage.parameters, tensors, meta["step"])
+    restore_optimizer_(stage.optimizer, stage.parameters, tensors, meta["updates"])
     stage.restore({n.removeprefix("stage."): t for n, t in tensors.items() if n.startswith("stage.")}, meta["stage"])
     return Trained(meta["history"], meta["questions"], meta["seconds"]), stage.steps if meta["finished"] else meta["step"]
 
@@ -250,7 +250,12 @@ def _save(stage: Stage, work: WorkFolder | None, step: int, finished: bool, resu
     tensors = {name: whole(value) for name, value in tensors.items()}
     if work is None:
         return
-    run = {"history": result.history, "questions": result.questions, "seconds": result.seconds}
+    run = {
+        "updates": optimizer_updates(stage.optimizer),
+        "history": result.history,
+        "questions": result.questions,
+        "seconds": result.seconds,
+    }
     save_state(work.file(stage.name), tensors, {"step": step, "finished": finished, "stage": meta, **run})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from infoprune.training.sharding import as_part, whole
 LEAST_MAGNITUDE = 1e-3  # Adafactor's epsilon_2: what starts at zero must be able to leave it
 NORMAL_MEDIAN = 0.6745  # median of |x| for a standard normal x
 BOTH_TOWERS: frozenset[TowerName] = frozenset(("vision", "text"))
+COLLAPSE = 2.0, 0.1  # times the best validation's cross-entropy, and nats beyond that: training that ends there has lost its way
 DEPTHS = 3  # hidden states are compared after the last layer and at this many minus one evenly spaced layers before it
 
 
@@ -80,11 +81,13 @@ class RecoveryStage:
     def __init__(
         self, student: VLM, teacher: VLM, parameters: dict[str, nn.Parameter], validation: Sequence[Example], options: TrainingOptions,
         *, autocast: bool, cache: VisionCache | None = None, own_cache: VisionCache | None = None,
+        notify: Callable[[str], None] = lambda message: None,
     ) -> None:  # fmt: skip
         """``cache`` is the teacher's; ``own_cache`` the student's, if its image features do not change (:func:`fixed_features`)."""
         assert teacher.architecture is not None
         self.student, self.teacher, self.parameters, self.validation, self.options = student, teacher, parameters, validation, options
-        self.autocast = autocast
+        self.autocast, self.notify = autocast, notify
+        self.went_back: list[int] = []
         self.steps = options.recovery_steps
         scaled = relative_groups(parameters) if options.recovery == "full" else list(parameters.values())
         self.optimizer = torch.optim.AdamW(scaled, lr=options.rate(options.recovery), weight_decay=0.0)
@@ -94,8 +97,8 @@ class RecoveryStage:
         self._hidden = [Hidden(vlm.model, teacher.architecture) for vlm in (student, teacher)] if options.hidden_weight else []
 
     def learning_rate(self, step: int) -> float:
-        """One cycle."""
-        return self.options.rate(self.options.recovery) * one_cycle(step, self.steps)
+        """One cycle, of half the height after every time that training went back."""
+        return self.options.rate(self.options.recovery) * one_cycle(step, self.steps) * 0.5 ** len(self.went_back)
 
     def begin(self, step: int) -> None:
         """The first validation is of the model as it was cut."""
@@ -133,11 +136,28 @@ class RecoveryStage:
         return {}
 
     def end(self, step: int, values: dict[str, float]) -> bool:
-        """Validate now and then; stop when patience is at its end."""
+        """Validate now and then; go back to the best weights from a collapse; stop when patience is at its end."""
         if (step + 1) % self.options.evaluate_every and step + 1 < self.steps:
             return False
         values["validation_accuracy"], values["validation_cross_entropy"] = self.validate(step + 1)
+        factor, beyond = COLLAPSE
+        if values["validation_cross_entropy"] > factor * self.best.cross_entropy + beyond and step + 1 < self.steps:
+            self._go_back_(step + 1, values["validation_cross_entropy"])
         return bool(self.options.patience) and self.best.worse >= self.options.patience
+
+    def _go_back_(self, step: int, cross_entropy: float) -> None:
+        """Start again from the best weights at half the rate.
+
+        Models with much removed stand at cliffs, e.g. of a massive activation that attention rests on: one step beyond, and many more
+        do not lead back.
+        """
+        self.keep_best_()
+        self.optimizer.state.clear()  # its moments are those of the way down
+        self.went_back.append(step)
+        self.notify(
+            f"recovery had lost its way after {step} steps (validation cross-entropy {cross_entropy:.3g}, {self.best.cross_entropy:.3g} "
+            f"at its best, after {self.best.step}); it goes on from there at half the rate"
+        )
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[float, float]:
@@ -167,12 +187,12 @@ class RecoveryStage:
             self.parameters[name].copy_(value)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The best weights and how good they were."""
-        return self.best_parameters, dict(self.best.__dict__)
+        """The best weights, how good they were, and when training went back to them."""
+        return self.best_parameters, {"best": dict(self.best.__dict__), "went_back": self.went_back}
 
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """See :meth:`state`."""
-        self.best = Best(**meta)
+        self.best, self.went_back = Best(**meta["best"]), list(meta["went_back"])
         self.best_parameters = {name: as_part(value, self.parameters[name]) for name, value in tensors.items()}
 
 

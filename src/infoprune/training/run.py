@@ -148,7 +148,7 @@ class TrainingRun:
                 fixed = not self._spreads and fixed_features(student.model, teacher.architecture)
                 stage = RecoveryStage(
                     learner, known, parameters, self.validation, options, autocast=self._autocast(learner), cache=cache,
-                    own_cache=VisionCache(student.model) if fixed else None,
+                    own_cache=VisionCache(student.model) if fixed else None, notify=self.progress.note,
                 )  # fmt: skip
                 trained = self._train(stage, learner, options.images_per_step, steps_before)
                 stage.keep_best_()
@@ -156,7 +156,8 @@ class TrainingRun:
             wrapper.merge_and_unload()
         for parameter in student.model.parameters():
             parameter.grad = None
-        return trained.as_dict() | {"method": options.recovery, "best": stage.best.__dict__, "history": trained.history}
+        return trained.as_dict() | {"method": options.recovery, "best": stage.best.__dict__, "went_back": stage.went_back,
+                                    "history": trained.history}  # fmt: skip
 
     def saved_cut(self, vlm: VLM) -> tuple[VLM, dict[str, Any]] | None:
         """The model that an interrupted run cut out of ``vlm``, and its report.

@@ -162,11 +162,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, to
     return found
 
 
+def optimizer_updates(optimizer: torch.optim.Optimizer) -> int:
+    """Updates that Adam's moments are of: fewer than the stage's where it started again."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def restore_optimizer_(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], step: int
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], updates: int
 ) -> None:
-    """Put Adam back to where :func:`optimizer_tensors` took it from, after ``step`` updates."""
+    """Put Adam back to where :func:`optimizer_tensors` took it from, after ``updates``."""
     for name, parameter in parameters.items():
         if f"exp_avg.{name}" in tensors:
             moments = {key: as_part(tensors[f"{key}.{name}"], parameter).clone() for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **moments}
