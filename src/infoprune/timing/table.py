@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infoprune._version import __version__
 
 TABLE_VERSION = 1
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -77,13 +80,16 @@ class Machine(_Strict):
     threads: int
     device: str
     torch: str
+    transformers: str
+    infoprune: str
     dtype: str
 
     @classmethod
     def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
         """This one."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-        return cls(processor=name, threads=torch.get_num_threads(), device=device.type, torch=torch.__version__, dtype=str(dtype))
+        return cls(processor=name, threads=torch.get_num_threads(), device=device.type, torch=torch.__version__, dtype=str(dtype),
+                   transformers=transformers.__version__, infoprune=__version__)  # fmt: skip
 
 
 def _processor() -> str:
