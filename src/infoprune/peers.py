@@ -101,7 +101,8 @@ PEERS: dict[str, Peer] = {
         "model", "LLM-Pruner, Ma et al. 2023, arXiv 2305.11627",
         _NEURONS
         | {"heads": "grouped-taylor", "compensate": "none", "neurons": "taylor", "centred": False, "allocation": "uniform"},
-        "the same share in every block up to whole heads, FFNs get what these leave, first and last layers included; gradients over all of the calibration data; without its LoRA",
+        "the same share in every block up to whole heads, FFNs get what these leave, first and last layers included; "
+        "gradients over all of the calibration data; without its LoRA",
     ),
     "random-widths": Peer(
         "model", "uniform random scores",
@@ -110,8 +111,8 @@ PEERS: dict[str, Peer] = {
     ),
     "shortgpt": Peer(
         "model", "ShortGPT, Men et al. 2024, arXiv 2403.03853", {"layers": "block-influence", "weighting": "uniform", "repair": False},
-        "layers of both towers in one list; dropped layers that still fit come back, the most influential first; biases of the dense output "
-        "projections stay",
+        "layers of both towers in one list; dropped layers that still fit come back, the most influential first; biases of the dense "
+        "output projections stay",
     ),
 }  # fmt: skip
 
