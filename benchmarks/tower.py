@@ -181,7 +181,7 @@ class Table:
     def models(self, share: float) -> dict[str, infoprune.VLM]:
         """All methods at one share: first ours, whose FLOPs the others then get."""
         budget = 1 - (1 - share) * tower_flops(self.flops) / self.flops.total
-        small = infoprune.compress(self.dense, "easy-vqa:train", flops=budget, towers="vision", seed=SEED).vlm
+        small = infoprune.compress(self.dense, "easy-vqa:train", flops=budget, towers=("vision",), seed=SEED).vlm
         made = {"infoprune": small}
         aim = self.share_of(small)
         log(f"{share:g}: infoprune {aim:.3f}")

@@ -23,6 +23,7 @@ from infoprune.evaluation.differences import changed_questions, differences
 from infoprune.evaluation.quality import Quality, score
 from infoprune.evaluation.runner import evaluate
 from infoprune.packing import answer_logits, batches
+from infoprune.progress import Clock
 from infoprune.report.model_card import base_licence, model_card
 from infoprune.report.page import check_page, page, thumbnail, write_page
 from tiny_models import TINY, build, examples
@@ -244,6 +245,22 @@ def test_trained_models_are_refused(taught, many):
 def test_an_unreachable_share_ends_the_path(taught, many):
     result = infoprune.compress(taught, many, **(LOOSE | {"shares": (0.9, 0.001), "max_drop": 90.0}))
     assert [step.share for step in result.certificate.path] == [0.9]
+
+
+def test_ffns_along_a_path_are_cut_as_each_share_alone_would_have_it(taught, many):
+    """Factors where much remains, fewer neurons below the border: the same plan, and the same model, as without a path."""
+    asked = options(shares=(0.8, 0.38, 0.36))
+    assert asked.ffn is None
+    calibration = split_data(many, asked).calibration
+    path = certification_path.plan_path(taught, calibration, "examples", asked, Clock())
+    for index, (share, structure) in enumerate(((0.8, "low-rank"), (0.38, "width"), (0.36, "width"))):
+        alone = infoprune.compress(taught, calibration, flops=share, rank_multiple=2, examples=12)
+        assert path.plans[index] == alone.vlm.plan
+        assert path.plans[index].method["ffn"] == structure
+        assert path.decisions[index].predicted_loss == pytest.approx(alone.predicted_loss)
+        torch.testing.assert_close(path.cut(index).model(**path.probe).logits, alone.vlm.model(**path.probe).logits)
+    explicit = options(shares=(0.8, 0.38), ffn="low-rank")
+    assert [explicit.at(share).ffn for share in explicit.shares] == ["low-rank", "low-rank"]
 
 
 # --- differences -------------------------------------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ class CompressionOptions:
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
         ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``width`` where ``neurons`` are chosen, or
-            less than :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks; else ``low-rank``. A path of shares
-            (``max_drop``) has one structure all along: low rank. See ``benchmarks/selection.py``.
+            less than :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks; else ``low-rank``. It stays ``None``
+            where the shares of a path (``max_drop``) differ in this; :meth:`at` settles it. See ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
@@ -149,9 +149,10 @@ class CompressionOptions:
                 "Give exactly one of flops (a share of the dense FLOPs, e.g. 0.5), speedup (times faster, e.g. 1.8), ks (a tolerance, "
                 "e.g. 0.1) and max_drop (points of accuracy, e.g. 0.5)."
             )
-        if self.ffn is None:
-            object.__setattr__(self, "ffn", self._usual_ffn())
         self._check_certificate()
+        if self.ffn is None:
+            usual = {self._usual_ffn(share) for share in self._aims}
+            object.__setattr__(self, "ffn", usual.pop() if len(usual) == 1 else None)
         for name, value in (("flops", self.flops), ("ks", self.ks)):
             if value is not None and not 0 < value <= 1:
                 raise BudgetError(f"{name} must be above 0 and at most 1, not {value}.")
@@ -173,9 +174,12 @@ class CompressionOptions:
             "weighting": ("uniform", "relevance"),
         }
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InfoPruneError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
+            value = getattr(self, name)
+            if value not in known and not (name == "ffn" and value is None):
+                raise InfoPruneError(f"Unknown {name} '{value}'. Known: {', '.join(known)}.")
         self._check_structures()
+        if isinstance(self.towers, str):
+            object.__setattr__(self, "towers", (self.towers,))
         if not self.towers or not set(self.towers) <= {"vision", "text"}:
             raise InfoPruneError(f"Unknown towers {', '.join(self.towers) or '(none)'}. Known: vision, text.")
         if self.heads == NONE and self.ffn == NONE and self.layers == NONE:
@@ -187,12 +191,20 @@ class CompressionOptions:
         if self.top_k is not None and self.top_k < 2:
             raise InfoPruneError(f"top_k must be at least 2, not {self.top_k}: one token alone leaves nothing uncertain.")
 
-    def _usual_ffn(self) -> Literal["low-rank", "width"]:
+    @property
+    def _aims(self) -> tuple[float, ...]:
+        """Shares of the cost that are to remain: those of a path, or the one; all of it where a tolerance decides."""
+        if self.max_drop is not None:
+            return self.shares
+        if self.speedup is not None:
+            return (1 / max(self.speedup, 1),)
+        return (1.0 if self.flops is None else self.flops,)
+
+    def _usual_ffn(self, share: float) -> Literal["low-rank", "width"]:
         if self.neurons != ENERGY:
             return WIDTH
         plain = (self.structure, self.whitening, self.shrinkage, self.layers) == ("joint", "full", SHRINKAGE, NONE)
-        asked = self.flops if self.speedup is None else 1 / max(self.speedup, 1)
-        return WIDTH if plain and self.allocation not in RANK_RULES and asked is not None and asked < WIDTH_BELOW else LOW_RANK
+        return WIDTH if plain and self.allocation not in RANK_RULES and share < WIDTH_BELOW else LOW_RANK
 
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
@@ -232,7 +244,7 @@ class CompressionOptions:
             raise BudgetError(UNTRAINED)
 
     def at(self, share: float) -> CompressionOptions:
-        """The same with a FLOPs share as the budget, and nothing to certify."""
+        """The same with a FLOPs share as the budget, and nothing to certify; FFNs as that share has them unless ``ffn`` is given."""
         budget = dict.fromkeys((*BUDGETS, "certify", "certify_images", "certify_per_image", "certify_metric"))
         return replace(self, **(budget | {"flops": share}))
 
@@ -266,7 +278,7 @@ class CompressionOptions:
             gradients=self.ffn_metric == "task" or self.weighting == "relevance",
             branches=self.structure != "joint" and self.ffn_metric == "task",
             magnitudes=self.ffn != NONE and self.whitening == "diagonal",
-            neurons=self.ffn == WIDTH,
+            neurons=self.ffn in (WIDTH, None),
             layers=whole_layers,
             sensitivities=self.heads == TAYLOR,
             saliencies=not whole_layers and (self.heads == GROUPED_TAYLOR or (self.ffn == WIDTH and self.neurons == NEURON_TAYLOR)),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from infoprune.architecture import AttentionSite
 from infoprune.calibrate import Statistics
 from infoprune.certification.certificate import Measured
 from infoprune.certification.data import CertificationSplit
@@ -23,12 +24,12 @@ from infoprune.evaluation.metrics import EXACT, score_answers
 from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.record import weights_digest
 from infoprune.model import VLM
-from infoprune.options import CompressionOptions
+from infoprune.options import NONE, CompressionOptions
 from infoprune.packing import PackedBatch
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
 from infoprune.site_costs import FlopCosts
-from infoprune.solve import solve_sites
+from infoprune.solve import SolvedSite, solve_sites
 from infoprune.steps import (
     apply_decisions,
     calibration_record,
@@ -71,20 +72,18 @@ def plan_path(
     Raises:
         BudgetError: Not even the first share can be reached.
     """
-    assert vlm.architecture is not None
-    architecture = vlm.architecture
     statistics, inputs = calibration_statistics(vlm, calibration, options, progress)
     clock.lap("calibrate")
     probe, dense_flops, workload = measure(vlm, calibration)
     record = calibration_record(source, calibration, options)
-    with progress.task("scoring heads and ranks", len(architecture.attention) + len(architecture.ffn)) as advance:
-        solved = solve_sites(vlm.model, architecture, statistics, options.at(options.shares[0]), lambda: advance(1))
+    solved = _solve_structures(vlm, statistics, options, progress)
     shares: list[float] = []
     decisions: list[Decisions] = []
     plans: list[CompressionPlan] = []
     for share in options.shares:
+        own = options.at(share)
         try:
-            found = decide(solved, FlopCosts(workload), dense_flops.total, options.at(share))
+            found = decide(solved[own.ffn], FlopCosts(workload), dense_flops.total, own)
         except BudgetError as error:
             if not shares:
                 raise
@@ -92,9 +91,27 @@ def plan_path(
             break
         shares.append(share)
         decisions.append(found)
-        plans.append(make_plan(vlm, found, options.at(share), record))
+        plans.append(make_plan(vlm, found, own, record))
     clock.lap("decide")
     return PlannedPath(vlm, options, record, shares, decisions, plans, statistics, inputs, probe, dense_flops, workload)
+
+
+def _solve_structures(
+    vlm: VLM, statistics: Statistics, options: CompressionOptions, progress: Progress
+) -> dict[str | None, list[SolvedSite]]:
+    """Ways to cut every site, by what becomes of FFNs, of which a path may have two kinds; heads are scored once."""
+    assert vlm.architecture is not None
+    structures = {own.ffn: own for own in map(options.at, options.shares)}
+    solved: dict[str | None, list[SolvedSite]] = {}
+    heads: list[SolvedSite] = []
+    with progress.task("scoring heads and ranks", len(vlm.architecture.attention) + len(structures) * len(vlm.architecture.ffn)) as advance:
+        for structure, own in structures.items():
+            if solved:
+                own = replace(own, heads=NONE)
+            found = solve_sites(vlm.model, vlm.architecture, statistics, own, lambda: advance(1))
+            solved[structure] = heads + found
+            heads = heads or [item for item in found if isinstance(item.site, AttentionSite)]
+    return solved
 
 
 @dataclass(frozen=True)
