@@ -200,6 +200,10 @@ def test_bad_options_are_refused(fields):
         CompressionOptions(**fields)
 
 
+def test_one_tower_may_be_given_by_its_name_alone():
+    assert CompressionOptions(flops=0.5, towers="text") == CompressionOptions(flops=0.5, towers=("text",))
+
+
 def test_compress_leaves_the_source_alone(gqa_vlm, questions):
     before = {name: p.clone() for name, p in gqa_vlm.model.state_dict().items()}
     compress(gqa_vlm, questions, flops=0.6, rank_multiple=2)
