@@ -30,6 +30,15 @@ def test_every_peer_compresses_what_it_says(gqa_vlm, questions, name):
     assert (bool(plan.heads), bool(plan.ffn)) == {"heads": (True, False), "ffn": (False, True), "model": (True, True)}[found.scope]
 
 
+@pytest.mark.parametrize("name", [n for n in PEERS if PEERS[n].options.get("ffn_metric") == "identity" and "svd" not in n])
+def test_methods_without_output_gradients_decide_the_same_with_them(gqa_vlm, questions, name):
+    """That they are spared the backward pass changes what they cost, not what they cut."""
+    fields = {"flops": 0.95 if peer(name).scope == "heads" else 0.75, "rank_multiple": 2, "examples": 6} | peer(name).options
+    assert not CompressionOptions(**fields).needs.gradients
+    without, given = (compress(gqa_vlm, questions, **fields | {"ffn_metric": metric}).vlm.plan for metric in ("identity", "task"))
+    assert (without.heads, without.ffn) == (given.heads, given.ffn)
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -29,13 +29,14 @@ class Peer:
     note: str
 
 
-_PLAIN = {"ffn": "none", "compensate": "none", "weighting": "uniform", "repair": False}
+# Criteria that know nothing of output gradients take none: their calibration is a forward pass, and a predicted loss a squared error.
+_FORWARD = {"ffn_metric": "identity", "weighting": "uniform", "repair": False}
+_PLAIN = _FORWARD | {"ffn": "none", "compensate": "none"}
 _OURS = {"ffn": "none", "repair": False}  # least-squares compensation and weighted tokens: only the criterion is another
 _SVD = {
-    "heads": "none", "ffn": "low-rank", "ffn_metric": "identity", "centred": False, "structure": "separate", "shrinkage": 0.0,
-    "weighting": "uniform", "allocation": "uniform", "repair": False,
-}  # fmt: skip
-_NEURONS = {"ffn": "width", "weighting": "uniform", "repair": False}
+    "heads": "none", "ffn": "low-rank", "centred": False, "structure": "separate", "shrinkage": 0.0, "allocation": "uniform",
+} | _FORWARD  # fmt: skip
+_NEURONS = _FORWARD | {"ffn": "width"}
 _OWN_NOTE = "a criterion of this project alone, with our compensation and allocation"
 
 PEERS: dict[str, Peer] = {
@@ -110,7 +111,7 @@ PEERS: dict[str, Peer] = {
         "the same share in every block",
     ),
     "shortgpt": Peer(
-        "model", "ShortGPT, Men et al. 2024, arXiv 2403.03853", {"layers": "block-influence", "weighting": "uniform", "repair": False},
+        "model", "ShortGPT, Men et al. 2024, arXiv 2403.03853", _FORWARD | {"layers": "block-influence"},
         "layers of both towers in one list; dropped layers that still fit come back, the most influential first; biases of the dense "
         "output projections stay",
     ),
