@@ -80,8 +80,8 @@ def gradients(dense: infoprune.VLM) -> dict[str, torch.Tensor]:
 
 def pruned(
     dense: infoprune.VLM, score: str, structure: str, ratio: float, grads: dict[str, torch.Tensor], image: torch.Tensor
-) -> infoprune.VLM:
-    """A copy of ``dense`` whose tower torch-pruning cut by ``ratio`` of its channels."""
+) -> infoprune.VLM | None:
+    """A copy of ``dense`` whose tower torch-pruning cut by ``ratio`` of its channels; ``None`` if a block lost all heads and can't run."""
     small = dense.copy()
     for name, p in small.model.named_parameters():
         p.requires_grad_(name.startswith((TOWER, PROJECTOR)))
@@ -104,6 +104,8 @@ def pruned(
         ignored_layers=ignored, num_heads=heads, prune_num_heads=True, prune_head_dims=False, max_pruning_ratio=0.95,
     )  # fmt: skip
     pruner.step()
+    if not all(pruner.num_heads[block.q_proj] for block in blocks):
+        return None
     for block in blocks:
         block.num_attention_heads = pruner.num_heads[block.q_proj]
         block.head_dim = block.q_proj.out_features // block.num_attention_heads
@@ -118,13 +120,16 @@ def tower_flops(flops: Flops) -> int:
     return flops.vision_tower + flops.projector
 
 
-def searched(make: Callable[[float], infoprune.VLM], count: Callable[[infoprune.VLM], float], share: float) -> infoprune.VLM:
-    """The nearest to ``share`` of the dense FLOPs that halving the interval of ratios finds."""
+def searched(make: Callable[[float], infoprune.VLM | None], count: Callable[[infoprune.VLM], float], share: float) -> infoprune.VLM:
+    """The nearest to ``share`` of the dense FLOPs that halving the interval of ratios finds among those that run."""
     low, high = 0.0, 1.0
     found: list[tuple[float, infoprune.VLM]] = []
     for _ in range(HALVINGS):
         ratio = (low + high) / 2
         small = make(ratio)
+        if small is None:
+            high = ratio
+            continue
         got = count(small)
         found = sorted([*found, (abs(got - share), small)], key=lambda pair: pair[0])[:1]
         if abs(got - share) < CLOSE:
