@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import infoprune
-from common import RESULTS, log, many_images, processor, write
+from common import RESULTS, commit, log, many_images, processor, write
 from infoprune.calibrate import Statistics
 from infoprune.decide import decide
 from infoprune.evaluation import latency, quality
@@ -250,7 +250,8 @@ class Arena:
 
     def head(self, entry: Entry) -> dict[str, Any]:
         """What a row starts with."""
-        return {"method": entry.method, "scope": entry.scope, "budget": entry.share, "seed": entry.seed, "hardware": processor()}
+        told = {"method": entry.method, "scope": entry.scope, "budget": entry.share, "seed": entry.seed}
+        return told | {"hardware": processor(), "commit": commit()}
 
     def save(self) -> None:
         """Write the result file."""
