@@ -30,9 +30,9 @@ from infoprune.solve import solve_sites
 from infoprune.speedup import CORRECTIONS, Speed, reach
 from infoprune.steps import make_plan, measure
 from infoprune.timing import measure as timing
-from infoprune.timing.measure import cost_table, spaced
+from infoprune.timing.measure import Subject, cost_table, merged, spaced
 from infoprune.timing.stopwatch import median_seconds
-from infoprune.timing.table import CostTable, Curve, Machine, Wanted, never_decreasing, read_table, write_table
+from infoprune.timing.table import CostTable, Curve, Machine, Wanted, named_in, never_decreasing, read_table, write_table
 from infoprune.timing.works import PASS, STEP, calls_of
 from test_families import inputs_of, statistics_of
 
@@ -89,6 +89,15 @@ def test_grids_are_a_few_multiples_from_end_to_end(least, more, multiple):
         assert sizes == (most,)
 
 
+def test_blocks_of_one_shape_are_timed_over_all_sizes_that_any_of_them_may_take():
+    free, bound = (Subject("attention", tuple(range(least, 4)), lambda size, calls, by=least: by) for least in (0, 1))
+    other = Subject("ffn", (8, 16), lambda size, calls: None)
+    for order in ((free, bound, other), (bound, free, other)):
+        found = merged(order)
+        assert {name: subject.sizes for name, subject in found.items()} == {"attention": (0, 1, 2, 3), "ffn": (8, 16)}
+        assert found["attention"].work(0, {}) == 0  # by the block that can be without any
+
+
 def wanted_of(**changes):
     machine = Machine.here(torch.device("cpu"), torch.float32)
     fields = {"machine": machine, "model": "m", "vision_tokens": 3, "prompt_tokens": 4, "answer_tokens": 2, "sizes": {"a": (1, 2)}}
@@ -102,8 +111,12 @@ def test_tables_are_kept_and_found_again(tmp_path):
     write_table(tmp_path / "cache", table)
     assert read_table(tmp_path / "cache", wanted) == table
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".json"]
-    other = wanted.machine.model_copy(update={"threads": wanted.machine.threads + 1})
-    for changed in (wanted_of(machine=other), wanted_of(answer_tokens=3), wanted_of(sizes={"a": (1, 3)}), wanted_of(model="n")):
+    changes = {"threads": wanted.machine.threads + 1} | dict.fromkeys(
+        ("processor", "device", "torch", "transformers", "infoprune", "dtype"), "x"
+    )
+    others = [wanted_of(machine=wanted.machine.model_copy(update={name: value})) for name, value in changes.items()]
+    assert changes.keys() == Machine.model_fields.keys()
+    for changed in (*others, wanted_of(answer_tokens=3), wanted_of(sizes={"a": (1, 3)}), wanted_of(model="n")):
         assert read_table(tmp_path / "cache", changed) is None
 
 
@@ -120,6 +133,14 @@ def test_tables_that_are_stale_or_broken_are_not_believed(tmp_path, change):
     text = file.read_text()
     file.write_text(change(text))
     assert file.read_text() != text and read_table(tmp_path, wanted) is None
+
+
+def test_processors_are_told_apart_also_where_they_have_no_name():
+    intel = "processor\t: 0\nmodel name\t: Some CPU @ 2.80GHz\nflags\t\t: fpu\n\nprocessor\t: 1\nmodel name\t: Some CPU @ 2.80GHz\n"
+    core = "processor\t: {}\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\nCPU part\t: {}\n\n"
+    alike, mixed = core.format(0, "0xd0c") + core.format(1, "0xd0c"), core.format(0, "0xd0c") + core.format(1, "0xd4f")
+    assert named_in(intel) == "Some CPU @ 2.80GHz" and named_in("") == ""
+    assert named_in(alike) == "CPU implementer 0x41, CPU part 0xd0c" and named_in(mixed).endswith("CPU part 0xd0c, CPU part 0xd4f")
 
 
 def test_a_table_that_can_not_be_kept_is_no_error(tmp_path):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def cost_table(
         folder: Where tables are kept.
         progress: Shows the rounds.
     """
-    subjects = {subject.name: subject for item in solved for subject in _subjects(vlm.model, item, workload, multiple)}
+    subjects = merged(subject for item in solved for subject in _subjects(vlm.model, item, workload, multiple))
     wanted = Wanted(
         machine=Machine.here(vlm.device, next(vlm.model.parameters()).dtype),
         model=f"{vlm.model.config.model_type}, {num_parameters(vlm.model)} parameters",
@@ -83,6 +83,16 @@ def cost_table(
             vlm, list(subjects.values()), [s.site for s in solved if isinstance(s.site, AttentionSite)], wanted, probe, progress
         )
         write_table(folder, found)
+    return found
+
+
+def merged(subjects: Iterable[Subject]) -> dict[str, Subject]:
+    """One curve a name, over all sizes that a site of that shape may take: some must keep a unit, others none."""
+    found: dict[str, Subject] = {}
+    for subject in subjects:
+        known = found.get(subject.name, subject)
+        widest = min(known, subject, key=lambda s: s.sizes[0])  # its work knows the smallest size
+        found[subject.name] = replace(widest, sizes=tuple(sorted({*known.sizes, *subject.sizes})))
     return found
 
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
@@ -93,12 +95,23 @@ class Machine(_Strict):
 
 
 def _processor() -> str:
+    if sys.platform == "darwin":  # where platform only knows the architecture
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return asked.stdout.strip() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+        told = ""
+    return named_in(told) or platform.processor() or platform.machine()
+
+
+def named_in(cpuinfo: str) -> str:
+    """The processor that Linux's ``/proc/cpuinfo`` tells of: its name, or on ARM, where it has none, the numbers of maker and part."""
+    pairs = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())]
+    names = [value for key, value in pairs if key == "model name"]
+    return (
+        names[0] if names else ", ".join(dict.fromkeys(f"{key} {value}" for key, value in pairs if key in ("CPU implementer", "CPU part")))
+    )
 
 
 class Wanted(_Strict):
