@@ -26,7 +26,7 @@ RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.r
 BUDGETS = ("flops", "speedup", "ks", "max_drop")
 CERTIFY_METRICS = (EXACT, *MODES)
 SHRINKAGE = 0.3  # see ``benchmarks/selection.py``
-WIDTH_BELOW = 0.4  # between 0.5, where low rank loses less on validation questions of both kinds, and 0.31, where fewer neurons do
+WIDTH_BELOW = 0.4  # on validation questions low rank loses less down to here, fewer neurons below; see ``benchmarks/selection.py``
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
