@@ -277,7 +277,7 @@ def test_answers_end_where_they_depart_from_the_reference(taught, many):
 def test_differences_of_two_models(taught, many):
     small = infoprune.compress(taught, many, flops=0.6, rank_multiple=2, examples=12).vlm
     dense, compressed = score([taught, small], many)
-    found = differences(dense, compressed, many, taught.processor.tokenizer)
+    found = differences(dense, compressed, many, taught.encoder)
     assert found["mcnemar"]["dense_only"] == (dense.correct & ~compressed.correct).sum()
     assert len(found["changed"]) == round((1 - found["agreement"] / 100) * len(many))
     assert found["agreement_ci95"][0] <= found["agreement"] <= found["agreement_ci95"][1]
@@ -287,7 +287,7 @@ def test_differences_of_two_models(taught, many):
     for item in found["changed"]:
         assert item["dense_answer"] != item["compressed_answer"] or item["dense_answer"].endswith("…")
         assert item["kl_nats"] == pytest.approx(by_question[item["index"]])
-    same = differences(dense, dense, many, taught.processor.tokenizer)
+    same = differences(dense, dense, many, taught.encoder)
     assert same["agreement"] == 100
     assert same["changed"] == []
 
@@ -299,7 +299,7 @@ def test_worst_changes_come_first(taught, many):
     small = Quality(
         np.array([False, False, False]), np.array([9.0, 9.0, 0.5, 0.5, 2.0, 2.0]), np.array([0, 0, 1, 1, 2, 2]), ((10,), (11,), (12,))
     )
-    found = changed_questions(dense, small, three, tokenizer)
+    found = changed_questions(dense, small, three, taught.encoder)
     assert [item["index"] for item in found] == [2, 1, 0]
     assert [item["outcome"] for item in found] == ["lost", "lost", "changed"]
     assert [(item["dense_score"], item["compressed_score"]) for item in found] == [(1, 0), (1, 0), (0, 0)]

@@ -22,7 +22,7 @@ from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.freeze import frozen
 from infoprune.memory import release_memory
-from infoprune.moments import DiagonalMoments, Moments
+from infoprune.moments import DiagonalMoments, Moments, exact_sum
 from infoprune.packing import PackedBatch, answer_logits
 
 Weighting = Literal["uniform", "relevance"]
@@ -325,7 +325,7 @@ class _Collector:
         def on_gradient(gradient: torch.Tensor) -> None:
             tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
             energy = tokens.square().sum(1)
-            statistics.intermediate_gradient_energy += float(energy.sum(dtype=torch.float64))
+            statistics.intermediate_gradient_energy += float(exact_sum(energy, 0))
             if self.options.branches and site.gated:
                 mapped = tokens @ linear.weight
                 statistics.branch_gradients.setdefault(name, Moments(mapped.shape[1])).update(mapped)
@@ -334,7 +334,7 @@ class _Collector:
         output.register_hook(on_gradient)
 
     def _add_magnitude(self, site: FFNSite, tap: str, _: nn.Module, args: Any) -> None:
-        found = self._tokens(site, args[0]).abs().sum(0, dtype=torch.float64).cpu()
+        found = exact_sum(self._tokens(site, args[0]).abs(), 0)
         sums = self.sites[site.path].magnitudes
         sums[tap] = sums[tap] + found if tap in sums else found
 

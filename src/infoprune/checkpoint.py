@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from infoprune.model import VLM, load, precision_name
 from infoprune.report.model_card import base_licence, model_card
 
 TOLERANCE = 1e-4
+OUTPUTS = ("plan.json", "config.json", "graphs.json")  # one of these is in every folder that this library wrote
 
 
 def register() -> None:
@@ -59,24 +60,46 @@ def classes(model_type: str) -> tuple[Any, Any, Any]:
     return config, base, conditional
 
 
-def check_output_folder(folder: Path, *, source: str | Path = "", overwrite: bool = False) -> None:
-    """Refuse a folder that holds anything, or the source model itself, before any work is done.
+def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrite: bool = False) -> Path:
+    """Refuse a folder that can't or must not be written, before any work is done.
+
+    Args:
+        folder: Where a model is to be written.
+        source: The model that it is made from, which may not be in there.
+        overwrite: Whether an earlier output may be replaced.
+
+    Returns:
+        Its absolute path, links in it unresolved.
 
     Raises:
-        CheckpointError: It exists and is not empty, or its parent can't be written.
+        CheckpointError: It is not empty (with ``overwrite``: and holds no earlier output), it contains the source model or the folder one
+            is in, or its parent can't be written.
     """
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder} exists and is not a folder.")
-    if source and Path(source).expanduser().exists() and folder.resolve() == Path(source).expanduser().resolve():
-        raise CheckpointError(f"The output folder {folder} is the model's own folder. Choose another one; sources are never modified.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(f"The output folder {folder} is not empty. Choose another one, or pass --overwrite.")
+    original = Path(source).expanduser() if source else None
+    if original is not None and original.exists() and original.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"The output folder {folder} is the model's own folder, or contains it. Choose another one; sources are never modified."
+        )
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"The output folder {folder} is the one that you are in, or contains it. Give it a name of its own.")
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"The output folder {folder} is not empty. Choose another one, or pass --overwrite.")
+        if not any((folder / name).is_file() for name in OUTPUTS):
+            raise CheckpointError(
+                f"The output folder {folder} holds none of {', '.join(OUTPUTS)}, so it is no earlier output, and --overwrite would delete "
+                "what is in it. Choose another one."
+            )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-"):
             pass
     except OSError as error:
         raise CheckpointError(f"Cannot write to {folder.parent}: {error.strerror or error}.") from error
+    return folder
 
 
 @torch.no_grad()
@@ -117,8 +140,7 @@ def save(
         raise CheckpointError(
             f"The certificate is of weights in {precision_name(vlm.model.dtype)}; they can't be saved in {precision_name(rounded)}."
         )
-    folder = Path(folder).expanduser()
-    check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
+    folder = check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     with written_aside(folder) as aside:
         _write(vlm, aside, rounded)
         (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
@@ -137,7 +159,10 @@ def save(
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of ``folder`` at the end of the block; if the block fails, nothing is left.
+    """A folder to write to, which takes the place of ``folder`` at the end of the block; if the block fails, all is as it was.
+
+    Args:
+        folder: An absolute path, from :func:`check_output_folder`.
 
     Raises:
         CheckpointError: Writing failed.
@@ -146,13 +171,24 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside = Path(scratch) / folder.name
         try:
             yield aside
+            _put_in_place(aside, folder, Path(scratch) / "replaced")
         except (OSError, SafetensorError) as error:  # the safetensors library reports a full disk as its own error type
             raise CheckpointError(
                 f"The checkpoint could not be written to {folder}: {error}. Is the disk full? Nothing was kept."
             ) from error
-        if folder.exists():
-            shutil.rmtree(folder)
+
+
+def _put_in_place(aside: Path, folder: Path, replaced: Path) -> None:
+    """Rename ``aside`` to ``folder``; what is there goes to ``replaced`` and comes back if that fails."""
+    if not folder.exists():
         aside.rename(folder)
+        return
+    folder.rename(replaced)
+    try:
+        aside.rename(folder)
+    except BaseException:
+        replaced.rename(folder)
+        raise
 
 
 def _write(vlm: VLM, folder: Path, rounded: torch.dtype | None) -> None:

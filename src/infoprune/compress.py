@@ -25,7 +25,7 @@ from infoprune.memory import release_memory
 from infoprune.model import VLM, precision_name
 from infoprune.options import TRAINED, UNTRAINED, CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits
-from infoprune.plan import CompressionPlan
+from infoprune.plan import CompressionPlan, FFNDecision
 from infoprune.progress import SILENT, Clock, Progress
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
@@ -302,12 +302,19 @@ def apply_plan(
         ffn_metric=ffn_options(plan).metric,
         whitening=ffn_options(plan).whitening,
         shrinkage=ffn_options(plan).shrinkage,
-        structure="separate" if any(d.gate_rank for d in plan.ffn.values()) else "joint",
+        structure="separate" if any(site.gated and _separate(plan.ffn.get(site.path)) for site in architecture.ffn) else "joint",
         ffn="low-rank" if all(d.keep_neurons is None for d in plan.ffn.values()) else "width",
         **({"examples": record.count} if record else {}),
         **recorded,
     )
     examples = calibration_examples(source, options.examples, options.seed, progress, skip_bad=skip_bad)
+    if data is None and record is not None and fingerprint(examples) != record.fingerprint:
+        progress.note(f"Warning: {source} has other questions now than the plan was decided on; the weights will differ.")
     inputs = packed_batches(vlm, examples)
     cut_(vlm, plan, statistics_of(vlm, inputs, options.needs, progress), inputs, progress)
     return replace(vlm, plan=plan)
+
+
+def _separate(decision: FFNDecision | None) -> bool:
+    """Whether gate or up has factors of its own."""
+    return decision is not None and (decision.gate_rank is not None or decision.up_rank is not None)

@@ -55,8 +55,7 @@ def export_dense(
     """
     if vlm.plan is None:
         raise CheckpointError(f"'{vlm.model_id}' is not a compressed checkpoint with its plan.json; there is nothing to make dense.")
-    folder = Path(folder).expanduser()
-    check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
+    folder = check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     stock = _stock(vlm)
     stock.generation_config = vlm.model.generation_config
     probe = probe_inputs(vlm)

@@ -82,8 +82,7 @@ def export_graphs(
     if to not in RUNTIMES:
         raise InfoPruneError(f"Unknown format '{to}'. Known: {', '.join(RUNTIMES)}.")
     _require("onnxscript", RUNTIMES[to])
-    folder = Path(folder).expanduser()
-    check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
+    folder = check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     probe = probe_inputs(vlm)
     _check_supported(vlm, probe)
     with written_aside(folder) as aside:
@@ -161,7 +160,7 @@ def _write(vlm: VLM, probe: dict[str, torch.Tensor], folder: Path, notify: Calla
                 module, inputs, folder / f"{name}.onnx", dynamo=True, dynamic_shapes=shapes, input_names=names, output_names=outputs,
                 verbose=False,
             )  # fmt: skip
-    facts = {"image_token_id": vlm.encoder.image_token_id, "eos_token_id": vlm.processor.tokenizer.eos_token_id, "layers": layers}
+    facts = {"image_token_id": vlm.encoder.image_token_id, "eos_token_id": _stops(vlm), "layers": layers}
     (folder / "graphs.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -245,15 +244,22 @@ class Graphs:
         return logits[0, -1], cache
 
     def generate(self, input_ids: np.ndarray, pixel_values: np.ndarray, max_new_tokens: int = 16) -> list[int]:
-        """Greedy answer, without the end-of-sequence token."""
+        """Greedy answer, without the token that ends it."""
         logits, cache = self.prefill(input_ids, pixel_values)
         answer: list[int] = []
-        while int(logits.argmax()) != self._facts["eos_token_id"]:
+        stops = self._facts["eos_token_id"]
+        while int(logits.argmax()) not in (stops if isinstance(stops, list) else [stops]):
             answer.append(int(logits.argmax()))
             if len(answer) == max_new_tokens:
                 break
             logits, cache = self.decode(answer[-1], input_ids.shape[1] + len(answer) - 1, cache)
         return answer
+
+
+def _stops(vlm: VLM) -> list[int]:
+    """Ids that end an answer: what the model's generation stops at, and the end that answers are scored with."""
+    named = vlm.model.generation_config.eos_token_id
+    return sorted({vlm.encoder.end, *(named if isinstance(named, list) else [] if named is None else [named])})
 
 
 def _onnxruntime(path: Path, threads: int | None) -> Callable[[list[np.ndarray]], list[np.ndarray]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
@@ -20,6 +21,7 @@ from infoprune.plan import CompressionPlan
 from infoprune.resolve import COMPRESSED, family_of, resolve, supported, towers_of
 
 DEMO = "demo"
+ANSWER = "infoprune"  # stands for an answer in a rendered conversation
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
@@ -79,6 +81,7 @@ def load(
         CheckpointError: Missing, incomplete or corrupt.
         UnsupportedModelError: No declaration for the family.
     """
+    check_device(device)
     if str(source) == DEMO:
         from infoprune.demo.assemble import ensure_demo
 
@@ -97,6 +100,22 @@ def load(
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
     model = model.to(device).eval()
     return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan, stored)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there, before anything is read.
+
+    Raises:
+        InfoPruneError: PyTorch knows no device of that name, or this machine has none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
+        raise InfoPruneError(f"The device '{name}' can't be used here: {reason}. Give cpu, cuda (or cuda:1, ...) or mps.") from error
+    if device.type == "meta":
+        raise InfoPruneError("The device 'meta' holds no values. Give cpu, cuda (or cuda:1, ...) or mps.")
 
 
 def precision_name(dtype: torch.dtype) -> str:
@@ -119,14 +138,35 @@ def prompt_encoder(model: Any, processor: Any, prompt_suffix: str = "") -> Promp
     """The encoder of a dense or compressed model."""
     family = family_of(model)
     rope = getattr(model.model, family.positions) if family.positions else None
-    eos = _end_of_answer(processor.tokenizer.eos_token_id, model.get_submodule(family.decoder).generation_config.eos_token_id)
+    eos = _end_of_answer(processor, model.get_submodule(family.decoder).generation_config.eos_token_id)
     return PromptEncoder(processor, model.config.image_token_id, prompt_suffix, family=family, rope=rope, eos=eos)
 
 
-def _end_of_answer(tokenizer: int | None, generation: int | list[int] | None) -> int | None:
-    """The tokenizer's end of sequence, but where generation does not stop at it (BLIP-2 with OPT stops at a line break)."""
-    stops = generation if isinstance(generation, list) else [generation]
-    return tokenizer if tokenizer in stops or stops[0] is None else stops[0]
+def _end_of_answer(processor: Any, generation: int | list[int] | None) -> int | None:
+    """The token that ends answers: of those that generation stops at, the one that the chat template puts behind an answer.
+
+    Chat models often have several, and end a turn with another one than a text (Gemma, Llama 3). Without a template that tells, it is the
+    tokenizer's end of sequence, but where generation does not stop at it (BLIP-2 with OPT stops at a line break).
+    """
+    own = processor.tokenizer.eos_token_id
+    stops = [stop for stop in (generation if isinstance(generation, list) else [generation]) if stop is not None]
+    told = next((token for token in _behind_answers(processor) if token in (stops or [own])), None)
+    if told is not None:
+        return told
+    return own if own in stops or not stops else stops[0]
+
+
+def _behind_answers(processor: Any) -> list[int]:
+    """Ids of what the chat template puts behind an answer; none where there is no template, or it takes no answers."""
+    if not getattr(processor, "chat_template", None):
+        return []
+    turns = [("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ("assistant", [{"type": "text", "text": ANSWER}])]
+    try:
+        text = processor.apply_chat_template([{"role": role, "content": content} for role, content in turns])
+    except (TemplateError, TypeError, ValueError):
+        return []
+    _, answer, behind = text.rpartition(ANSWER)
+    return processor.tokenizer(behind, add_special_tokens=False)["input_ids"] if answer else []
 
 
 def _local_or_hub(source: str | Path) -> str | Path:
@@ -146,11 +186,7 @@ def _check_whole(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     index = path / "model.safetensors.index.json"
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{index} is not a valid weight index ({error}); the checkpoint is corrupt.") from error
-    for shard in shards:
+    for shard in _shards(index) if index.is_file() else ["model.safetensors"]:
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} points outside its folder: '{shard}'.")
         file = path / shard
@@ -163,14 +199,39 @@ def _check_whole(path: Path) -> None:
             raise CheckpointError(f"{file} is corrupt or incomplete ({error}). Copy or download it again.") from error
 
 
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index of weights tells of."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+            raise ValueError("weight_map must name a file for each weight")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not a valid weight index ({error}); the checkpoint is corrupt.") from error
+    return sorted(set(found.values()))
+
+
+def _refuse_other_weights(path: str | Path, source: str | Path, config: Any) -> None:
+    """Weights are what the folder's model.safetensors or its index names: Transformers would read others, pickled ones too, if told to."""
+    if getattr(config, "transformers_weights", None) is not None:
+        raise CheckpointError(
+            f"The configuration of '{source}' names a file of weights of its own ('transformers_weights'). Only model.safetensors and its "
+            "shards are read."
+        )
+    if cached_file(str(path), "adapter_config.json", **OPTIONAL):
+        raise CheckpointError(
+            f"'{source}' comes with an adapter (adapter_config.json). Merge it into the weights first, with peft's merge_and_unload."
+        )
+
+
 def _from_pretrained(
     path: str | Path, source: str | Path, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[Any, Any, torch.dtype | None]:
     """Model, processor, and the precision that the configuration gives the weights."""
-    options = {"trust_remote_code": True} if trust_remote_code else {}
+    options = {"trust_remote_code": trust_remote_code}  # said either way: Transformers asks at a terminal where it is not told
     try:
         config = AutoConfig.from_pretrained(path, **options)
         towers_of(config)  # before gigabytes of weights are read
+        _refuse_other_weights(path, source, config)
         named: Any = config.dtype or config.get_text_config().dtype
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 import torch
 
 
+def exact_sum(values: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+    """Sum in float64, on the CPU; Apple's GPUs have no float64, so that there the values come first."""
+    return (values.cpu() if values.device.type == "mps" else values).sum(dim, dtype=torch.float64).cpu()
+
+
 @dataclass
 class Moments:
     """Weighted count, mean and covariance of a stream of vectors.
@@ -35,10 +40,10 @@ class Moments:
         if vectors.dtype in (torch.float16, torch.bfloat16):
             vectors = vectors.float()
         weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
-        self._sum += weighted.sum(0, dtype=torch.float64).cpu()
-        self._outer += (weighted.T @ vectors).double().cpu()
+        self._sum += exact_sum(weighted, 0)
+        self._outer += (weighted.T @ vectors).cpu().double()
         self.count += len(vectors)
-        self.weight += float(len(vectors) if weights is None else weights.sum(dtype=torch.float64))
+        self.weight += float(len(vectors) if weights is None else exact_sum(weights, 0))
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both streams together."""
@@ -89,9 +94,9 @@ class DiagonalMoments:
         if vectors.dtype in (torch.float16, torch.bfloat16):
             vectors = vectors.float()
         weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
-        self._sum += weighted.sum(0, dtype=torch.float64).cpu()
-        self._squares += (weighted * vectors).sum(0, dtype=torch.float64).cpu()
-        self.weight += float(len(vectors) if weights is None else weights.sum(dtype=torch.float64))
+        self._sum += exact_sum(weighted, 0)
+        self._squares += exact_sum(weighted * vectors, 0)
+        self.weight += float(len(vectors) if weights is None else exact_sum(weights, 0))
 
     @property
     def mean(self) -> torch.Tensor:

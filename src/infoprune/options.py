@@ -16,6 +16,7 @@ from infoprune.criteria.neurons import RANKINGS as NEURONS
 from infoprune.criteria.neurons import TAYLOR as NEURON_TAYLOR
 from infoprune.data import Example
 from infoprune.errors import BudgetError, InfoPruneError
+from infoprune.evaluation.certify import check_confidence
 from infoprune.evaluation.metrics import EXACT, MODES
 from infoprune.plan import Compensation
 
@@ -186,6 +187,8 @@ class CompressionOptions:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+        if not 0 <= self.seed < 2**63:
+            raise InfoPruneError(f"seed must be at least 0 and below 2**63, not {self.seed}.")
         if not 0 <= self.shrinkage <= 1:
             raise InfoPruneError(f"shrinkage must be within 0 to 1, not {self.shrinkage}.")
         if self.top_k is not None and self.top_k < 2:
@@ -227,8 +230,7 @@ class CompressionOptions:
     def _check_certificate(self) -> None:
         if self.max_drop is not None and not 0 < self.max_drop < 100:
             raise BudgetError(f"max_drop must be above 0 and below 100 points, not {self.max_drop}.")
-        if not 0.5 <= self.confidence < 1:
-            raise BudgetError(f"confidence must be at least 0.5 and below 1, e.g. 0.95, not {self.confidence}.")
+        check_confidence(self.confidence)
         for name in ("certify_images", "certify_per_image"):
             value = getattr(self, name)
             if value is not None and value < 1:

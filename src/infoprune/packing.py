@@ -93,7 +93,7 @@ class PromptEncoder:
         family: The model's family; ``None``: one whose questions can share a prefix and whose tokens have no types.
         rope: What makes the positions of a family that has :attr:`FamilyDeclaration.positions`: token ids, token types and the sizes of the
             images to positions (dimensions, rows, tokens) and something else.
-        eos: Id of the token that ends answers; ``None``: the tokenizer's.
+        eos: Id of the token that ends answers; ``None``: the tokenizer's. :attr:`end` is the one in use.
     """
 
     processor: Any
@@ -103,10 +103,10 @@ class PromptEncoder:
     family: FamilyDeclaration | None = None
     rope: Callable[..., tuple[torch.Tensor, Any]] | None = None
     eos: int | None = None
-    _end: int = field(init=False)
+    end: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._end = self.processor.tokenizer.eos_token_id if self.eos is None else self.eos
+        self.end = self.processor.tokenizer.eos_token_id if self.eos is None else self.eos
 
     def prompt(self, question: str, *, images: int = 1) -> str:
         """The prompt text of one question, with a marker for each of its images in front."""
@@ -138,7 +138,7 @@ class PromptEncoder:
     def _encoded(self, inputs: dict[str, torch.Tensor], answer: list[int]) -> Encoded:
         prompt, types = inputs["input_ids"][0].tolist(), self._types(inputs, len(answer))
         question = {name: inputs[name][0] for name in self.question_inputs}
-        return Encoded(prompt, [*answer, self._end], types, self._positions(inputs, [*prompt, *answer], types), question)
+        return Encoded(prompt, [*answer, self.end], types, self._positions(inputs, [*prompt, *answer], types), question)
 
     def _positions(self, inputs: dict[str, torch.Tensor], ids: list[int], types: torch.Tensor | None) -> torch.Tensor | None:
         if self.rope is None or self.token_types is None or types is None:
@@ -156,10 +156,13 @@ class PromptEncoder:
     def inputs(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
         """What the model reads for rendered prompts with the image, or list of images, of each; lengths and numbers of tiles are padded."""
         listed = [_listed(image) for image in images]
-        batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt")
+        # A template that writes the beginning of the sequence itself leaves none to be added; apply_chat_template(tokenize=True) agrees.
+        begin = self.processor.tokenizer.bos_token
+        options = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
+        batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt", **options)
         found = {name: value for name, value in batch.items() if name != "labels"}
         if self.question_inputs:  # on the left, where processors may pad them, padding would move their absolute positions
-            alone = [self.processor(text=[text], return_tensors="pt") for text in texts]
+            alone = [self.processor(text=[text], return_tensors="pt", **options) for text in texts]
             found |= {name: pad_sequence([one[name][0] for one in alone], batch_first=True) for name in self.question_inputs}
         return found
 

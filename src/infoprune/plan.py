@@ -102,10 +102,10 @@ class CalibrationRecord(_Strict):
     """Which data and settings the statistics came from."""
 
     data: str
-    count: int
-    seed: int
+    count: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**63)
     weighting: Literal["uniform", "relevance"]
-    temperature: float
+    temperature: float = Field(gt=0)
     top_k: int | None = None
     fingerprint: str
 
@@ -152,7 +152,7 @@ class CompressionPlan(_Strict):
         """
         try:
             loaded: Any = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise PlanError(f"{source} is not valid JSON: {error}.") from error
         if isinstance(loaded, dict) and loaded.get("version", PLAN_VERSION) != PLAN_VERSION:
             raise PlanError(f"{source} has version {loaded['version']}; this infoprune reads version {PLAN_VERSION}.")

@@ -249,20 +249,20 @@ class _LeastSquares:
         error = goal - self.linear(z)
         extended = torch.cat([z, torch.ones_like(z[:, :1])], 1)
         weighted = extended * weights[:, None].to(z)
-        self.gram += (weighted.T @ extended).double().cpu()
-        self.cross += (error.T @ weighted).double().cpu()
+        self.gram += (weighted.T @ extended).cpu().double()
+        self.cross += (error.T @ weighted).cpu().double()
 
     def solve_(self, ridge: float) -> None:
         size = self.linear.in_features
         total = float(self.gram[-1, -1])
         if total <= 0:
             return
-        gram, cross = self.gram / total, self.cross / total
+        gram, cross = self.gram.div_(total), self.cross.div_(total)  # in place: as wide as the linear, the largest matrices there are
         if self.linear.bias is None:
             gram, cross = gram[:size, :size], cross[:, :size]
-        damping = torch.zeros(len(gram), dtype=torch.float64)
-        damping[:size] = ridge * float(gram.diagonal()[:size].mean())  # the bias is free
-        change = torch.linalg.solve(gram + torch.diag(damping) + 1e-12 * torch.eye(len(gram), dtype=torch.float64), cross.T).T
+        gram.diagonal()[:size].add_(ridge * float(gram.diagonal()[:size].mean()))  # the bias is free
+        gram.diagonal().add_(1e-12)
+        change = torch.linalg.solve(gram, cross.T).T
         self.linear.weight.add_(change[:, :size].to(self.linear.weight))
         if self.linear.bias is not None:
             self.linear.bias.add_(change[:, size].to(self.linear.bias))

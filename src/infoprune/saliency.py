@@ -11,6 +11,7 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
 from infoprune.freeze import frozen
+from infoprune.moments import exact_sum
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.surgery import kept_places
 
@@ -79,8 +80,8 @@ def _reduced(site: AttentionSite | FFNSite, weights: dict[str, Any]) -> torch.Te
     """One number per unit or neuron from the weights and their gradients; zero where no gradient arrived."""
     *inputs, writer = weights
     products = {name: torch.zeros_like(w) if w.grad is None else (w * w.grad).abs() for name, w in weights.items()}
-    rows = {name: products[name].sum(1, dtype=torch.float64).cpu() for name in inputs}
-    columns = products[writer].sum(0, dtype=torch.float64).cpu()
+    rows = {name: exact_sum(products[name], 1) for name in inputs}
+    columns = exact_sum(products[writer], 0)
     if isinstance(site, FFNSite):
         return columns + sum(rows.values())
     saliency = torch.zeros(site.num_units, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite
 from infoprune.calibrate import differentiate_from_first_layers
 from infoprune.freeze import frozen
+from infoprune.moments import exact_sum
 from infoprune.packing import PackedBatch, answer_logits
 
 
@@ -68,4 +69,4 @@ def head_sensitivities(
 def _of_gates(site: AttentionSite, contexts: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """(units,) derivatives in the gates, from contexts and their gradients (..., units x width)."""
     products = (contexts.float() * gradients.float()).reshape(-1, site.num_units, site.unit_width)
-    return products.sum((0, 2), dtype=torch.float64).cpu()
+    return exact_sum(products, (0, 2))

@@ -59,7 +59,7 @@ def ffn_options(plan: CompressionPlan) -> FFNOptions:
             structure=method.get("structure", "joint"), whitening=method.get("whitening", "full"),
             shrinkage=float(method.get("shrinkage", 0.0)),
         )  # fmt: skip
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise PlanError(f"The plan's method is not usable: {error}") from error
 
 

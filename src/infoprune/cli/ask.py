@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from infoprune.cli.console import BarProgress, console, print_json
+from infoprune.cli.console import BarProgress, console, plain, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -49,9 +49,9 @@ def ask(
     if json_output:
         print_json({"question": question, "answers": answers})
         return
-    table = Table(title=question)
+    table = Table(title=plain(question))
     for column in ("model", "answer", "time"):
         table.add_column(column, justify="right" if column == "time" else "left")
     for item in answers:
-        table.add_row(item["model"], item["answer"], f"{item['milliseconds']:.0f} ms")
+        table.add_row(plain(item["model"]), plain(item["answer"]), f"{item['milliseconds']:.0f} ms")
     console.print(table)

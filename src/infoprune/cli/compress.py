@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from infoprune.cli.console import BarProgress, console, print_json
 from infoprune.peers import PEERS, peer
 
+if TYPE_CHECKING:
+    from infoprune.options import CompressionOptions
+    from infoprune.training.options import TrainingOptions
+
 DEFAULT_DATA = "easy-vqa"
 METHODS = f"The options of another method: {', '.join(PEERS)}. Options given beside it win."
+
+
+# Options of training, beside those whose names say it, that gates alone or recovery alone reads.
+READ_BY: dict[str, str] = {
+    **dict.fromkeys(("attention_share", "rate_weight", "ks_weight", "refresh", "multiplier_rate"), "gate"),
+    **dict.fromkeys(("lora_rank", "hidden_weight", "images_per_step", "patience"), "recovery"),
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -161,9 +173,9 @@ def compress(
     saved_precision = None if named == "auto" else named_precision(named)
     if options.max_drop is not None and saved_precision not in (None, torch.float32):
         raise InfoPruneError(f"A certificate is about weights in float32; they can't be saved in {named}. Leave out --weights.")
+    _check_used(settings, options, training)
     check_trackers(training.trackers)
-    target = Path(settings["output"])
-    check_output_folder(target, source=settings["model"], overwrite=overwrite)
+    target = check_output_folder(settings["output"], source=settings["model"], overwrite=overwrite)
     trains = options.heads == TRAINED or training.recovery != "none"
     # Of several processes one speaks, and does all where there is nothing to share; the launcher numbers them before anything else runs.
     first = os.environ.get("RANK", "0") == "0"
@@ -197,11 +209,32 @@ def compress(
     console.print(_summary(report))
     if result.certificate is not None:
         console.print(result.certificate.statement, style="bold", markup=False, highlight=False)
-    console.print(f"Saved to [bold]{target}[/]. It loads with `import infoprune` and AutoModelForImageTextToText.from_pretrained.")
+    saved = escape(str(target))
+    console.print(f"Saved to [bold]{saved}[/]. It loads with `import infoprune` and AutoModelForImageTextToText.from_pretrained.")
 
 
 def _for(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in {field.name for field in fields(kind)}}
+
+
+def _check_used(settings: dict[str, Any], options: CompressionOptions, training: TrainingOptions) -> None:
+    """Raise where an option is given that nothing reads which was asked for: most likely another one was forgotten."""
+    from infoprune.errors import InfoPruneError
+    from infoprune.options import TRAINED
+
+    gates, recovers = options.heads == TRAINED, training.recovery != "none"
+    kinds = {name: READ_BY.get(name, name.partition("_")[0]) for name in (field.name for field in fields(type(training)))}
+    cases = [
+        (not gates, [name for name, kind in kinds.items() if kind == "gate"], "--heads trained"),
+        (not recovers, [name for name, kind in kinds.items() if kind == "recovery" and name != "recovery"], "--recovery full or lora"),
+        (not (gates or recovers), [name for name in kinds if name != "recovery"], "--recovery full or lora, or --heads trained"),
+        (options.max_drop is None, ["confidence", "shares"], "--max-drop"),
+    ]
+    for unread, names, needed in cases:
+        if unread and (found := [name for name in names if name in settings]):
+            raise InfoPruneError(
+                f"{' and '.join(found)} {'is' if len(found) == 1 else 'are'} read only with {needed}: add it, or leave out."
+            )
 
 
 def _summary(report: dict[str, Any]) -> Table:

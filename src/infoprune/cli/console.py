@@ -133,6 +133,11 @@ def _judge(records: list[dict[str, Any]]) -> str:
     return "exact match" if metric == "exact" else f"metric {metric}"
 
 
+def plain(text: object) -> Text:
+    """Text from elsewhere as it is: no markup, and no control characters, which a terminal would obey."""
+    return Text("".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in str(text)))
+
+
 def metric_table(records: list[dict[str, Any]]) -> Table:
     """What the metric of generated answers says, overall and by kind of question; names of kinds are data, never markup."""
     judged = [record["metric"] for record in records]
@@ -143,11 +148,11 @@ def metric_table(records: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("overall", *(f"{found['overall']:.2f}" for found in judged), f"{judged[0]['num_questions']:,}")
     for name, value in judged[0]["further"].items():
-        table.add_row(Text(name), *(f"{found['further'].get(name, value):.2f}" for found in judged), "")
+        table.add_row(plain(name), *(f"{found['further'].get(name, value):.2f}" for found in judged), "")
     for name, groups in judged[0]["breakdown"].items():
         for kind, group in groups.items():
             cells = [f"{found['breakdown'][name][kind]['percent']:.2f}" for found in judged]
-            table.add_row(Text(f"{name}: {kind}"), *cells, f"{group['count']:,}")
+            table.add_row(plain(f"{name}: {kind}"), *cells, f"{group['count']:,}")
     return table
 
 
@@ -159,5 +164,5 @@ def changed_table(changed: list[dict[str, Any]], limit: int = 5) -> Table:
     table.add_column("KL, nats", justify="right")
     for item in changed[:limit]:
         texts = (Path(item["image"]).name, *(item[key] for key in ("question", "answer", "dense_answer", "compressed_answer")))
-        table.add_row(*(Text(text) for text in texts), "" if item["kl_nats"] is None else f"{item['kl_nats']:.3f}")
+        table.add_row(*map(plain, texts), "" if item["kl_nats"] is None else f"{item['kl_nats']:.3f}")
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -43,12 +43,12 @@ def evaluate(
     results: Annotated[
         Optional[Path], typer.Option(help="With --generate: write a benchmark's result file, as its evaluation server takes it.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="With --generate: the longest answer.")] = 16,
-    images_per_batch: Annotated[int, typer.Option(help="With --generate: fewer take less memory.")] = 8,
+    max_new_tokens: Annotated[Optional[int], typer.Option(help="With --generate: the longest answer (default 16).")] = None,
+    images_per_batch: Annotated[Optional[int], typer.Option(help="With --generate: fewer take less memory (default 8).")] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, bf16, fp16, or auto: half on CUDA (default auto with --generate, else fp32).")
     ] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="Appended to every question, in place of what a benchmark appends.")] = "",
+    prompt_suffix: Annotated[str, typer.Option(help="Appended to every question, in place of all that a benchmark adds.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
@@ -63,41 +63,56 @@ def evaluate(
     from infoprune.certification.certificate import certificate_of
     from infoprune.cli.device import own_device
     from infoprune.data import load_counted, parse_spec, subset
-    from infoprune.evaluation.generation import dtype_for, generate_answers
-    from infoprune.evaluation.metrics import metric_for
-    from infoprune.evaluation.results import check_dataset, write_results
+    from infoprune.errors import InfoPruneError
+    from infoprune.evaluation.generation import IMAGES_PER_BATCH, MAX_NEW_TOKENS, dtype_for, generate_answers
+    from infoprune.evaluation.metrics import metric_for, score_answers
+    from infoprune.evaluation.results import check_results, write_results
+    from infoprune.evaluation.runner import check_comparable
     from infoprune.evaluation.runner import evaluate as run
-    from infoprune.model import load
+    from infoprune.model import check_device, load
     from infoprune.progress import Progress
     from infoprune.report.page import check_page, write_page
     from infoprune.training.loop import Processes
 
-    _check_generate(generate, {"--answers": answers, "--results": results, "--metric": metric})
+    about_answers = {"--answers": answers, "--results": results, "--metric": metric, "--max-new-tokens": max_new_tokens}
+    _check_generate(generate, about_answers | {"--images-per-batch": images_per_batch})
+    _check_numbers(limit, confidence, answers)
+    if ocr and prompt_suffix:
+        raise InfoPruneError("--prompt-suffix takes the place of all that a benchmark adds to questions, words by --ocr too: take one.")
     if report is not None:
         check_page(report, against=against is not None)
     progress = BarProgress() if first else Progress()
     device = own_device(device)
+    check_device(device)
     processes = Processes.current(torch.device(device)) if generate else Processes()
     dtype = dtype_for(precision or ("auto" if generate else "fp32"), torch.device(device))
     spec = parse_spec(data)
     judge = metric_for(spec.name, metric)
     if results is not None:
-        check_dataset(spec.name)
+        check_results(results, spec.name)
     loaded = load_counted(data, default_split="test", skip_bad=skip_bad, unanswered=results is not None, ocr=ocr, notify=progress.note)
     examples = subset(loaded.examples, limit, seed=seed)
+    if generate and all(example.answered for example in examples):
+        score_answers([""] * len(examples), examples, judge)  # refuses what it can't judge before any work is done
     models = [
         load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
         for name in (against, model)
         if name is not None
     ]
+    if against is not None:
+        check_comparable(models[1], models[0])
     certificate, warnings = certificate_of(model, (example.image for example in examples))
     for warning in warnings:
         progress.note(f"Warning: {warning}")
     generated = None
     if generate:
         files = (answers and answers.with_name(f"{answers.stem}-against{answers.suffix}"), answers)[-len(models) :]
-        options = {"max_new_tokens": max_new_tokens, "images_per_batch": images_per_batch, "processes": processes, "progress": progress}
-        generated = [generate_answers(vlm, examples, record=file, **options) for vlm, file in zip(models, files, strict=True)]
+        sizes = {
+            "max_new_tokens": MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+            "images_per_batch": IMAGES_PER_BATCH if images_per_batch is None else images_per_batch,
+        }
+        told = {"processes": processes, "progress": progress}
+        generated = [generate_answers(vlm, examples, record=file, **sizes, **told) for vlm, file in zip(models, files, strict=True)]
     elif spec.benchmark is not None:
         progress.note("Scored by exact match with one reference answer; --generate gives the benchmark's own metric.")
     if processes.index:
@@ -106,7 +121,8 @@ def evaluate(
         write_results(results, generated[-1], examples, dataset=spec.name)
         progress.note(f"Wrote the answers to {len(examples):,} questions to {results}.{_incomplete(loaded, examples)}")
         if not all(example.answered for example in examples):
-            progress.note("Questions without reference answers are among them, so nothing is judged here.")
+            lost = "" if report is None else f", and {report} is not written"
+            progress.note(f"Questions without reference answers are among them, so nothing is judged here{lost}.")
             return
     result = run(
         models[-1], examples, against=models[0] if against is not None else None, answers=generated, metric=judge, timing=repeats > 0,
@@ -132,7 +148,19 @@ def _incomplete(loaded: Loaded, examples: Sequence[Example]) -> str:
     return f" Warning: it may be incomplete ({told}); evaluation servers want every question of a split." if told else ""
 
 
-def _check_generate(generate: bool, given: dict[str, object]) -> None:
+def _check_numbers(limit: int | None, confidence: float, answers: Path | None) -> None:
+    """Raise where a number, or the file of answers, can't be meant."""
+    from infoprune.errors import InfoPruneError
+    from infoprune.evaluation.certify import check_confidence
+
+    check_confidence(confidence)
+    if limit is not None and limit < 1:
+        raise InfoPruneError(f"--limit must be at least 1, not {limit}.")
+    if answers is not None and (not answers.name or answers.is_dir()):
+        raise InfoPruneError(f"--answers must name a file, not '{answers}'.")
+
+
+def _check_generate(generate: bool, given: Mapping[str, object]) -> None:
     """Raise where an option that is about generated answers comes without them."""
     from infoprune.errors import InfoPruneError
 

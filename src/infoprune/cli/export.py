@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from infoprune.cli.console import BarProgress, console
 
@@ -41,8 +42,10 @@ def export(
     progress = BarProgress()
     vlm = load(model, notify=progress.note)
     if to == "dense":
-        folder = export_dense(vlm, output, dtype=dtype, overwrite=overwrite, notify=progress.note)
-        console.print(f"Wrote {folder}: the stock family, dense. It answers as the compressed model does, in the original's size and time.")
+        written = export_dense(vlm, output, dtype=dtype, overwrite=overwrite, notify=progress.note)
+        console.print(f"Wrote {escape(str(written))}: the stock family, dense.")
+        console.print("It answers as the compressed model does, in the original's size and time.")
         return
-    folder = export_graphs(vlm, output, to, overwrite=overwrite, notify=progress.note)
-    console.print(f"Wrote {folder}: graphs of vision tower, embedding, prefill and decode step. infoprune.graphs.Graphs runs them.")
+    written = export_graphs(vlm, output, to, overwrite=overwrite, notify=progress.note)
+    console.print(f"Wrote {escape(str(written))}: graphs of vision tower, embedding, prefill and decode step.")
+    console.print("infoprune.graphs.Graphs runs them.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from infoprune.cli.console import BarProgress, console, print_json
@@ -59,4 +60,4 @@ def inspect(
             ffn.add_row(block["path"], name, f"{item['erank']:.1f}", str(item["rank_at_ks_0.1"]), str(len(item["spectrum"])))
     console.print(heads, ffn)
     if plot is not None:
-        console.print(f"Picture in [bold]{plot}[/].")
+        console.print(f"Picture in [bold]{escape(str(plot))}[/].")

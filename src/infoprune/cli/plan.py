@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from infoprune.certification.certificate import Certificate
-from infoprune.cli.console import BarProgress, console, print_json
+from infoprune.cli.console import BarProgress, console, plain, print_json
 from infoprune.plan import CompressionPlan
 
 DROPPED = "nothing: dropped whole"
@@ -33,17 +34,17 @@ def show(
         print_json(loaded.model_dump(mode="json"))
         return
     budget = ", ".join(f"{name}={value:g}" for name, value in loaded.budget.items()) or "none stated"
-    table = Table(title=f"{loaded.model_type} '{loaded.model_id}', budget {budget}")
+    table = Table(title=plain(f"{loaded.model_type} '{loaded.model_id}', budget {budget}"))
     table.add_column("site")
     table.add_column("keeps")
     for path, head in loaded.heads.items():
         kept = f"units {', '.join(map(str, head.keep_units))} of {head.num_units}"
-        table.add_row(path, kept if head.keep_units else DROPPED)
+        table.add_row(plain(path), kept if head.keep_units else DROPPED)
     for path, ffn in loaded.ffn.items():
         kept = ", ".join(f"{name.replace('_', ' ')} {rank}" for name, rank in ffn.ranks.items())
         if ffn.keep_neurons is not None:
             kept = f"{len(ffn.keep_neurons)} neurons of {ffn.num_neurons}" if ffn.keep_neurons else DROPPED
-        table.add_row(path, kept)
+        table.add_row(plain(path), kept)
     console.print(table)
     if (certificate := Certificate.read(plan) if plan.is_dir() else None) is not None:
         console.print(f"Certificate: {certificate.statement}", markup=False, highlight=False)
@@ -66,7 +67,7 @@ def apply(
     from infoprune.steps import calibration_examples
 
     loaded = CompressionPlan.read(plan)
-    check_output_folder(output, source=model, overwrite=overwrite)
+    output = check_output_folder(output, source=model, overwrite=overwrite)
     progress = BarProgress()
     vlm = infoprune.load(model, device=device, notify=progress.note)
     before = num_parameters(vlm.model)
@@ -79,4 +80,4 @@ def apply(
     if json_output:
         print_json({"output": str(output), "dense_parameters": before, "parameters": after})
     else:
-        console.print(f"Saved to [bold]{output}[/]: {before / 1e6:.1f} M parameters became {after / 1e6:.1f} M.")
+        console.print(f"Saved to [bold]{escape(str(output))}[/]: {before / 1e6:.1f} M parameters became {after / 1e6:.1f} M.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from infoprune.data.example import Example
 from infoprune.data.images import ImageFolder, OutsideError
@@ -25,6 +25,24 @@ class Row(BaseModel):
     """One record of a benchmark; what is not named is ignored, and a number is no text."""
 
     model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        """Half of a character (a lone surrogate, from text that was cut) can be in JSON, but not in a file or a tokenizer."""
+        left = [value]
+        while left:
+            item = left.pop()
+            if isinstance(item, str) and not item.isascii():
+                try:
+                    item.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{item[:60]!a} has half a character in it (a lone surrogate)") from error
+            elif isinstance(item, dict):
+                left += [*item.keys(), *item.values()]
+            elif isinstance(item, list):
+                left += item
+        return value
 
 
 @dataclass(frozen=True)
@@ -177,7 +195,7 @@ def read_json(path: Path, problems: Problems) -> Any:
             return json.load(file, object_pairs_hook=distinct_keys(path.name, problems))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read {path}: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise DataError(f"{path} is not valid JSON: {error}. Is the download complete?") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from infoprune.data.images import opened
+from infoprune.data.images import as_rgb, opened
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Example:
         return bool(self.answer)
 
     def load_image(self) -> Image.Image:
-        """Read the image as RGB.
+        """Read the image as RGB, as :func:`infoprune.data.images.as_rgb` has it.
 
         Raises:
             DataError: The file is missing, is not an image, or has more pixels than Pillow's limit against decompression bombs.
         """
         with opened(self.image) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
 
 
 def subset(examples: Sequence[Example], count: int | None, *, seed: int, per_image: int | None = None) -> list[Example]:

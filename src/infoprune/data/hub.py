@@ -17,11 +17,11 @@ from PIL import Image
 
 from infoprune.data.benchmark import Benchmark
 from infoprune.data.example import Example
-from infoprune.data.images import home_expanded
+from infoprune.data.images import formats, home_expanded
 from infoprune.data.problems import Problems
 from infoprune.errors import DataError, InfoPruneError
 
-FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+FORMATS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "AVIF": ".avif"}
 
 
 def read(benchmark: Benchmark, source: str, split: str, problems: Problems, notify: Callable[[str], None]) -> Iterator[Example]:
@@ -62,7 +62,7 @@ def read(benchmark: Benchmark, source: str, split: str, problems: Problems, noti
 
 def _placed(example: Example, content: bytes | None, store: ImageStore, problems: Problems) -> Iterator[Example]:
     name = _image_id(example)
-    path = store.find(name) or _kept(name, content, store, problems)
+    path = store.find(name, content) or _kept(name, content, store, problems)
     if path is not None:
         yield replace(example, image=path)
 
@@ -89,9 +89,10 @@ class ImageStore:
         self.folder = folder
         self._known = {path.stem: path for path in folder.glob("*") if path.suffix in FORMATS.values()}
 
-    def find(self, name: str) -> Path | None:
-        """Where the image of that id was kept."""
-        return self._known.get(name)
+    def find(self, name: str, content: bytes | None = None) -> Path | None:
+        """Where the image of that id was kept; ``None`` as well where it was another than ``content``."""
+        path = self._known.get(name)
+        return path if path is None or content is None or path.read_bytes() == content else None
 
     def keep(self, name: str, content: bytes) -> Path:
         """Write an image as it came, aside and then in place.
@@ -103,7 +104,7 @@ class ImageStore:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise DataError(f"'{name}' is no image id")
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=formats()) as image:
                 suffix = FORMATS[image.format or ""]
         except Exception as error:  # whatever Pillow's decoders think of what a stranger made
             raise DataError(f"{name} is not an image of a known format") from error
@@ -129,8 +130,9 @@ def _store_folder(source: str) -> Path:
 
     local = home_expanded(source)
     name = source.replace("/", "--")
-    if os.path.isdir(local):  # a path is not unique by its name alone, and the same id may mean another image elsewhere
-        name = f"{local.name}-{hashlib.sha256(str(local.resolve()).encode()).hexdigest()[:12]}"
+    if os.path.isdir(local):  # the same id may mean another image elsewhere, or once the files here are others
+        files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in local.resolve().rglob("*.parquet"))
+        name = f"{local.name}-{hashlib.sha256(repr((str(local.resolve()), files)).encode()).hexdigest()[:12]}"
     return cache_directory() / "images" / name
 
 

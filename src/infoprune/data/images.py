@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps
 
 from infoprune.errors import DataError
 
+# Pillow knows formats whose decoders start other programs (EPS); these are pictures, and decoded here.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO")  # cameras' MPO comes with JPEG
 THREADS = 16  # reading files waits for the disk, or for a network behind it
 
 
@@ -26,6 +31,39 @@ def home_expanded(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def check_mode(image: Image.Image) -> None:
+    """Refuse pixels that are measurements, of which nobody says what is white.
+
+    Raises:
+        ValueError: They are 32-bit integers or floating point.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers of mode '{image.mode}', not colours; convert it to 8 bits")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as viewers show it: turned as its camera says, on white where it is transparent, 16 bits scaled to 8.
+
+    Raises:
+        ValueError: See :func:`check_mode`.
+    """
+    check_mode(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """The image, its header read and its pixels not yet.
@@ -34,15 +72,14 @@ def opened(path: Path) -> Iterator[Image.Image]:
         DataError: The file is missing, is not an image, is cut short (while its pixels are read), or has too many pixels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:  # Pillow only warns up to twice its limit
                 raise Image.DecompressionBombError(
                     f"{image.width} x {image.height} pixels are more than Pillow's limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
                 )
             yield image
-    # Pillow's decoders raise these, too, on files that were damaged or made up.
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise what they like on files that were damaged or made up
         raise DataError(f"Cannot read the image {path}: {error}. Check that the path is right and the file is whole.") from error
 
 
@@ -52,6 +89,7 @@ def unreadable(paths: Iterable[Path]) -> dict[Path, str]:
     def complaint(path: Path) -> str | None:
         try:
             with opened(path) as image:
+                check_mode(image)
                 image.draft("RGB", (1, 1))  # a JPEG's whole stream is read, its pixels are made at an eighth of the size
                 image.load()
                 return None
@@ -82,6 +120,19 @@ def same_images(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
         for image in set(images)
         if image in known or (_size(image) >= 0 and any(digest(image) == digest(other) for other in by_size.get(_size(image), ())))
     }
+
+
+def identities(images: Sequence[Path]) -> list[str]:
+    """What tells each image from others, whatever files are called: the same for copies. Only files of equal size are read."""
+    sizes = {path: _size(path) for path in set(images)}
+    common = Counter(sizes.values())
+
+    def identity(path: Path) -> str:
+        alone = sizes[path] < 0 or common[sizes[path]] == 1
+        return str(path) if alone else hashlib.sha256(path.read_bytes()).hexdigest()
+
+    known = {path: identity(path) for path in sizes}
+    return [known[path] for path in images]
 
 
 def _size(path: Path) -> int:

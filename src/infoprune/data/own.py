@@ -73,5 +73,5 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line, object_pairs_hook=distinct_keys(f"line {number}", problems))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
                 problems.add("malformed row", f"line {number} is not valid JSON: {error}")

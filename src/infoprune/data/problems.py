@@ -27,7 +27,7 @@ class Problems:
         self._counts[kind] = self._counts.get(kind, 0) + 1
         cases = self._cases.setdefault(kind, [])
         if len(cases) < SHOWN:
-            line = " ".join(case.split())
+            line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(case.split()))
             cases.append(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")
 
     @property

@@ -122,6 +122,11 @@ def load_counted(
     examples = [example for example in examples if example.image not in broken]
     if examples and not unanswered:
         examples = _answered(examples, spec, problems)
+    if ocr and examples and not any(example.extras.get("ocr_tokens") for example in examples):
+        raise DataError(
+            f"ocr: {spec} has no words that a reader found in the images. TextVQA has them, in files of their own "
+            "(TextVQA_Rosetta_OCR_v0.2_val.json, beside the questions)."
+        )
     if not examples and not problems.count:
         raise DataError(f"{spec} has no records. {'Each needs image, question and answer.' if parsed.name == OWN else ''}".strip())
     problems.settle(len(examples), skip_bad=skip_bad, notify=notify)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from infoprune.errors import DataError
+from infoprune.errors import BudgetError, DataError
 
 BOOTSTRAP_DRAWS = 10_000
 SPARE = 0.02  # weight of the bets that are too small to certify the target
@@ -61,6 +61,16 @@ class Bounds:
     def points(self) -> dict[str, float]:
         """In percentage points, for JSON."""
         return {name: 100 * value for name, value in self.__dict__.items()}
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse what is no confidence, such as a percentage.
+
+    Raises:
+        BudgetError: It is not at least 0.5 and below 1.
+    """
+    if not 0.5 <= confidence < 1:
+        raise BudgetError(f"confidence must be at least 0.5 and below 1, e.g. 0.95, not {confidence}.")
 
 
 def by_image(differences: np.ndarray, images: Sequence[object]) -> ByImage:

@@ -18,6 +18,7 @@ import torch
 from scipy.stats import binomtest
 
 from infoprune.data import Example
+from infoprune.data.images import identities
 from infoprune.errors import DataError
 from infoprune.evaluation.certify import bootstrap_draws, by_image
 from infoprune.model import VLM
@@ -56,7 +57,10 @@ class Quality:
 
     @property
     def accuracy_ci95(self) -> tuple[float, float]:
-        """Wilson interval in percent; wider than need be for scores between 0 and 1, which vary less than a coin with their mean."""
+        """Wilson interval in percent, of questions taken as independent: too narrow where many share an image.
+
+        It is wider than need be for scores between 0 and 1, which vary less than a coin with their mean.
+        """
         interval = binomtest(round(float(self.scores.sum())), len(self.scores)).proportion_ci(0.95, method="wilson")
         return 100 * interval.low, 100 * interval.high
 
@@ -139,16 +143,17 @@ def paired_drop(
     """Accuracy drop in points, dense minus compressed, with a 95% interval.
 
     Questions on one image are not independent, so the bootstrap resamples images, not questions (percentile interval of
-    10,000 draws). ``images`` tells which questions share one, where paths don't.
+    10,000 draws). ``images`` tells which questions share one; ``None``: what is in the files does.
     """
-    data = by_image(dense.scores.astype(float) - compressed.scores, images or [example.image for example in examples])
+    units = identities([example.image for example in examples]) if images is None else images
+    data = by_image(dense.scores.astype(float) - compressed.scores, units)
     low, high = np.percentile(100 * bootstrap_draws(data, seed=seed), [2.5, 97.5])
     return 100 * data.mean, (float(low), float(high))
 
 
-def comparison(dense: Quality, compressed: Quality, examples: Sequence[Example]) -> dict[str, Any]:
-    """Figures of a dense/compressed pair, under the keys of the result files."""
-    drop, interval = paired_drop(dense, compressed, examples)
+def comparison(dense: Quality, compressed: Quality, examples: Sequence[Example], *, images: Sequence[str] | None = None) -> dict[str, Any]:
+    """Figures of a dense/compressed pair, under the keys of the result files; ``images`` as in :func:`paired_drop`."""
+    drop, interval = paired_drop(dense, compressed, examples, images=images)
     return {
         "accuracy": compressed.accuracy,
         "accuracy_ci95": list(compressed.accuracy_ci95),

@@ -99,8 +99,8 @@ class AnswerFile:
             part.unlink()
 
     def _parts(self) -> list[Path]:
-        found = [(path, path.name.removeprefix(f"{self.path.name}.").removesuffix(".part")) for path in self.path.parent.glob("*.part")]
-        return sorted(path for path, number in found if number.isdecimal())
+        own = re.compile(rf"{re.escape(self.path.name)}\.\d+\.part")
+        return sorted(path for path in self.path.parent.glob("*.part") if own.fullmatch(path.name))
 
     def _answer(self, index: int, answer: str) -> bytes:
         example = self.examples[index]

@@ -23,14 +23,19 @@ def _gqa(id: str, answer: str) -> dict[str, Any]:
 FORMS: dict[str, Callable[[str, str], dict[str, Any]]] = {"vqav2": _vqa, "textvqa": _vqa, "gqa": _gqa}
 
 
-def check_dataset(dataset: str) -> None:
+def check_results(path: Path, dataset: str) -> None:
     """Raise before any work is done.
 
     Raises:
         DataError: There is no evaluation server for this data set.
+        InfoPruneError: The file can't be written there.
     """
     if dataset not in FORMS:
         raise DataError(f"There is no form of result files for '{dataset}'; there is for {', '.join(FORMS)}.")
+    if not path.name or path.is_dir():
+        raise InfoPruneError(f"A result file must have a name, and '{path}' is a folder.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InfoPruneError(f"Cannot write {path}: the folder {path.parent} is not there, or can't be written to.")
 
 
 def write_results(path: Path, answers: Sequence[str], examples: Sequence[Example], *, dataset: str) -> None:
@@ -49,7 +54,7 @@ def write_results(path: Path, answers: Sequence[str], examples: Sequence[Example
         DataError: No such benchmark, another number of answers than of examples, or ids that are missing, doubled or of another form.
         InfoPruneError: The file can't be written.
     """
-    check_dataset(dataset)
+    check_results(path, dataset)
     if len(answers) != len(examples):
         raise DataError(f"{len(answers):,} answers do not fit {len(examples):,} questions.")
     ids = [example.id for example in examples if example.id]

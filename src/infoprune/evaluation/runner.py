@@ -13,7 +13,10 @@ import numpy as np
 import torch
 
 from infoprune.data import Example
+from infoprune.data.images import identities
+from infoprune.errors import InfoPruneError
 from infoprune.evaluation import latency, quality
+from infoprune.evaluation.certify import check_confidence
 from infoprune.evaluation.cost import Flops, num_parameters, prompt_inputs, typical_example
 from infoprune.evaluation.cost import count_flops as _count_flops
 from infoprune.evaluation.differences import differences
@@ -54,6 +57,9 @@ def evaluate(
         whether these were scored or generated; ``metric``: what judged them; ``comparison``: drop, KL, ratios and speed-ups, bounds, tests
         and changed questions (:func:`infoprune.evaluation.differences.differences`), with ``against`` only.
     """
+    check_confidence(confidence)
+    if against is not None:
+        check_comparable(vlm, against)
     models = [vlm] if against is None else [against, vlm]
     family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
@@ -86,15 +92,33 @@ def evaluate(
         "peak_rss_gb": peak_memory_gb(vlm.device),
     }
     if against is not None:
-        result["comparison"] = quality.comparison(scored[0], scored[1], compared) | {
+        units = identities([example.image for example in compared])  # copies of an image are no independent evidence
+        result["comparison"] = quality.comparison(scored[0], scored[1], compared, images=units) | {
             "flops_ratio": flops[1].total / flops[0].total,
             "params_ratio": records[1]["params"] / records[0]["params"],
             **(latency.speedups(times[0], times[1]) if timing else {}),
-            **differences(scored[0], scored[1], compared, vlm.processor.tokenizer, confidence=confidence),
+            **differences(scored[0], scored[1], compared, vlm.encoder, confidence=confidence, images=units),
         }
         for item in result["comparison"]["changed"]:
             item["index"] = places[item["index"]]
     return result
+
+
+def check_comparable(vlm: VLM, against: VLM) -> None:
+    """Two models get the same prompts and token ids, so that they must read them alike.
+
+    Raises:
+        InfoPruneError: Family, vocabulary or prompt differ; says which.
+    """
+    families = [family_of(m.model).model_type for m in (against, vlm)]
+    vocabularies = [m.processor.tokenizer.get_vocab() for m in (against, vlm)]
+    prompts = [m.encoder.prompt("{question}") for m in (against, vlm)]
+    told = {"family": families, "vocabulary": vocabularies, "prompt": prompts}
+    if differs := [name for name, (first, second) in told.items() if first != second]:
+        raise InfoPruneError(
+            f"'{vlm.model_id}' can't be compared with '{against.model_id}' token by token: they differ in {' and '.join(differs)}. Compare "
+            "a compressed model with its original, or evaluate each by itself."
+        )
 
 
 def _judged(

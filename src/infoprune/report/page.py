@@ -102,7 +102,7 @@ def _figures(result: dict[str, Any]) -> str:
     dense, compressed = result["models"]
     rows: list[Sequence[str]] = [
         (
-            "accuracy [95%]",
+            "accuracy [95%, questions taken as independent]",
             *(f"{m['accuracy']:.2f}% [{m['accuracy_ci95'][0]:.1f}, {m['accuracy_ci95'][1]:.1f}]" for m in result["models"]),
             "",
         )
@@ -152,7 +152,7 @@ def _differences(compared: dict[str, Any]) -> str:
         ("same answer [95%]", f"{compared['agreement']:.2f}% [{low:.2f}, {high:.2f}]"),
         ("KL(dense || compressed), nats per answer token", f"{compared['kl_nats']:.4f}"),
     ]
-    about = f"{compared['num_questions']:,} questions about {compared['num_images']:,} images, the units of all bounds and intervals."
+    about = f"{compared['num_questions']:,} questions about {compared['num_images']:,} images, the units of the bounds and intervals here."
     return f"<h2>What was lost</h2><p>{about}</p>{_table(('', ''), rows)}"
 
 

@@ -52,10 +52,6 @@ class Costs:
         any_ = torch.where(self.always, torch.ones_like(shut), 1 - shut)
         return ((self.fixed * any_).sum() + (self.unit * open_).sum()) / self.dense
 
-    def to(self, device: torch.device) -> Costs:
-        """On ``device``."""
-        return Costs(*(tensor.to(device) for tensor in (self.fixed, self.unit, self.owner, self.always)))
-
 
 def _costs(sites: Sequence[AttentionSite], fixed: Sequence[float], step: Sequence[float]) -> Costs:
     owner = [number for number, site in enumerate(sites) for _ in range(site.num_units)]

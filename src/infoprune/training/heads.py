@@ -137,12 +137,13 @@ class GateStage:
     def shared_terms(self, step: int) -> Terms:
         """Rate, KS and budget, functions of the gates alone."""
         o, sampled = self.options, self.gates.sample_(self._draw)
-        cost = self.costs.to(self.gates.log_alpha.device).share(open_probability(self.gates.log_alpha).double())
+        device = self.gates.log_alpha.device
+        cost = self.costs.share(open_probability(self.gates.log_alpha).cpu().double())  # on the CPU: not every device has float64
         return {
             "rate": (o.rate_weight, objective.relative_rate(self.structures, sampled)),
             "ks": (o.ks_weight, objective.mean_ks(self.structures, sampled)),
-            "budget": (1.0, self.budget.penalty(cost).float()),
-            "cost": (0.0, cost.float()),
+            "budget": (1.0, self.budget.penalty(cost).float().to(device)),
+            "cost": (0.0, cost.float().to(device)),
         }
 
     def end(self, step: int, values: dict[str, float]) -> bool:
