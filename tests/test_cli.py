@@ -120,7 +120,9 @@ def test_errors_are_one_message(checkpoint, jsonl, tmp_path):
     assert "nowhere" in missing
     assert "smallest share" in run("compress", checkpoint, "--data", jsonl, "--flops", 0.001, "-o", tmp_path / "x", status=2).stderr
     assert "exactly one" in run("compress", checkpoint, "--data", jsonl, "-o", tmp_path / "x", status=2).stderr
-    assert "not empty" in run("compress", checkpoint, "--data", jsonl, "--flops", 0.5, "-o", tmp_path, status=2).stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("")
+    assert "not empty" in run("compress", checkpoint, "--data", jsonl, "--flops", 0.5, "-o", tmp_path / "full", status=2).stderr
     own = run("compress", checkpoint, "--data", jsonl, "--flops", 0.5, "-o", checkpoint, "--overwrite", status=2).stderr
     assert "never modified" in own
     assert "No data" in run("evaluate", checkpoint, "--data", tmp_path / "none.jsonl", status=2).stderr

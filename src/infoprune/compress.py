@@ -200,7 +200,7 @@ def _cut_free(
     num_sites = len(architecture.attention) + len(architecture.ffn)
     with progress.task("scoring heads and ranks", num_sites) as advance:
         solved = solve_sites(vlm.model, architecture, statistics, options, lambda: advance(1))
-    record, report, speed = calibration_record(data, examples, options), {}, None
+    record, report, speed = calibration_record(vlm, data, examples, options), {}, None
     if options.speedup is not None:
         cut = partial(apply_decisions, vlm, options=options, statistics=statistics, inputs=inputs, record=record, progress=progress)
         target, decisions, speed = cut_to_speed(vlm, solved, workload, probe, options, cut, progress)
@@ -310,6 +310,8 @@ def apply_plan(
     examples = calibration_examples(source, options.examples, options.seed, progress, skip_bad=skip_bad)
     if data is None and record is not None and fingerprint(examples) != record.fingerprint:
         progress.note(f"Warning: {source} has other questions now than the plan was decided on; the weights will differ.")
+    if record is not None and record.prompt_suffix != vlm.encoder.suffix:
+        progress.note(f"Warning: the plan was decided on questions followed by {record.prompt_suffix!r}, not {vlm.encoder.suffix!r}.")
     inputs = packed_batches(vlm, examples)
     cut_(vlm, plan, statistics_of(vlm, inputs, options.needs, progress), inputs, progress)
     return replace(vlm, plan=plan)

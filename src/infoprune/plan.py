@@ -99,7 +99,7 @@ class FFNDecision(_Strict):
 
 
 class CalibrationRecord(_Strict):
-    """Which data and settings the statistics came from."""
+    """Which data and settings the statistics came from; ``prompt_suffix`` was put behind every question."""
 
     data: str
     count: int = Field(ge=1)
@@ -108,6 +108,7 @@ class CalibrationRecord(_Strict):
     temperature: float = Field(gt=0)
     top_k: int | None = None
     fingerprint: str
+    prompt_suffix: str = ""
 
 
 class CompressionPlan(_Strict):

@@ -142,11 +142,14 @@ def calibrated(vlm: VLM, examples: Sequence[Example], needs: Needs, progress: Pr
     return statistics, inputs
 
 
-def calibration_record(data: str | Sequence[Example], examples: Sequence[Example], options: CompressionOptions) -> CalibrationRecord:
-    """Where the statistics of ``examples``, drawn from ``data``, came from."""
+def calibration_record(
+    vlm: VLM, data: str | Sequence[Example], examples: Sequence[Example], options: CompressionOptions
+) -> CalibrationRecord:
+    """Where the statistics of ``vlm`` over ``examples``, drawn from ``data``, came from."""
     return CalibrationRecord(
         data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, weighting=options.weighting,
         temperature=options.temperature, top_k=options.top_k, fingerprint=fingerprint(examples),
+        prompt_suffix=vlm.encoder.suffix,
     )  # fmt: skip
 
 

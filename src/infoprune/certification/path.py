@@ -75,7 +75,7 @@ def plan_path(
     statistics, inputs = calibration_statistics(vlm, calibration, options, progress)
     clock.lap("calibrate")
     probe, dense_flops, workload = measure(vlm, calibration)
-    record = calibration_record(source, calibration, options)
+    record = calibration_record(vlm, source, calibration, options)
     solved = _solve_structures(vlm, statistics, options, progress)
     shares: list[float] = []
     decisions: list[Decisions] = []

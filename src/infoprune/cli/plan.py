@@ -56,7 +56,9 @@ def apply(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")],
     data: Annotated[Optional[str], typer.Option("--data", help="Calibration data; default: what the plan names.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = False,
+    prompt_suffix: Annotated[Optional[str], typer.Option(help="Appended to every question (default: what the plan names).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
 ) -> None:
@@ -69,7 +71,11 @@ def apply(
     loaded = CompressionPlan.read(plan)
     output = check_output_folder(output, source=model, overwrite=overwrite)
     progress = BarProgress()
-    vlm = infoprune.load(model, device=device, notify=progress.note)
+    recorded = loaded.calibration.prompt_suffix if loaded.calibration else ""
+    vlm = infoprune.load(
+        model, device=device, trust_remote_code=trust_remote_code, notify=progress.note,
+        prompt_suffix=recorded if prompt_suffix is None else prompt_suffix,
+    )  # fmt: skip
     before = num_parameters(vlm.model)
     cut = infoprune.apply_plan(vlm, loaded, data, skip_bad=skip_bad, progress=progress)
     source = data or (loaded.calibration.data if loaded.calibration else "")
