@@ -902,6 +902,7 @@ def test_commands_load_to_the_gpu_of_their_process(monkeypatch, tmp_path, jsonl,
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("infoprune.load", load)
     monkeypatch.setattr("infoprune.model.load", load)
+    monkeypatch.setattr("infoprune.model.check_device", lambda name: None)  # a machine with GPUs
     app = typer.Typer()
     (compress_verb if verb == "compress" else evaluate_verb).register(app)
     app.callback()(lambda: None)  # so that the one command keeps its name
