@@ -167,7 +167,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: Writing failed.
     """
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as scratch:
         aside = Path(scratch) / folder.name
         try:
             yield aside

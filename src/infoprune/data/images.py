@@ -44,7 +44,7 @@ def check_mode(image: Image.Image) -> None:
     Raises:
         ValueError: They are 32-bit integers or floating point.
     """
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # as which older versions of Pillow open 16-bit PNGs
         raise ValueError(f"its pixels are numbers of mode '{image.mode}', not colours; convert it to 8 bits")
 
 
@@ -56,7 +56,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     check_mode(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
