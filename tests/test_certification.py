@@ -19,6 +19,7 @@ from infoprune.certification import run as certification_run
 from infoprune.certification.certificate import Certificate, certificate_of, image_digest, plan_digest, stored_digest
 from infoprune.certification.data import check_enough, most_per_image, split_data
 from infoprune.errors import BudgetError, CertificateError, CheckpointError
+from infoprune.evaluation import quality
 from infoprune.evaluation.differences import changed_questions, differences
 from infoprune.evaluation.quality import Quality, score
 from infoprune.evaluation.runner import evaluate
@@ -235,6 +236,34 @@ def test_an_interrupted_run_goes_on_where_it_was(taught, many, certified, monkey
     assert again.certificate == whole.certificate
     with pytest.raises(CheckpointError, match="max_drop"):
         infoprune.compress(taught, many, work=work, **(LOOSE | {"max_drop": 26.0}))
+
+
+def test_a_certified_path_goes_on_within_a_plan(taught, many, monkeypatch, tmp_path):
+    monkeypatch.setattr(quality, "IMAGES_PER_BATCH", 5)
+    real, scored = quality._score_batch, []
+
+    def stopping(stop, models, batch):
+        scored.append(len(models))
+        if len(scored) == stop:
+            raise KeyboardInterrupt
+        return real(models, batch)
+
+    monkeypatch.setattr(quality, "_score_batch", lambda *arguments: stopping(None, *arguments))
+    whole = infoprune.compress(taught, many, **LOOSE)
+    of_all = len(scored)
+    each = scored.index(2)  # those of the dense model come first
+    assert each > 3
+    work = tmp_path / "small.work"
+    for stop in (3, each + 2):  # among the dense model's scores, and among the first plan's
+        scored.clear()
+        monkeypatch.setattr(quality, "_score_batch", lambda *arguments, stop=stop: stopping(stop, *arguments))
+        with pytest.raises(KeyboardInterrupt):
+            infoprune.compress(taught, many, work=work, **LOOSE)
+    scored.clear()
+    monkeypatch.setattr(quality, "_score_batch", lambda *arguments: stopping(None, *arguments))
+    result = infoprune.compress(taught, many, work=work, **LOOSE)
+    assert result.certificate == whole.certificate
+    assert 1 not in scored and len(scored) < of_all - each
 
 
 def test_trained_models_are_refused(taught, many):

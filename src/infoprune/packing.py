@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -228,7 +228,12 @@ def encode_groups(
 
 
 def batches(
-    encoder: PromptEncoder, examples: Sequence[Example], *, images_per_batch: int = 8, share_prefix: bool = True
+    encoder: PromptEncoder,
+    examples: Sequence[Example],
+    *,
+    images_per_batch: int = 8,
+    share_prefix: bool = True,
+    done: Container[int] = (),
 ) -> Iterator[tuple[PackedBatch, list[int]]]:
     """Packed batches over ``examples``, each with the indices of its examples.
 
@@ -237,6 +242,7 @@ def batches(
         examples: Consecutive examples on one image are packed together.
         images_per_batch: Rows of a batch.
         share_prefix: ``False`` puts every question on a row of its own, as some families always do.
+        done: Indices of examples; batches of such alone are left out.
     """
     if not examples:
         raise DataError("There are no examples to run.")
@@ -245,7 +251,9 @@ def batches(
     groups = [list(group) for _, group in itertools.groupby(numbered, key=key)]
     for start in range(0, len(groups), images_per_batch):
         chunk = groups[start : start + images_per_batch]
-        yield pack(encoder, [[example for _, example in group] for group in chunk]), [index for group in chunk for index, _ in group]
+        indices = [index for group in chunk for index, _ in group]
+        if not all(index in done for index in indices):
+            yield pack(encoder, [[example for _, example in group] for group in chunk]), indices
 
 
 def pack(encoder: PromptEncoder, groups: Sequence[Sequence[Example]]) -> PackedBatch:

@@ -129,18 +129,22 @@ def score_plan(
 ) -> Scored:
     """Scores of all certification questions, KL on those about the first ``KL_IMAGES`` images.
 
-    Generated answers are kept in ``folder``, under the digest of the weights that gave them: a cut that differs in its last bits asks anew.
+    What is found is kept in ``folder``, under the digest of the weights that gave it: a cut that differs in its last bits asks anew.
     """
+
+    def record(what: str) -> Path | None:
+        return None if folder is None else folder / f"{what}-{index:02d}-{digest}.jsonl"
+
     flops = checked_flops(cut, path.plans[index], path.probe, path.workload, path.dense_flops)
-    count = kl_questions(split)
-    first = score([path.vlm, cut], split.certification[:count], progress=progress)[1]
+    count, digest = kl_questions(split), weights_digest(cut.model)
+    first = score([path.vlm, cut], split.certification[:count], record=record("kl"), progress=progress)[1]
     assert first.kl_nats is not None
     if split.metric != EXACT:
-        record = None if folder is None else folder / f"answers-{index:02d}-{weights_digest(cut.model)}.jsonl"
-        scores = judged_answers(cut, split, record, progress)
+        scores = judged_answers(cut, split, record("answers"), progress)
     else:
         rest = split.certification[count:]
-        scores = np.concatenate([first.scores, *(q.scores for q in (score([cut], rest, progress=progress) if rest else []))])
+        others = score([cut], rest, record=record("scores"), progress=progress) if rest else []
+        scores = np.concatenate([first.scores, *(q.scores for q in others)])
     return Scored(scores.astype(float), first.kl_nats, flops, num_parameters(cut.model))
 
 
@@ -148,7 +152,8 @@ def score_dense(vlm: VLM, split: CertificationSplit, progress: Progress = SILENT
     """(questions,) scores of the model itself, by the metric of ``split``."""
     if split.metric != EXACT:
         return judged_answers(vlm, split, None if folder is None else folder / "answers-dense.jsonl", progress)
-    return score([vlm], split.certification, progress=progress)[0].scores.astype(float)
+    record = None if folder is None else folder / "scores-dense.jsonl"
+    return score([vlm], split.certification, record=record, progress=progress)[0].scores.astype(float)
 
 
 def judged_answers(vlm: VLM, split: CertificationSplit, record: Path | None, progress: Progress) -> np.ndarray:

@@ -38,7 +38,7 @@ def evaluate(
         Optional[str], typer.Option(help="With --generate: official, lmms-eval or exact (default: official for benchmarks, else exact).")
     ] = None,
     answers: Annotated[
-        Optional[Path], typer.Option(help="With --generate: keep the answers in this .jsonl file, and go on there after an interruption.")
+        Optional[Path], typer.Option(help="Keep answers or scores in this .jsonl file, and go on there after an interruption.")
     ] = None,
     results: Annotated[
         Optional[Path], typer.Option(help="With --generate: write a benchmark's result file, as its evaluation server takes it.")
@@ -74,7 +74,7 @@ def evaluate(
     from infoprune.report.page import check_page, write_page
     from infoprune.training.loop import Processes
 
-    about_answers = {"--answers": answers, "--results": results, "--metric": metric, "--max-new-tokens": max_new_tokens}
+    about_answers = {"--results": results, "--metric": metric, "--max-new-tokens": max_new_tokens}
     _check_generate(generate, about_answers | {"--images-per-batch": images_per_batch})
     _check_numbers(limit, confidence, answers)
     if ocr and prompt_suffix:
@@ -106,7 +106,7 @@ def evaluate(
         progress.note(f"Warning: {warning}")
     generated = None
     if generate:
-        files = (answers and answers.with_name(f"{answers.stem}-against{answers.suffix}"), answers)[-len(models) :]
+        files = (_beside(answers, "against"), answers)[-len(models) :]
         sizes = {
             "max_new_tokens": MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
             "images_per_batch": IMAGES_PER_BATCH if images_per_batch is None else images_per_batch,
@@ -126,7 +126,7 @@ def evaluate(
             return
     result = run(
         models[-1], examples, against=models[0] if against is not None else None, answers=generated, metric=judge, timing=repeats > 0,
-        repeats=max(repeats, 1), confidence=confidence, progress=progress,
+        repeats=max(repeats, 1), confidence=confidence, record=_beside(answers, "scores") if generate else answers, progress=progress,
     )  # fmt: skip
     result["skipped"], result["warnings"] = loaded.skipped, warnings
     if report is not None:
@@ -139,6 +139,11 @@ def evaluate(
         console.print(metric_table(result["models"]))
     if changed := result.get("comparison", {}).get("changed"):
         console.print(changed_table(changed))
+
+
+def _beside(answers: Path | None, what: str) -> Path | None:
+    """The file for something else than the answers, called after theirs."""
+    return answers and answers.with_name(f"{answers.stem}-{what}{answers.suffix}")
 
 
 def _incomplete(loaded: Loaded, examples: Sequence[Example]) -> str:

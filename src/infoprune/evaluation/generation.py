@@ -52,7 +52,8 @@ def generate_answers(
         progress: Shows how many are answered.
 
     Raises:
-        DataError: No examples, an image that can't be read, or a ``record`` of another model, other data or settings.
+        DataError: No examples, an image that can't be read, or a ``record`` that another run is writing or that is of another model,
+            other data or settings.
         InfoPruneError: Not enough memory, or options that make no sense.
     """
     if not examples:
@@ -65,10 +66,11 @@ def generate_answers(
     file = AnswerFile(Path(record), fingerprint(vlm, examples, max_new_tokens=max_new_tokens), examples)
     answers = file.finished()
     if answers is None:
-        answers = _answer_all(vlm, examples, max_new_tokens, images_per_batch, file, processes, progress)
-        if processes.index == 0:
-            file.finish(answers)
-        processes.wait()
+        with file.held(processes.index):
+            answers = _answer_all(vlm, examples, max_new_tokens, images_per_batch, file, processes, progress)
+            if processes.index == 0:
+                file.finish(answers)
+            processes.wait()
     else:
         progress.note(f"The answers are read from {record}.")
     return answers

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from infoprune.data import Example
 from infoprune.data.images import identities
 from infoprune.errors import DataError
 from infoprune.evaluation.certify import bootstrap_draws, by_image
+from infoprune.evaluation.record import ScoreFile, score_fingerprint
 from infoprune.model import VLM
 from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.progress import SILENT, Progress
 
 IMAGES_PER_BATCH = 8
+Found = dict[str, Any]  # of one question and model, see score()
 
 
 @dataclass(frozen=True)
@@ -85,43 +88,86 @@ class Quality:
         return Quality(self.scores[chosen], kl, question, tuple(compress(self.answers, chosen)))
 
 
-@torch.no_grad()
-def score(models: Sequence[VLM], examples: Sequence[Example], *, progress: Progress = SILENT) -> list[Quality]:
+def score(models: Sequence[VLM], examples: Sequence[Example], *, record: Path | None = None, progress: Progress = SILENT) -> list[Quality]:
     """Score several models on the same batches; the first one is the reference of the KL.
 
+    Args:
+        models: What to score.
+        examples: Questions with their reference answers; consecutive ones on one image are packed together.
+        record: File that keeps what was found of each question: a dictionary per model of ``tokens`` (see :attr:`Quality.answers`),
+            ``right`` and, but for the first, ``kl`` at each token of the reference answer. An interrupted run goes on from what it left
+            beside the file, with the result of an uninterrupted one; a file that is finished is read.
+        progress: Shows how many are scored.
+
     Raises:
-        DataError: No examples.
+        DataError: No examples, or a ``record`` that another run is writing or that is of other models or data.
     """
     if not examples:
         raise DataError("There are no examples to evaluate on.")
-    correct = [np.zeros(len(examples), dtype=bool) for _ in models]
-    kls: list[list[torch.Tensor]] = [[] for _ in models]
-    answers: list[list[tuple[int, ...]]] = [[()] * len(examples) for _ in models]
-    places: list[np.ndarray] = []
+    if record is None:
+        return _qualities(_score_all(models, examples, None, progress))
+    file = ScoreFile(record, score_fingerprint(models, examples), examples)
+    found = file.finished()
+    if found is None:
+        with file.held(0):
+            found = _score_all(models, examples, file, progress)
+            file.finish(found)
+    else:
+        progress.note(f"The scores are read from {record}.")
+    return _qualities(found)
+
+
+def _score_all(models: Sequence[VLM], examples: Sequence[Example], file: ScoreFile | None, progress: Progress) -> list[list[Found]]:
+    """What was found of each question, per model."""
     share = all(can_share_prefix(vlm) for vlm in models)
+    found: dict[int, list[Found]] = file.resumed() if file is not None else {}
+    if found:
+        progress.note(f"{len(found)} of {len(examples)} questions were scored by an interrupted run.")
+    append = file.appender(0) if file is not None else lambda new: None
     with progress.task("evaluating", len(examples)) as advance:
-        for batch, indices in batches(models[0].encoder, examples, images_per_batch=IMAGES_PER_BATCH, share_prefix=share):
-            reference: torch.Tensor | None = None
-            places.append(np.asarray(indices)[batch.question.numpy()])
-            for number, vlm in enumerate(models):
-                moved = batch.to(vlm.device)
-                logits = answer_logits(vlm.model, moved).float()
-                for place, answer, right in zip(indices, *_greedy_answers(logits.argmax(-1).tolist(), batch), strict=True):
-                    answers[number][place], correct[number][place] = answer, right
-                log_p = logits.log_softmax(-1).cpu()
-                if reference is None:
-                    reference = log_p
-                else:
-                    kls[number].append((reference.exp() * (reference - log_p)).sum(-1))
-            advance(batch.num_questions)
-    token_question = np.concatenate(places)
-    return [
-        Quality(right, torch.cat(kl).numpy() if kl else None, token_question, tuple(found))
-        for right, kl, found in zip(correct, kls, answers, strict=True)
-    ]
+        advance(len(found))
+        for batch, indices in batches(models[0].encoder, examples, images_per_batch=IMAGES_PER_BATCH, share_prefix=share, done=found):
+            new = dict(zip(indices, _score_batch(models, batch), strict=True))
+            append(new)
+            advance(len(new.keys() - found.keys()))
+            found |= new
+    return [found[index] for index in range(len(examples))]
 
 
-def _greedy_answers(predicted: list[int], batch: PackedBatch) -> tuple[list[tuple[int, ...]], list[bool]]:
+@torch.no_grad()
+def _score_batch(models: Sequence[VLM], batch: PackedBatch) -> list[list[Found]]:
+    """What is found of each of a batch's questions, per model."""
+    found: list[list[Found]] = [[] for _ in range(batch.num_questions)]
+    reference: torch.Tensor | None = None
+    for vlm in models:
+        logits = answer_logits(vlm.model, batch.to(vlm.device)).float()
+        for item, (tokens, right) in zip(found, _greedy_answers(logits.argmax(-1).tolist(), batch), strict=True):
+            item.append({"tokens": tokens, "right": right})
+        log_p = logits.log_softmax(-1).cpu()
+        if reference is None:
+            reference = log_p
+            continue
+        kl = (reference.exp() * (reference - log_p)).sum(-1)
+        for value, question in zip(kl.tolist(), batch.question.tolist(), strict=True):
+            found[question][-1].setdefault("kl", []).append(value)
+    return found
+
+
+def _qualities(found: Sequence[Sequence[Found]]) -> list[Quality]:
+    """Per model, from what was found of each question."""
+    qualities = []
+    for number in range(len(found[0])):
+        own = [item[number] for item in found]
+        right, answers = np.array([item["right"] for item in own]), tuple(tuple(item["tokens"]) for item in own)
+        kl = places = None
+        if number:
+            kl = np.array([value for item in own for value in item["kl"]], dtype=np.float32)
+            places = np.repeat(np.arange(len(own)), [len(item["kl"]) for item in own])
+        qualities.append(Quality(right, kl, places, answers))
+    return qualities
+
+
+def _greedy_answers(predicted: list[int], batch: PackedBatch) -> list[tuple[list[int], bool]]:
     """Each question's predicted tokens up to the first that is not the reference's, and whether there is none such."""
     answers: list[list[int]] = [[] for _ in range(batch.num_questions)]
     right = [True] * batch.num_questions
@@ -129,7 +175,7 @@ def _greedy_answers(predicted: list[int], batch: PackedBatch) -> tuple[list[tupl
         if right[question]:
             answers[question].append(token)
             right[question] = token == target
-    return [tuple(answer) for answer in answers], right
+    return list(zip(answers, right, strict=True))
 
 
 def can_share_prefix(vlm: VLM) -> bool:

@@ -1,8 +1,8 @@
-"""Answers on disk: a file that says what was asked of which model, and that interrupted work can go on from.
+"""Answers and scores on disk: a file that says what was asked of which model, and that interrupted work can go on from.
 
-While questions are being answered, each process appends to a file of its own beside the final one, ``NAME.0.part``, and every append is on
+While questions are being asked, each process appends to a file of its own beside the final one, ``NAME.0.part``, and every append is on
 the disk before the next batch begins. The final file is written aside and renamed. All have one form: a line of JSON that tells model, data
-and settings, then a line per answer.
+and settings, then a line per question.
 """
 
 from __future__ import annotations
@@ -15,81 +15,113 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
+from filelock import FileLock, Timeout
 
 from infoprune.data import Example
 from infoprune.errors import DataError
 from infoprune.model import VLM, precision_name
 
-FORMAT = "infoprune-answers-1"
-
 
 @dataclass(frozen=True)
-class AnswerFile:
-    """Answers to ``examples``, and what they depend on.
+class RecordFile:
+    """What was found for each of ``examples``, and what that depends on.
 
     Attributes:
         path: The final file.
         header: Fingerprint of model, data and settings, as :func:`fingerprint` makes it.
         examples: What is asked.
+        format: What ``header`` must say of the file.
+        field: What a line calls the value that was found.
+        noun: The values, for people.
     """
 
     path: Path
     header: dict[str, Any]
     examples: Sequence[Example]
+    format: ClassVar[str]
+    field: ClassVar[str]
+    noun: ClassVar[str]
 
-    def finished(self) -> list[str] | None:
-        """All answers, if the final file is there.
+    @staticmethod
+    def _whole(value: Any) -> bool:
+        """Whether a value that was read is one."""
+        raise NotImplementedError
+
+    @contextmanager
+    def held(self, process: int) -> Iterator[None]:
+        """Keep other runs away from this process's part for the time of the block; the lock goes with the process, however that ends.
+
+        Raises:
+            DataError: Another run is writing, or nothing can be written.
+        """
+        lock = FileLock(self.path.with_name(f"{self.path.name}.{process}.lock"), timeout=0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise DataError(f"Another run is writing {self.path}. Wait for it, stop it, or give another name.") from error
+        except OSError as error:
+            raise DataError(f"Cannot write {self.noun} to {self.path}: {error}.") from error
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def finished(self) -> list[Any] | None:
+        """All values, if the final file is there.
 
         Raises:
             DataError: It is damaged, of something else, or of another model, other data or settings.
         """
         if not self.path.exists():
             return None
-        answers, size = self._read(self.path)
-        if len(answers) < len(self.examples) or size < self.path.stat().st_size:
-            raise DataError(f"{self.path} is damaged: {len(answers)} of {len(self.examples)} answers can be read. Delete it to ask again.")
-        return [answers[index] for index in range(len(self.examples))]
+        found, size = self._read(self.path)
+        if len(found) < len(self.examples) or size < self.path.stat().st_size:
+            told = f"{len(found)} of {len(self.examples)} {self.noun} can be read"
+            raise DataError(f"{self.path} is damaged: {told}. Delete it to ask again.")
+        return [found[index] for index in range(len(self.examples))]
 
-    def resumed(self) -> dict[int, str]:
-        """What interrupted processes, however many they were, have answered, by index.
+    def resumed(self) -> dict[int, Any]:
+        """What interrupted processes, however many they were, have found, by index.
 
         Raises:
             DataError: A part is of another model, other data or settings.
         """
-        return {index: answer for part in self._parts() for index, answer in self._read(part)[0].items()}
+        return {index: value for part in self._parts() for index, value in self._read(part)[0].items()}
 
-    def appender(self, process: int) -> Callable[[dict[int, str]], None]:
-        """A function that puts answers by index into this process's part, durably; a line there that a crash cut short is dropped.
+    def appender(self, process: int) -> Callable[[dict[int, Any]], None]:
+        """A function that puts values by index into this process's part, durably; a line there that a crash cut short is dropped.
 
         Raises:
             DataError: The part can't be written.
         """
         part = self.path.with_name(f"{self.path.name}.{process}.part")
         size = self._read(part)[1] if part.exists() else 0
-        with _writing(part, "ab") as file:
+        with _writing(part, "ab", self.noun) as file:
             file.truncate(size)
             if size == 0:
                 file.write(_line(self.header))
 
-        def append(answers: dict[int, str]) -> None:
-            with _writing(part, "ab") as file:
-                file.writelines(self._answer(*item) for item in answers.items())
+        def append(found: dict[int, Any]) -> None:
+            with _writing(part, "ab", self.noun) as file:
+                file.writelines(self._value(*item) for item in found.items())
 
         return append
 
-    def finish(self, answers: Sequence[str]) -> None:
+    def finish(self, found: Sequence[Any]) -> None:
         """Put the final file into place and remove the parts.
 
         Raises:
             DataError: It can't be written.
         """
         aside = self.path.with_name(f"{self.path.name}.partial")
-        with _writing(aside, "wb") as file:
+        with _writing(aside, "wb", self.noun) as file:
             file.write(_line(self.header))
-            file.writelines(self._answer(*item) for item in enumerate(answers))
+            file.writelines(self._value(*item) for item in enumerate(found))
         aside.replace(self.path)
         self.tidy()
 
@@ -102,13 +134,13 @@ class AnswerFile:
         own = re.compile(rf"{re.escape(self.path.name)}\.\d+\.part")
         return sorted(path for path in self.path.parent.glob("*.part") if own.fullmatch(path.name))
 
-    def _answer(self, index: int, answer: str) -> bytes:
+    def _value(self, index: int, value: Any) -> bytes:
         example = self.examples[index]
         known = {"id": example.id} if example.id is not None else {}
-        return _line({"index": index, **known, "image": example.image.name, "question": example.question, "answer": answer})
+        return _line({"index": index, **known, "image": example.image.name, "question": example.question, self.field: value})
 
-    def _read(self, path: Path) -> tuple[dict[int, str], int]:
-        """Answers by index up to the first line that is not whole, and the bytes up to there."""
+    def _read(self, path: Path) -> tuple[dict[int, Any], int]:
+        """Values by index up to the first line that is not whole, and the bytes up to there."""
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -119,26 +151,54 @@ class AnswerFile:
             if expected.startswith(data) and path != self.path:
                 return {}, 0  # stopped while the header was being written
             raise DataError(self._mismatch(path, first))
-        answers: dict[int, str] = {}
+        found: dict[int, Any] = {}
         size = len(expected)
         for line in rest.splitlines(keepends=True):
             item = _parsed(line) if line.endswith(b"\n") else None
-            if item is None or not isinstance(item.get("answer"), str) or item.get("index") not in range(len(self.examples)):
+            if item is None or item.get("index") not in range(len(self.examples)) or not self._whole(item.get(self.field)):
                 break
-            answers[item["index"]] = item["answer"]
+            found[item["index"]] = item[self.field]
             size += len(line)
-        return answers, size
+        return found, size
 
     def _mismatch(self, path: Path, first: bytes) -> str:
         held = _parsed(first)
-        if held is None or held.get("format") != FORMAT:
-            return f"{path} is not a file of answers. Give another name, or move that file away."
+        if held is None or held.get("format") != self.format:
+            return f"{path} is not a file of {self.noun}. Give another name, or move that file away."
         differs = sorted(key for key in {*held, *self.header} if held.get(key) != self.header.get(key))
-        return f"{path} holds answers that differ in {', '.join(differs)}. Give another name, or delete that file to ask again."
+        return f"{path} holds {self.noun} that differ in {', '.join(differs)}. Give another name, or delete that file to ask again."
+
+
+class AnswerFile(RecordFile):
+    """Generated answers: a text per question."""
+
+    format = "infoprune-answers-1"
+    field = "answer"
+    noun = "answers"
+
+    @staticmethod
+    def _whole(value: Any) -> bool:
+        return isinstance(value, str)
+
+
+class ScoreFile(RecordFile):
+    """What scoring finds: per question a list with a dictionary for each model (:mod:`infoprune.evaluation.quality` says of what)."""
+
+    format = "infoprune-scores-1"
+    field = "scored"
+    noun = "scores"
+
+    @staticmethod
+    def _whole(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and all(isinstance(own, dict) and {"tokens", "right"} <= own.keys() for own in value)
+            and all(isinstance(own.get("kl"), list) for own in value[1:])
+        )
 
 
 @contextmanager
-def _writing(path: Path, mode: str) -> Iterator[IO[bytes]]:
+def _writing(path: Path, mode: str, noun: str) -> Iterator[IO[bytes]]:
     """An open file, on the disk for good when the block is left."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +207,7 @@ def _writing(path: Path, mode: str) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise DataError(f"Cannot write answers to {path}: {error}. Those that were recorded before are kept.") from error
+        raise DataError(f"Cannot write {noun} to {path}: {error}. Those that were recorded before are kept.") from error
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -162,8 +222,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def fingerprint(vlm: VLM, examples: Sequence[Example], **settings: Any) -> dict[str, Any]:
-    """What answers depend on: model (configuration, weights, precision), processor, prompt, data and ``settings``.
+def fingerprint(vlm: VLM, examples: Sequence[Example], kind: type[RecordFile] = AnswerFile, **settings: Any) -> dict[str, Any]:
+    """What a file of ``kind`` depends on: model (configuration, weights, precision), processor, prompt, data and ``settings``.
 
     The data are known by questions, names and sizes of the image files; the batch size and the number of processes don't matter.
     """
@@ -171,7 +231,7 @@ def fingerprint(vlm: VLM, examples: Sequence[Example], **settings: Any) -> dict[
     asked = [(example.id, example.image.name, sizes.get(example.image), vlm.encoder.prompt_of(example)) for example in examples]
     images = getattr(vlm.processor, "image_processor", None)
     return {
-        "format": FORMAT,
+        "format": kind.format,
         "model": weights_digest(vlm.model),
         "configuration": _digest(vlm.model.config.to_dict()),
         "dtype": precision_name(vlm.model.dtype),
@@ -182,6 +242,12 @@ def fingerprint(vlm: VLM, examples: Sequence[Example], **settings: Any) -> dict[
         "num_questions": len(examples),
         **settings,
     }
+
+
+def score_fingerprint(models: Sequence[VLM], examples: Sequence[Example]) -> dict[str, Any]:
+    """What scores of several models beside each other depend on, reference answers included."""
+    against = [weights_digest(vlm.model) for vlm in models[:-1]]
+    return fingerprint(models[-1], examples, ScoreFile, against=against, reference=_digest([example.answer for example in examples]))
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -36,6 +36,7 @@ def evaluate(
     timing: bool = True,
     repeats: int = 15,
     confidence: float = 0.95,
+    record: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Accuracy, cost and time of ``vlm``, side by side with ``against`` (its dense original) if given.
@@ -50,6 +51,7 @@ def evaluate(
         timing: Also measure latency.
         repeats: Timed rounds.
         confidence: Of the one-sided bounds on the drop.
+        record: File that keeps what scoring finds, for an interrupted run to go on from (:func:`infoprune.evaluation.quality.score`).
         progress: Shows the steps.
 
     Returns:
@@ -64,7 +66,7 @@ def evaluate(
     family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
-    scored, judged = _judged(models, examples, answers, metric, progress)
+    scored, judged = _judged(models, examples, answers, metric, record, progress)
     counted = judged[0].counted if judged else np.ones(len(examples), dtype=bool)
     scored, places = [found.only(counted) for found in scored], np.flatnonzero(counted).tolist()
     compared = [examples[place] for place in places]
@@ -72,7 +74,7 @@ def evaluate(
     times = latency.measure(models, family, inputs, answer_tokens=answer_tokens, repeats=repeats, progress=progress) if timing else []
     records = []
     for index, model in enumerate(models):
-        record: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "model": model.model_id,
             "accuracy": scored[index].accuracy,
             "accuracy_ci95": list(scored[index].accuracy_ci95),
@@ -81,8 +83,8 @@ def evaluate(
             "flops": flops[index].as_dict(),
             "bytes_on_disk": bytes_on_disk(model),
         }
-        record |= {"milliseconds": times[index]} if timing else {}
-        records.append(record | ({"metric": judged[index].as_dict()} if judged else {}))
+        facts |= {"milliseconds": times[index]} if timing else {}
+        records.append(facts | ({"metric": judged[index].as_dict()} if judged else {}))
     result: dict[str, Any] = {
         "models": records,
         "dtype": precision_name(vlm.model.dtype),
@@ -122,13 +124,18 @@ def check_comparable(vlm: VLM, against: VLM) -> None:
 
 
 def _judged(
-    models: Sequence[VLM], examples: Sequence[Example], answers: Sequence[Sequence[str]] | None, metric: str, progress: Progress
+    models: Sequence[VLM],
+    examples: Sequence[Example],
+    answers: Sequence[Sequence[str]] | None,
+    metric: str,
+    record: Path | None,
+    progress: Progress,
 ) -> tuple[list[quality.Quality], list[Scores]]:
     """How good each model's answers are, and what the metric says of generated ones; KL needs scoring whatever a model answered."""
     if answers is None:
-        return quality.score(models, examples, progress=progress), []
+        return quality.score(models, examples, record=record, progress=progress), []
     judged = [score_answers(texts, examples, metric) for texts in answers]
-    scored = quality.score(models, examples, progress=progress) if len(models) > 1 else [quality.Quality(np.zeros(0))]
+    scored = quality.score(models, examples, record=record, progress=progress) if len(models) > 1 else [quality.Quality(np.zeros(0))]
     found = [replace(q, scores=j.per_example, answers=tuple(texts)) for q, j, texts in zip(scored, judged, answers, strict=True)]
     return found, judged
 
