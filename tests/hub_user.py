@@ -26,5 +26,6 @@ for name in (pushed, uploaded):
         "same": same,
         "plan": vlm.plan is not None and json.loads(vlm.plan.to_json()),
         "processor": type(vlm.processor).__name__,
+        "revision": vlm.revision,
     }
 print("report " + json.dumps(report))

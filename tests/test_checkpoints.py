@@ -77,6 +77,7 @@ def test_push_to_hub_takes_everything_along(small, tmp_path, hub, hub_environmen
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("report ")).removeprefix("report "))
     plan = json.loads((folder / "plan.json").read_text())
+    assert {repo: found.pop("revision") for repo, found in report.items()} == {repo: hub.commit(repo) for repo in report}
     assert report[uploaded] == {"same": True, "plan": plan, "processor": "LlavaProcessor"}
     assert report["someone/pushed"] == {"same": True, "plan": False, "processor": "LlavaProcessor"}  # Transformers knows of no plan
     pushed = hub.repos["someone/pushed"]

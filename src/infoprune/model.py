@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from infoprune.architecture import Architecture
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
@@ -38,6 +38,7 @@ class VLM:
         model_id: Where it came from.
         plan: How it was compressed, if it was.
         stored: Precision of the weights in the checkpoint that it came from, where its configuration tells.
+        revision: Commit of the hub's repository that it came from; ``None`` for folders.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class VLM:
     model_id: str
     plan: CompressionPlan | None = None
     stored: torch.dtype | None = None
+    revision: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,8 @@ def load(
     if getattr(model.config, "image_token_id", None) is None:
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
     model = model.to(device).eval()
-    return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan, stored)
+    revision = extract_commit_hash(cached_file(str(path), "config.json", **OPTIONAL), None)  # what a download's path says
+    return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan, stored, revision)
 
 
 def check_device(name: str) -> None:

@@ -118,7 +118,7 @@ class CompressionPlan(_Strict):
         version: Format version.
         library: Version of infoprune that wrote it.
         model_type: Family of the dense model.
-        model_id, revision: Where the dense model came from.
+        model_id, revision: Where the dense model came from, and the commit if that is a hub.
         budget: What was asked for, e.g. ``{"flops": 0.5}``.
         method: Options that shape the weights: criterion, FFN metric, centring.
         calibration: The data behind the statistics.

@@ -196,7 +196,7 @@ def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, recor
         library=__version__,
         model_type=dense_architecture(vlm).family.model_type,
         model_id=vlm.model_id,
-        revision=getattr(vlm.model.config, "_commit_hash", None),
+        revision=vlm.revision,
         budget=options.budget,
         method=method,
         calibration=record,

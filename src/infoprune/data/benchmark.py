@@ -52,7 +52,7 @@ class Prompt:
     Attributes:
         suffix: Follows the question.
         capitalize: The question's first letter becomes a capital and all others small, as ``str.capitalize`` has it.
-        ocr: Add the words that a reader found in the image, where the example has them.
+        ocr: Add the words that a reader found in the image, where the example has such a list, be it empty.
         max_new_tokens: Longest answer.
     """
 
@@ -64,8 +64,8 @@ class Prompt:
     def text(self, example: Example) -> str:
         """The whole text beside the image."""
         question = example.question.capitalize() if self.capitalize else example.question
-        tokens = example.extras.get("ocr_tokens", ()) if self.ocr else ()
-        reference = f"\nReference OCR token: {', '.join(tokens)}" if tokens else ""
+        tokens = example.extras.get("ocr_tokens") if self.ocr else None
+        reference = f"\nReference OCR token: {', '.join(tokens)}" if tokens is not None else ""
         return f"{question}{reference}{self.suffix}"
 
 
