@@ -191,6 +191,12 @@ def other_prompts(rng: random.Random, script: SimpleNamespace) -> int:
     return sum(one != other for one, other in zip(ours, expected, strict=True))
 
 
+def ten_answers(predictions: list[str], examples: list[Example]) -> Batch:
+    """The sets that mmf's evaluator takes."""
+    kept = [number for number, example in enumerate(examples) if len(example.answers) == 10]
+    return [predictions[number] for number in kept], [examples[number] for number in kept]
+
+
 def compare(metric: str, script: str, judge: Callable[[list[Batch]], list[Found]], sets: int) -> dict[str, Any]:
     """A row: our metric beside ``judge`` on generated batches."""
     wrong: list[int] = []
@@ -198,9 +204,7 @@ def compare(metric: str, script: str, judge: Callable[[list[Batch]], list[Found]
     for start in range(0, sets // BATCH, TOGETHER):
         batches = [generated(number) for number in range(start, min(start + TOGETHER, sets // BATCH))]
         if metric == "textvqa/official":
-            batches = [
-                ([p for p, e in zip(*b, strict=True) if len(e.answers) == 10], [e for e in b[1] if len(e.answers) == 10]) for b in batches
-            ]
+            batches = [ten_answers(*batch) for batch in batches]
         if metric == "gqa/official":  # one run of its script for all
             batches = [([p for b in batches for p in b[0]], [e for b in batches for e in b[1]])]
         for (predictions, examples), (scores, figures) in zip(batches, judge(batches), strict=True):

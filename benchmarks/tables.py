@@ -282,6 +282,18 @@ def fuzz() -> str:
     return table(["metric", "generated answer sets", "scored differently", "totals", "different totals"], cells) + source("fuzz")
 
 
+def reference_scripts() -> str:
+    found = load("reference_scripts")
+    cells = [
+        [f"`{row['metric']}`", row["script"], f"{row['sets']:,}", f"{row['disagreements']:,}" if row["scored"] else "not told",
+         *((f"{row['figures']:,}", f"{row['different_figures']:,}") if row["figures"] else ("none", ""))]
+        for row in found["rows"]
+    ]  # fmt: skip
+    header = ["metric", "script", "generated answer sets", "scored differently", "figures over all", "different figures"]
+    text = f"\n\n{found['meta']['other_prompts']:,} of {found['meta']['prompts']:,} prompts differ from lmms-eval's."
+    return table(header, cells) + text + source("reference_scripts")
+
+
 def coverage() -> str:
     rows = [r for r in load("certificate")["rows"] if r["part"] == "coverage" and r["bound"] != "fixed-sequence"]
     bounds = list(dict.fromkeys(r["bound"] for r in rows))
@@ -340,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fixed_sequence": fixed_sequence,
     "certificate": certificate,
     "fuzz": fuzz,
+    "reference_scripts": reference_scripts,
     "families": families,
     "refused": refused,
     "graphs": graphs,
