@@ -216,6 +216,8 @@ def test_textvqa(textvqa):
     assert load_examples(f"textvqa:validation@{textvqa}", skip_bad=True, ocr=True)[0].prompt == replace(prompt, ocr=True).text(example)
     assert example.prompt == prompt.text(example) == "What does the sign say?\nAnswer the question using a single word or phrase."
     assert replace(prompt, ocr=True).text(example).split("\n")[1] == "Reference OCR token: STOP, 4"
+    empty = replace(example, extras={"ocr_tokens": ()})  # a reader that found nothing: lmms-eval tells so
+    assert replace(prompt, ocr=True).text(empty).split("\n")[1] == "Reference OCR token: "
     (secret,) = load_examples(f"textvqa:test@{textvqa}", unanswered=True)
     assert secret.image.parent.name == "test_images" and not secret.answered
     assert replace(prompt, ocr=True).text(secret) == prompt.text(secret)

@@ -92,6 +92,11 @@ def test_plans_of_ranks_are_written_as_before_there_were_neurons():
     assert plan.shapes()["ffn"] == {"a": {"down_rank": 2}, "b": {"keep": 2, "of": 4}, "c": {"keep": 0, "of": 4}}
 
 
+def test_a_plan_says_which_commit_of_a_hub_was_cut(gqa_vlm, questions):
+    cut = infoprune.compress(dataclasses.replace(gqa_vlm, revision="c0ffee"), questions, flops=0.8, rank_multiple=2, examples=6)
+    assert CompressionPlan.from_json(cut.vlm.plan.to_json()).revision == "c0ffee"
+
+
 def test_plans_that_do_not_fit_are_refused_and_change_nothing(gqa_vlm, questions):
     architecture, plan = gqa_vlm.architecture, plan_of(gqa_vlm)
     site = architecture.ffn[0]
