@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import infoprune
-from common import RESULTS, commit, log, many_images, processor, write
+from common import RESULTS, command, commit, log, many_images, processor, write
 from infoprune.calibrate import Statistics
 from infoprune.decide import decide
 from infoprune.evaluation import latency, quality
@@ -251,7 +251,7 @@ class Arena:
     def head(self, entry: Entry) -> dict[str, Any]:
         """What a row starts with."""
         told = {"method": entry.method, "scope": entry.scope, "budget": entry.share, "seed": entry.seed}
-        return told | {"hardware": processor(), "commit": commit()}
+        return told | {"hardware": processor(), "commit": commit(), "command": command()}
 
     def save(self) -> None:
         """Write the result file."""

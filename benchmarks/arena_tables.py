@@ -57,7 +57,7 @@ def arena(scope: str, data: str) -> str:
     meta = everything["meta"]
     asked = meta["num_questions"] if data == "test" else meta["num_shifted"]
     text = f"\n\nAccuracy / KL in nats per answer token, {asked:,} questions, seeds {', '.join(map(str, sorted(seeds)))}."
-    return table(["method", *(f"{share:g}" for share in shares)], cells) + text + failures(scope) + source("arena")
+    return table(["method", *(f"{share:g}" for share in shares)], cells) + text + failures(scope) + source("arena", rows)
 
 
 def failures(scope: str) -> str:
@@ -79,7 +79,7 @@ def arena_cost(share: float = 0.5) -> str:
             f"{seconds['calibrate']:.0f} s", f"{seconds['decide'] + seconds['cut']:.0f} s",
         ])  # fmt: skip
     header = ["method", "FLOPs share", "weights", "vision", "prefill", "decode step", "end to end", "calibrate", "decide and cut"]
-    return table(header, cells) + source("arena")
+    return table(header, cells) + source("arena", rows)
 
 
 def scale() -> str:

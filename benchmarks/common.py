@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,11 @@ def log(message: str) -> None:
     print(f"[{time.time() - STARTED:7.1f} s] {message}", file=sys.stderr, flush=True)
 
 
+def command() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def write(name: str, rows: list[dict[str, Any]], **meta: Any) -> None:
     """Write ``results/NAME.json``, aside first and then in place."""
     circumstances = {
@@ -40,7 +46,7 @@ def write(name: str, rows: list[dict[str, Any]], **meta: Any) -> None:
             "transformers": transformers.__version__,
             "infoprune": infoprune.__version__,
         },
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "seconds": round(time.time() - STARTED, 1),
     }
     RESULTS.mkdir(exist_ok=True)

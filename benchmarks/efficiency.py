@@ -1,6 +1,6 @@
 """How much of the saved FLOPs becomes saved time on the demo model, and what stands in the way.
 
-    python benchmarks/efficiency.py [--shares S ...] [--batches N ...] [--repeats N] [--no-compile]
+    python benchmarks/efficiency.py [--shares S ...] [--batches N ...] [--cuts NAME ...] [--repeats N] [--no-compile]
 
 Efficiency is the speed-up times the share of FLOPs that is left: 1 where time falls as FLOPs do. Timed are the vision tower and the whole
 prompt (image, projector, language model, one position of the head), run by PyTorch as it is and by ``torch.compile``, at a batch of one and
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
@@ -48,8 +49,8 @@ def main() -> None:
     probe, dense_flops, workload = measure(dense, whole_images("train", 64))
     models: dict[tuple[float, str], Any] = {(1.0, "dense"): (dense, dense_flops)}
     for share in args.shares:
-        for cut, options in CUTS.items():
-            result = infoprune.compress(dense, "easy-vqa:train", flops=share, **options)
+        for cut in args.cuts:
+            result = infoprune.compress(dense, "easy-vqa:train", flops=share, **CUTS[cut])
             models[share, cut] = (result.vlm, result.flops)
             log(f"share {share:.3f}, {cut}: {result.flops_ratio:.3f} of the FLOPs")
     rows: list[dict[str, Any]] = []

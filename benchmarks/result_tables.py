@@ -19,12 +19,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def source(name: str) -> str:
-    """Circumstances of a result file; rows that were made in several runs say their own commit and processor."""
-    meta, rows = load(name)["meta"], load(name)["rows"]
-    commits, hardware = (", ".join(dict.fromkeys(row[key] for row in rows if key in row)) or meta[key] for key in ("commit", "hardware"))
+def source(name: str, rows: list[dict[str, Any]] | None = None) -> str:
+    """Circumstances of a result file, or of some rows; those made in several runs say their own command, commit and processor."""
+    meta, rows = load(name)["meta"], load(name)["rows"] if rows is None else rows
+    told = {key: list(dict.fromkeys(row[key] for row in rows if key in row)) or [meta[key]] for key in ("command", "commit", "hardware")}
+    commands, commits, hardware = "; ".join(told["command"]), ", ".join(told["commit"]), ", ".join(told["hardware"])
     versions = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
-    return f"\n\n`{meta['command']}`, commit {commits}, {meta['date']}; {hardware}, {meta['threads']} threads; {versions}."
+    return f"\n\n`{commands}`, commit {commits}, {meta['date']}; {hardware}, {meta['threads']} threads; {versions}."
 
 
 def drop(row: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """Choice of defaults: variants of the training-free method on validation images that neither the bridge nor calibration saw.
 
-    python benchmarks/selection.py [--shares 0.5 0.31] [--variants default "shrinkage 0"]
+    python benchmarks/selection.py [--scope model] [--shares 0.5 0.31] [--variants default "shrinkage 0"]
 
 Each answers the validation questions, and others about altered images in words that calibration does not have (``shifted.VALIDATION``,
-which shares neither with the test's shift). Rows already in the result file are kept, so a stopped run goes on where it was.
+which shares neither with the test's shift). With the scope ``ffn`` heads stay, and shares are of the FFNs' FLOPs. Rows already in the result
+file are kept, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ QUESTIONS = 400
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--scope", default="model", choices=["model", "ffn"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
     arena = Arena(infoprune.load("demo", notify=log), QUESTIONS, VALIDATION, "selection")
+    part, heads = arena.shares_of()[args.scope], {"heads": "none"} if args.scope == "ffn" else {}
     wanted = [
-        Entry("model", f"infoprune:{name}", share, 0, CompressionOptions(flops=share, **VARIANTS[name]))
+        Entry(args.scope, f"infoprune:{name}", share, 0, CompressionOptions(flops=1 - (1 - share) * part, **heads, **VARIANTS[name]))
         for share in args.shares
         for name in args.variants
     ]
