@@ -3,8 +3,8 @@
     python benchmarks/selection.py [--scope model] [--shares 0.5 0.31] [--variants default "shrinkage 0"]
 
 Each answers the validation questions, and others about altered images in words that calibration does not have (``shifted.VALIDATION``,
-which shares neither with the test's shift). With the scope ``ffn`` heads stay, and shares are of the FFNs' FLOPs. Rows already in the result
-file are kept, so a stopped run goes on where it was.
+which shares neither with the test's shift). With the scope ``ffn`` heads stay, and shares are of the FFNs' FLOPs. Rows already in the
+result file are kept, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations

@@ -50,12 +50,12 @@ def demo() -> str:
 
 def selection() -> str:
     cells = []
-    for row in sorted(
-        (row for row in load("selection")["rows"] if "error" not in row), key=lambda row: (row["scope"] == "ffn", -row["budget"])
-    ):
+    rows = [row for row in load("selection")["rows"] if "error" not in row]
+    for row in sorted(rows, key=lambda row: (row["scope"] == "ffn", -row["budget"])):
         beyond = row["shifted"]
+        what = f"`--flops {row['budget']:g}`" if row["scope"] == "model" else f"FFNs alone, {row['budget']:g}"
         cells.append([
-            f"`--flops {row['budget']:g}`" if row["scope"] == "model" else f"FFNs alone, {row['budget']:g}", row["method"].partition(":")[2], f"{row['accuracy']:.2f}%", f"{row['kl_nats']:.4f}",
+            what, row["method"].partition(":")[2], f"{row['accuracy']:.2f}%", f"{row['kl_nats']:.4f}",
             f"{beyond['accuracy']:.2f}%", f"{beyond['kl_nats']:.4f}",
         ])  # fmt: skip
     dense = f"The dense model answers {row['dense_accuracy']:.2f}% and {beyond['dense_accuracy']:.2f}%."
