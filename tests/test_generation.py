@@ -324,6 +324,6 @@ def test_the_command_says_what_does_not_go_together():
     from infoprune.cli.evaluate import evaluate
 
     with pytest.raises(InfoPruneError, match="add --generate"):
-        evaluate("demo", answers=Path("answers.jsonl"))
+        evaluate("demo", max_new_tokens=4)
     with pytest.raises(InfoPruneError, match="no precision"):
         evaluate("demo", generate=True, precision="int4")
