@@ -7,7 +7,7 @@
 cut; trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs) under the same FFNs and recovery
 at 3.2x. The rows also answer questions beyond the task (``shifted.TEST``). ``arms``: trained, training-free and random heads under the
 same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
-``ablation``: each term of the gates' objective off, at 3.2x, without recovery. Training stops early on the validation split; the test
+``ablation``: each term of the gates' objective off, and no gates at all, at 3.2x, without recovery. Training stops early on the validation split; the test
 split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not committed), so a stopped run goes on where it was.
 """
 
@@ -78,7 +78,7 @@ def runs(
         ]
     if "ablation" in parts:
         cases = {"all terms": {}} | {f"without {term.removesuffix('_weight')}": {term: 0.0} for term in TERMS}
-        cases |= {"without compensation": {"compensate": "none"}}
+        cases |= {"without compensation": {"compensate": "none"}, "training-free heads": {"heads": ARMS["training-free"]}}
         found += [
             Run("ablation", name, 1 / 3.2, 0, SHORT | {"heads": "trained", "recovery": recovery} | case)
             for recovery in ("none",)
