@@ -106,7 +106,7 @@ def score(models: Sequence[VLM], examples: Sequence[Example], *, record: Path | 
         raise DataError("There are no examples to evaluate on.")
     if record is None:
         return _qualities(_score_all(models, examples, None, progress))
-    file = ScoreFile(record, score_fingerprint(models, examples), examples)
+    file = ScoreFile(Path(record), score_fingerprint(models, examples), examples)
     found = file.finished()
     if found is None:
         with file.held(0):

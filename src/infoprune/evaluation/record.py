@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -68,7 +68,8 @@ class RecordFile:
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):  # while it is held, so that nobody else's goes; some systems forbid that, and it stays
+                Path(lock.lock_file).unlink()
             lock.release()
 
     def finished(self) -> list[Any] | None:
