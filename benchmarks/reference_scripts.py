@@ -242,6 +242,8 @@ def main() -> None:
         judges |= {f"{metric}/lmms-eval": (release, lmms_eval(metric, script)) for metric in ("vqav2", "textvqa", "gqa")}
         rng = random.Random(SEED)
         meta = {"prompts": 3 * args.sets, "other_prompts": sum(other_prompts(rng, script) for _ in range(args.sets))}
+    if not judges:
+        parser.error("name at least one script, or install lmms-eval")
     rows = [compare(metric, name, judge, args.sets) for metric, (name, judge) in judges.items()]
     write("reference_scripts", rows, seeds=[SEED], **meta)
 

@@ -292,7 +292,8 @@ def reference_scripts() -> str:
         for row in found["rows"]
     ]  # fmt: skip
     header = ["metric", "script", "generated answer sets", "scored differently", "figures over all", "different figures"]
-    text = f"\n\n{found['meta']['other_prompts']:,} of {found['meta']['prompts']:,} prompts differ from lmms-eval's."
+    meta = found["meta"]
+    text = f"\n\n{meta['other_prompts']:,} of {meta['prompts']:,} prompts differ from lmms-eval's." if "prompts" in meta else ""
     return table(header, cells) + text + source("reference_scripts")
 
 

@@ -21,7 +21,7 @@ from infoprune.evaluation import generation
 from infoprune.evaluation.decoding import batched_answers
 from infoprune.evaluation.generation import batches, dtype_for, generate_answers
 from infoprune.evaluation.metrics import score_answers
-from infoprune.evaluation.record import AnswerFile, weights_digest
+from infoprune.evaluation.record import RecordFile, weights_digest
 from infoprune.surgery import apply_
 from test_families import dropping, statistics_of
 from tiny_models import TINY, WORDS, build
@@ -154,11 +154,11 @@ def recorded(tmp_path_factory):
     vlm, questions = speaking(build(TINY[1])), examples(folder)
     questions = [Example(q.image, q.question, q.answer, id=f"ü{number}") for number, q in enumerate(questions)]
     generate_answers(vlm, questions, record=folder / "whole.jsonl", **FEW)
-    finish, AnswerFile.finish = AnswerFile.finish, lambda self, answers: None
+    finish, RecordFile.finish = RecordFile.finish, lambda self, answers: None
     try:
         generate_answers(vlm, questions, record=folder / "part.jsonl", **FEW)
     finally:
-        AnswerFile.finish = finish
+        RecordFile.finish = finish
     return vlm, questions, (folder / "whole.jsonl").read_bytes(), (folder / "part.jsonl.0.part").read_bytes()
 
 

@@ -16,7 +16,7 @@ from infoprune.errors import DataError
 from infoprune.evaluation import quality
 from infoprune.evaluation.generation import generate_answers
 from infoprune.evaluation.quality import score
-from infoprune.evaluation.record import ScoreFile
+from infoprune.evaluation.record import RecordFile
 from test_cli import run
 from tiny_models import TINY, build, examples
 
@@ -39,7 +39,7 @@ def recorded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(quality, "IMAGES_PER_BATCH", 1)
         expected = score(models, questions, record=folder / "whole.jsonl")
-        patched.setattr(ScoreFile, "finish", lambda self, found: None)
+        patched.setattr(RecordFile, "finish", lambda self, found: None)
         score(models, questions, record=folder / "part.jsonl")
     return models, questions, expected, (folder / "whole.jsonl").read_bytes(), (folder / "part.jsonl.0.part").read_bytes()
 

@@ -19,7 +19,7 @@ from infoprune.data import load_examples
 from infoprune.data.images import identities, unreadable
 from infoprune.errors import CheckpointError, DataError, InfoPruneError, PlanError
 from infoprune.evaluation.quality import Quality, paired_drop
-from infoprune.evaluation.record import AnswerFile
+from infoprune.evaluation.record import ANSWERS, RecordFile
 from infoprune.evaluation.runner import evaluate
 from infoprune.graphs import _stops
 from infoprune.model import load, prompt_encoder
@@ -314,7 +314,7 @@ def test_ask_shows_what_was_asked(checkpoint, questions):
 
 
 def test_strange_files_beside_answers_are_left_alone(tmp_path):
-    file = AnswerFile(tmp_path / "answers.jsonl", {"format": "x"}, [])
+    file = RecordFile(tmp_path / "answers.jsonl", {"format": "x"}, [], ANSWERS)
     for name in ("7.part", "others.jsonl.0.part"):
         (tmp_path / name).write_text("")
     file.appender(0)({})

@@ -15,7 +15,7 @@ import torch
 from infoprune.data import Example
 from infoprune.errors import DataError, InfoPruneError
 from infoprune.evaluation.decoding import batched_answers, can_pack, packed_answers
-from infoprune.evaluation.record import AnswerFile, fingerprint
+from infoprune.evaluation.record import ANSWERS, RecordFile, fingerprint
 from infoprune.model import VLM, named_precision
 from infoprune.progress import SILENT, Progress
 from infoprune.training.loop import Processes, wants_bfloat16
@@ -63,7 +63,7 @@ def generate_answers(
     processes = processes or Processes()
     if record is None:
         return _answer_all(vlm, examples, max_new_tokens, images_per_batch, None, processes, progress)
-    file = AnswerFile(Path(record), fingerprint(vlm, examples, max_new_tokens=max_new_tokens), examples)
+    file = RecordFile(Path(record), fingerprint(vlm, examples, max_new_tokens=max_new_tokens), examples, ANSWERS)
     answers = file.finished()
     if answers is None:
         with file.held(processes.index):
@@ -96,7 +96,7 @@ def _answer_all(
     examples: Sequence[Example],
     max_new_tokens: int,
     images_per_batch: int,
-    file: AnswerFile | None,
+    file: RecordFile | None,
     processes: Processes,
     progress: Progress,
 ) -> list[str]:

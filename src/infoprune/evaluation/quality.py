@@ -22,7 +22,7 @@ from infoprune.data import Example
 from infoprune.data.images import identities
 from infoprune.errors import DataError
 from infoprune.evaluation.certify import bootstrap_draws, by_image
-from infoprune.evaluation.record import ScoreFile, score_fingerprint
+from infoprune.evaluation.record import SCORES, RecordFile, score_fingerprint
 from infoprune.model import VLM
 from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.progress import SILENT, Progress
@@ -106,7 +106,7 @@ def score(models: Sequence[VLM], examples: Sequence[Example], *, record: Path | 
         raise DataError("There are no examples to evaluate on.")
     if record is None:
         return _qualities(_score_all(models, examples, None, progress))
-    file = ScoreFile(Path(record), score_fingerprint(models, examples), examples)
+    file = RecordFile(Path(record), score_fingerprint(models, examples), examples, SCORES)
     found = file.finished()
     if found is None:
         with file.held(0):
@@ -117,7 +117,7 @@ def score(models: Sequence[VLM], examples: Sequence[Example], *, record: Path | 
     return _qualities(found)
 
 
-def _score_all(models: Sequence[VLM], examples: Sequence[Example], file: ScoreFile | None, progress: Progress) -> list[list[Found]]:
+def _score_all(models: Sequence[VLM], examples: Sequence[Example], file: RecordFile | None, progress: Progress) -> list[list[Found]]:
     """What was found of each question, per model."""
     share = all(can_share_prefix(vlm) for vlm in models)
     found: dict[int, list[Found]] = file.resumed() if file is not None else {}

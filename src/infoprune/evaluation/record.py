@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,6 +26,36 @@ from infoprune.model import VLM, precision_name
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What a file holds.
+
+    Attributes:
+        format: What its header says that it is.
+        field: What a line calls the value that was found.
+        noun: The values, for people.
+        whole: Whether something that was read is such a value.
+    """
+
+    format: str
+    field: str
+    noun: str
+    whole: Callable[[Any], bool]
+
+
+def _is_scored(value: Any) -> bool:
+    """Per model a dictionary, as :func:`infoprune.evaluation.quality.score` says; all but the first have a KL."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(own, dict) and {"tokens", "right"} <= own.keys() for own in value)
+        and all(isinstance(own.get("kl"), list) for own in value[1:])
+    )
+
+
+ANSWERS = Kind("infoprune-answers-1", "answer", "answers", lambda value: isinstance(value, str))
+SCORES = Kind("infoprune-scores-1", "scored", "scores", _is_scored)
+
+
+@dataclass(frozen=True)
 class RecordFile:
     """What was found for each of ``examples``, and what that depends on.
 
@@ -33,22 +63,13 @@ class RecordFile:
         path: The final file.
         header: Fingerprint of model, data and settings, as :func:`fingerprint` makes it.
         examples: What is asked.
-        format: What ``header`` must say of the file.
-        field: What a line calls the value that was found.
-        noun: The values, for people.
+        kind: What is found.
     """
 
     path: Path
     header: dict[str, Any]
     examples: Sequence[Example]
-    format: ClassVar[str]
-    field: ClassVar[str]
-    noun: ClassVar[str]
-
-    @staticmethod
-    def _whole(value: Any) -> bool:
-        """Whether a value that was read is one."""
-        raise NotImplementedError
+    kind: Kind
 
     @contextmanager
     def held(self, process: int) -> Iterator[None]:
@@ -64,7 +85,7 @@ class RecordFile:
         except Timeout as error:
             raise DataError(f"Another run is writing {self.path}. Wait for it, stop it, or give another name.") from error
         except OSError as error:
-            raise DataError(f"Cannot write {self.noun} to {self.path}: {error}.") from error
+            raise DataError(f"Cannot write {self.kind.noun} to {self.path}: {error}.") from error
         try:
             yield
         finally:
@@ -82,7 +103,7 @@ class RecordFile:
             return None
         found, size = self._read(self.path)
         if len(found) < len(self.examples) or size < self.path.stat().st_size:
-            told = f"{len(found)} of {len(self.examples)} {self.noun} can be read"
+            told = f"{len(found)} of {len(self.examples)} {self.kind.noun} can be read"
             raise DataError(f"{self.path} is damaged: {told}. Delete it to ask again.")
         return [found[index] for index in range(len(self.examples))]
 
@@ -102,13 +123,13 @@ class RecordFile:
         """
         part = self.path.with_name(f"{self.path.name}.{process}.part")
         size = self._read(part)[1] if part.exists() else 0
-        with _writing(part, "ab", self.noun) as file:
+        with _writing(part, "ab", self.kind.noun) as file:
             file.truncate(size)
             if size == 0:
                 file.write(_line(self.header))
 
         def append(found: dict[int, Any]) -> None:
-            with _writing(part, "ab", self.noun) as file:
+            with _writing(part, "ab", self.kind.noun) as file:
                 file.writelines(self._value(*item) for item in found.items())
 
         return append
@@ -120,7 +141,7 @@ class RecordFile:
             DataError: It can't be written.
         """
         aside = self.path.with_name(f"{self.path.name}.partial")
-        with _writing(aside, "wb", self.noun) as file:
+        with _writing(aside, "wb", self.kind.noun) as file:
             file.write(_line(self.header))
             file.writelines(self._value(*item) for item in enumerate(found))
         aside.replace(self.path)
@@ -138,7 +159,7 @@ class RecordFile:
     def _value(self, index: int, value: Any) -> bytes:
         example = self.examples[index]
         known = {"id": example.id} if example.id is not None else {}
-        return _line({"index": index, **known, "image": example.image.name, "question": example.question, self.field: value})
+        return _line({"index": index, **known, "image": example.image.name, "question": example.question, self.kind.field: value})
 
     def _read(self, path: Path) -> tuple[dict[int, Any], int]:
         """Values by index up to the first line that is not whole, and the bytes up to there."""
@@ -156,46 +177,18 @@ class RecordFile:
         size = len(expected)
         for line in rest.splitlines(keepends=True):
             item = _parsed(line) if line.endswith(b"\n") else None
-            if item is None or item.get("index") not in range(len(self.examples)) or not self._whole(item.get(self.field)):
+            if item is None or item.get("index") not in range(len(self.examples)) or not self.kind.whole(item.get(self.kind.field)):
                 break
-            found[item["index"]] = item[self.field]
+            found[item["index"]] = item[self.kind.field]
             size += len(line)
         return found, size
 
     def _mismatch(self, path: Path, first: bytes) -> str:
         held = _parsed(first)
-        if held is None or held.get("format") != self.format:
-            return f"{path} is not a file of {self.noun}. Give another name, or move that file away."
+        if held is None or held.get("format") != self.kind.format:
+            return f"{path} is not a file of {self.kind.noun}. Give another name, or move that file away."
         differs = sorted(key for key in {*held, *self.header} if held.get(key) != self.header.get(key))
-        return f"{path} holds {self.noun} that differ in {', '.join(differs)}. Give another name, or delete that file to ask again."
-
-
-class AnswerFile(RecordFile):
-    """Generated answers: a text per question."""
-
-    format = "infoprune-answers-1"
-    field = "answer"
-    noun = "answers"
-
-    @staticmethod
-    def _whole(value: Any) -> bool:
-        return isinstance(value, str)
-
-
-class ScoreFile(RecordFile):
-    """What scoring finds: per question a list with a dictionary for each model (:mod:`infoprune.evaluation.quality` says of what)."""
-
-    format = "infoprune-scores-1"
-    field = "scored"
-    noun = "scores"
-
-    @staticmethod
-    def _whole(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and all(isinstance(own, dict) and {"tokens", "right"} <= own.keys() for own in value)
-            and all(isinstance(own.get("kl"), list) for own in value[1:])
-        )
+        return f"{path} holds {self.kind.noun} that differ in {', '.join(differs)}. Give another name, or delete that file to ask again."
 
 
 @contextmanager
@@ -223,7 +216,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def fingerprint(vlm: VLM, examples: Sequence[Example], kind: type[RecordFile] = AnswerFile, **settings: Any) -> dict[str, Any]:
+def fingerprint(vlm: VLM, examples: Sequence[Example], kind: Kind = ANSWERS, **settings: Any) -> dict[str, Any]:
     """What a file of ``kind`` depends on: model (configuration, weights, precision), processor, prompt, data and ``settings``.
 
     The data are known by questions, names and sizes of the image files; the batch size and the number of processes don't matter.
@@ -248,7 +241,7 @@ def fingerprint(vlm: VLM, examples: Sequence[Example], kind: type[RecordFile] = 
 def score_fingerprint(models: Sequence[VLM], examples: Sequence[Example]) -> dict[str, Any]:
     """What scores of several models beside each other depend on, reference answers included."""
     against = [weights_digest(vlm.model) for vlm in models[:-1]]
-    return fingerprint(models[-1], examples, ScoreFile, against=against, reference=_digest([example.answer for example in examples]))
+    return fingerprint(models[-1], examples, SCORES, against=against, reference=_digest([example.answer for example in examples]))
 
 
 def weights_digest(model: torch.nn.Module) -> str:
