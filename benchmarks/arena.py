@@ -1,11 +1,13 @@
 """The arena: our default, its variants and the peers at equal FLOPs, on the demo model.
 
     python benchmarks/arena.py [--scopes heads ffn model] [--shares S ...] [--seeds N ...] [--methods NAME ...] [--questions N] [--no-times]
+        [--recover STEPS]
 
 A method is a set of the library's own options (``infoprune.peers``). In each scope a budget is a share of that scope's dense FLOPs: of the
 attention blocks, of the FFNs, or of the whole model; heads and FFNs of both towers are cut. All methods of a seed share one calibration
 sample of the training split. Each model answers test questions and a second data set that no choice was made on (``shifted.py``); times are
-interleaved with the dense model's, for the first seed. No model is recovered: ``headline.py --parts arms`` does that.
+interleaved with the dense model's, for the first seed. ``--recover``: all models then train for so many steps before they answer
+(``recovering.py``), in rows of their own.
 Rows are written as they come; a stopped run goes on where it was, and a row that failed is a row with the error in it.
 """
 
@@ -31,6 +33,7 @@ from infoprune.peers import PEERS
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
 from infoprune.steps import apply_decisions, calibrated, calibration_examples, measure
+from recovering import recovered
 from shifted import TEST, Shift, shifted
 
 WORK = Path(__file__).parent / "work"
@@ -146,10 +149,11 @@ class Arena:
         questions: How many of each kind.
         shift: The second data set; the first are questions of the same split as they are.
         file: Name of the result file.
+        steps: Of recovery; 0: models answer as they were cut.
     """
 
-    def __init__(self, dense: infoprune.VLM, questions: int, shift: Shift, file: str) -> None:
-        self.dense, self.split, self.file = dense, shift.split, file
+    def __init__(self, dense: infoprune.VLM, questions: int, shift: Shift, file: str, steps: int = 0) -> None:
+        self.dense, self.split, self.file, self.steps = dense, shift.split, file, steps
         WORK.mkdir(exist_ok=True)
         self.examples = many_images(shift.split, questions)
         self.others = shifted(shift, WORK / "shifted", questions)
@@ -166,11 +170,11 @@ class Arena:
         total = self.dense_flops.total
         return {"heads": attention / total, "ffn": ffn / total, "model": 1.0}
 
-    def lacks(self, entry: Entry, *, recovered: bool) -> bool:
+    def lacks(self, entry: Entry) -> bool:
         """Whether there is no row for it yet."""
         return not any(
             (row["scope"], row["method"], row["budget"], row["seed"]) == entry.key
-            and row["recovered"] == recovered
+            and row.get("steps", 0) == self.steps
             and row["num_questions"] == len(self.examples)
             for row in self.rows
         )
@@ -188,11 +192,16 @@ class Arena:
         deciding = time.perf_counter() - start
         small = apply_decisions(self.dense, decisions, options, statistics, inputs)
         seconds = {"calibrate": calibrating, "decide": deciding, "cut": time.perf_counter() - start - deciding}
+        if self.steps:
+            start = time.perf_counter()
+            small = recovered(small, self.dense, self.steps, entry.seed)
+            seconds["recover"] = time.perf_counter() - start
+            log(f"{entry.key} recovered in {seconds['recover']:.0f} s")
         return small, {"seconds": seconds, "predicted_loss_nats": decisions.predicted_loss}
 
     def run(self, wanted: list[Entry], *, timed_seed: int | None) -> None:
         """Make, score and time what is lacking; those that share a calibration follow each other."""
-        wanted = [entry for entry in wanted if self.lacks(entry, recovered=False)]
+        wanted = [entry for entry in wanted if self.lacks(entry)]
         wanted.sort(key=lambda entry: (entry.seed, entry.options.examples, repr(shared(entry.options.needs))))
         models: dict[tuple[str, CompressionOptions], list[Entry]] = {}  # the default is one of its own variants, which is made once
         for entry in wanted:
@@ -205,7 +214,7 @@ class Arena:
                 small, facts = self.cut(same[0], calibrations)
                 pending.append((same, small, facts))
             except infoprune.InfoPruneError as error:
-                failed = {"recovered": False, "num_questions": len(self.examples), "error": str(error)}
+                failed = {"num_questions": len(self.examples), "error": str(error)}
                 self.rows += [self.head(entry) | failed for entry in same]
                 log(f"{same[0].key}: {error}")
             if len(pending) == TOGETHER:
@@ -222,7 +231,7 @@ class Arena:
         timed = [index for index, (same, _, _) in enumerate(made) if same[0].seed == timed_seed]
         times = self.time([made[index][1] for index in timed])
         for index, (same, small, facts) in enumerate(made):
-            row: dict[str, Any] = {"recovered": False} | quality.comparison(known[0], known[index + 1], self.examples) | facts
+            row: dict[str, Any] = quality.comparison(known[0], known[index + 1], self.examples) | facts
             row["shifted"] = quality.comparison(other[0], other[index + 1], self.others)
             row |= {"flops_ratio": self.flops_ratio(small), "params": num_parameters(small.model)}
             row["bytes"] = sum(p.numel() * p.element_size() for p in small.model.parameters())  # as saved: tied weights once
@@ -251,6 +260,7 @@ class Arena:
     def head(self, entry: Entry) -> dict[str, Any]:
         """What a row starts with."""
         told = {"method": entry.method, "scope": entry.scope, "budget": entry.share, "seed": entry.seed}
+        told |= {"recovered": bool(self.steps), "steps": self.steps}
         return told | {"hardware": processor(), "commit": commit(), "command": command()}
 
     def save(self) -> None:
@@ -268,8 +278,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=None, help="default: all of the scope")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--no-times", action="store_true", help="where the machine is busy with other things")
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="of full recovery, the same for all (default: none)")
     args = parser.parse_args()
-    arena = Arena(infoprune.load("demo", notify=log), args.questions, TEST, "arena")
+    arena = Arena(infoprune.load("demo", notify=log), args.questions, TEST, "arena", args.recover)
     wanted = entries(args.scopes, args.shares, args.seeds, args.methods, arena.shares_of())
     arena.run(wanted, timed_seed=None if args.no_times else args.seeds[0])
 

@@ -1,4 +1,4 @@
-"""Tables of the arena, of real models' shapes and of compaction efficiency."""
+"""Tables of the arena."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
-def arena_rows() -> list[dict[str, Any]]:
-    """Rows that did not fail and were not recovered."""
+def arena_rows(*, recovered: bool = False) -> list[dict[str, Any]]:
+    """Rows that did not fail, before recovery or after it."""
     rows = load("arena")["rows"] if (RESULTS / "arena.json").is_file() else []
-    return [row for row in rows if "error" not in row and not row["recovered"]]
+    return [row for row in rows if "error" not in row and row["recovered"] == recovered]
 
 
 def methods_of(rows: Iterable[dict[str, Any]], scope: str) -> list[str]:
@@ -60,6 +60,28 @@ def arena(scope: str, data: str) -> str:
     return table(["method", *(f"{share:g}" for share in shares)], cells) + text + failures(scope) + source("arena", rows)
 
 
+def arena_recovered() -> str:
+    """Whole models after one recovery, at every share: on the task and beyond it."""
+    rows = arena_rows(recovered=True)
+    shares = sorted({row["budget"] for row in rows}, reverse=True)
+    cells = []
+    for method in methods_of(rows, "model"):
+        line = [f"**{method}**" if method == "infoprune" else method]
+        for share in shares:
+            own = [row for row in rows if (row["method"], row["budget"], row["scope"]) == (method, share, "model")]
+            line += [told([pick(row) for row in own]) if own else "" for pick in (lambda r: r, lambda r: r["shifted"])]
+        cells.append(line)
+    header = ["method", *(f"{share:g}{data}" for share in shares for data in ("", ", beyond the task"))]
+    steps, seeds = sorted({row["steps"] for row in rows}), sorted({row["seed"] for row in rows})
+    text = f"\n\nAccuracy / KL in nats per answer token, {' or '.join(map(str, steps))} steps, seeds {', '.join(map(str, seeds))}."
+    return table(header, cells) + text + source("arena", rows)
+
+
+def told(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy and KL, mean over seeds."""
+    return f"{mean([r['accuracy'] for r in rows]):.1f}% / {mean([r['kl_nats'] for r in rows]):.4f}"
+
+
 def failures(scope: str) -> str:
     """What could not be made, and why."""
     failed = [row for row in load("arena")["rows"] if row["scope"] == scope and "error" in row]
@@ -82,61 +104,7 @@ def arena_cost(share: float = 0.5) -> str:
     return table(header, cells) + source("arena", rows)
 
 
-def scale() -> str:
-    """What the factor means for published sizes."""
-    cells = []
-    for row in load("scale")["rows"]:
-        speed = [f"{row[f'speedup_{part}']:.2f}x" for part in ("vision", "prefill", "decode")]
-        parts = [f"{row['of_dense'][tower]:.0%}" for tower in ("vision", "text")]
-        cells.append([
-            row["model"], row["image"], row["cut"], f"{row['dense_flops'] / 1e12:.2f} T", *parts,
-            f"{row['share_of_blocks']:.3f}", f"{row['largest_factor']:.0f}x",
-            f"{row['weights_gb_dense']:.2f} to {row['weights_gb_compressed']:.2f} GB",
-            f"{row['cache_kb_per_token_dense']:.0f} to {row['cache_kb_per_token_compressed']:.0f} kB", *speed,
-        ])  # fmt: skip
-    header = ["model", "image", "FFNs", "FLOPs", "in vision blocks", "in language blocks", "share each block keeps", "at most",
-              "weights, 16 bits", "cache per token, 16 bits", "vision layers", "prefill layers", "decode layers"]  # fmt: skip
-    return table(header, cells) + source("scale")
-
-
-def efficiency() -> str:
-    """Speed-up, share of FLOPs and their product."""
-    cells = []
-    for row in (r for r in load("efficiency")["rows"] if "parts" in r and r["method"] != "dense"):
-        line = [f"{row['budget']:.3g}", row["cut"], row["engine"], str(row["batch"])]
-        for part in ("vision", "prompt"):
-            p = row["parts"][part]
-            line += [f"{p['flops_ratio']:.3f}", f"{p['speedup']:.2f}x", f"{p['efficiency']:.2f}", f"{p['of_bound']:.0%}"]
-        cells.append(line)
-    header = ["share", "FFNs", "run by", "batch"]
-    header += [f"{part}: {name}" for part in ("vision", "prompt") for name in ("FLOPs", "speed-up", "efficiency", "of peak")]
-    return table(header, cells) + source("efficiency")
-
-
-def decode() -> str:
-    """One further token: time and bytes."""
-    cells = []
-    for row in (r for r in load("efficiency")["rows"] if r.get("part") == "decode"):
-        read, time = row["bytes_read"], row["milliseconds"]["median"]
-        cells.append([
-            "dense" if row["method"] == "dense" else f"{row['budget']:.3g}, {row['cut']}",
-            *(f"{read[name] / 1e6:.1f} MB" for name in ("layers", "head", "cache")), f"{time:.1f}", f"{row['speedup_decode']:.2f}x",
-            f"{sum(read.values()) / time / 1e6:.1f} GB/s",
-        ])  # fmt: skip
-    return table(["", "layers", "language head", "cache", "ms per token", "speed-up", "read per time"], cells) + source("efficiency")
-
-
-def compressing() -> str:
-    """Stages of compression over what they can't do without."""
-    cells = [
-        [row["stage"], f"{row['seconds']:.1f} s", f"{row['bound_seconds']:.1f} s", f"{row['over_bound']:.2f}"]
-        for row in load("compressing")["rows"]
-    ]
-    text = f"\n\n{load('compressing')['meta']['num_questions']} calibration questions."
-    return table(["stage", "time", "bound", "time over bound"], cells) + text + source("compressing")
-
-
 ARENA_TABLES: dict[str, Callable[[], str]] = {
     f"arena_{scope}_{data}": partial(arena, scope, data) for scope in SCOPES for data in ("test", "shifted")
 }
-ARENA_TABLES |= {"arena_cost": arena_cost, "scale": scale, "efficiency": efficiency, "decode": decode, "compressing": compressing}
+ARENA_TABLES |= {"arena_recovered": arena_recovered, "arena_cost": arena_cost}

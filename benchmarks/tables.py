@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from arena_tables import ARENA_TABLES
+from cost_tables import COST_TABLES
 from pictures import draw_arena, draw_certificate, draw_curve, draw_gates
 from result_tables import RESULTS, ROOT, drop, load, source, table
 
@@ -369,9 +370,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tail": tail,
 }
 TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill, "generate": generate}
-TABLES |= {"runner": runner, "crash": crash} | ARENA_TABLES
+TABLES |= {"runner": runner, "crash": crash} | ARENA_TABLES | COST_TABLES
 
-FILES = dict.fromkeys((name for name in ARENA_TABLES if name.startswith("arena")), "arena") | {
+FILES = dict.fromkeys(ARENA_TABLES, "arena") | {
     "refused": "families",
     "cost": "demo",
     "arms": "headline",

@@ -24,17 +24,13 @@ from torch import nn
 import infoprune
 from arena import WORK
 from common import log, many_images, processor, write
-from infoprune.data import load_examples
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import Flops, count_flops, num_parameters
 from infoprune.freeze import frozen
 from infoprune.packing import answer_logits
-from infoprune.progress import SILENT
 from infoprune.steps import calibration_examples, measure, packed_batches
 from infoprune.training import objective
-from infoprune.training.loop import Processes
-from infoprune.training.options import TrainingOptions
-from infoprune.training.run import TrainingRun, split
+from recovering import recovered
 from shifted import TEST, shifted
 
 try:
@@ -138,17 +134,6 @@ def searched(make: Callable[[float], infoprune.VLM | None], count: Callable[[inf
     return found[0][1]
 
 
-def recovered(small: infoprune.VLM, dense: infoprune.VLM, steps: int) -> infoprune.VLM:
-    """A copy after full recovery of both towers: without a plan, since a peer's model has none."""
-    options = TrainingOptions(
-        recovery="full", recovery_rate=1e-3, recovery_steps=steps, evaluate_every=max(steps // 2, 1), validation="easy-vqa:validation"
-    )
-    training, validation = split(load_examples("easy-vqa:train"), options, SEED, SILENT)
-    student = replace(small.copy(), plan=None)
-    TrainingRun(options, training, validation, SEED, Processes(), SILENT).recover(student, dense)
-    return student
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the tower's and the projector's FLOPs")
@@ -165,7 +150,7 @@ def main() -> None:
         if share in args.recover:
             best = min((name for name in made if name.startswith("torch-pruning")), key=lambda name: table.kl(share, name))
             log(f"{share:g}: recovery of ours and of {best}")
-            table.add(share, {name: recovered(made[name], dense, args.steps) for name in ("infoprune", best)}, steps=args.steps)
+            table.add(share, {name: recovered(made[name], dense, args.steps, SEED) for name in ("infoprune", best)}, steps=args.steps)
 
 
 class Table:

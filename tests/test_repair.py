@@ -9,7 +9,7 @@ from torch import nn
 from infoprune.calibrate import calibrate, stream_name
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.packing import answer_logits, batches
-from infoprune.repair import _capture, _LeastSquares, _stacks, cut_and_repair_
+from infoprune.repair import _capture, _LayerRepair, _LeastSquares, _stacks, cut_and_repair_
 from infoprune.surgery import apply_
 from test_families import plan_of
 
@@ -62,6 +62,25 @@ def test_repair_brings_the_residual_stream_closer(vlm, questions):
     before, after = (float((stream(m, vlm, inputs) - dense).square().mean()) for m in (plain, repaired))
     assert after < 0.9 * before
     assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in repaired.named_parameters()}
+
+
+@torch.no_grad()
+def test_the_next_layer_reads_what_the_repaired_one_leaves(vlm, questions, monkeypatch):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=3)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs, weighting="uniform")
+    run, layers = _LayerRepair.run, []
+
+    def checked(self, dense, compressed, plan, options):
+        after_dense, after = run(self, dense, compressed, plan, options)
+        for found, hidden, kwargs in zip(after, compressed, self.compressed_kwargs, strict=True):
+            torch.testing.assert_close(found, self._call(hidden, kwargs), atol=1e-4, rtol=1e-4)
+        layers.append(self.ffn.path)
+        return after_dense, after
+
+    monkeypatch.setattr(_LayerRepair, "run", checked)
+    cut_and_repair_(vlm.model, vlm.architecture, plan_of(vlm), statistics, inputs, FFNOptions(), ridge=1e-4)
+    assert layers == [site.path for site in vlm.architecture.ffn]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,7 +192,10 @@ class _LayerRepair:
             if not isinstance(_writer(self.model, self.ffn), Constant):
                 now = [writer.constant(h) for h in compressed] if isinstance(writer, Constant) else [writer(z) for z in read]
                 middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], now, strict=True)]
-                self._refit(self.ffn, self._read(self.ffn, compressed), targets[self.ffn.path], middle)
+                read, left = self._run_and_read(self.ffn, compressed)
+                change = self._refit(self.ffn, read, targets[self.ffn.path], middle)
+                if not scaled:  # the FFN's output is added as it is, so what the refit changed of it can be added afterwards
+                    return after_dense, [h + change(z).view_as(h) for h, z in zip(left, read, strict=True)]
         return after_dense, [self._call(h, k) for h, k in zip(compressed, self.compressed_kwargs, strict=True)]
 
     def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -215,14 +219,25 @@ class _LayerRepair:
             handle.remove()
         return held
 
+    def _run_and_read(self, site: FFNSite, hidden: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the block's last linear reads, and what the layer leaves, per batch."""
+        held: list[torch.Tensor] = []
+        handle = _last_linear(_writer(self.model, site)).register_forward_pre_hook(lambda module, args: held.append(args[0]))
+        try:
+            left = [self._call(h, kwargs) for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True)]
+        finally:
+            handle.remove()
+        return held, left
+
     def _refit(
         self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor]
-    ) -> None:
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Refit the block's last linear; gives how its output changed, by what it reads."""
         fit = _LeastSquares(_last_linear(_writer(self.model, site)))
         for number, batch in enumerate(self.batches):
             z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
             fit.update(z, target + off, self.statistics.sites[site.path].token_weights[number])
-        fit.solve_(self.ridge)
+        return fit.solve_(self.ridge)
 
 
 def _writer(model: nn.Module, site: AttentionSite | FFNSite) -> nn.Module:
@@ -252,17 +267,21 @@ class _LeastSquares:
         self.gram += (weighted.T @ extended).cpu().double()
         self.cross += (error.T @ weighted).cpu().double()
 
-    def solve_(self, ridge: float) -> None:
+    def solve_(self, ridge: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Change the linear; gives the change as a linear map."""
         size = self.linear.in_features
+        change = torch.zeros_like(self.cross)
         total = float(self.gram[-1, -1])
-        if total <= 0:
-            return
-        gram, cross = self.gram.div_(total), self.cross.div_(total)  # in place: as wide as the linear, the largest matrices there are
-        if self.linear.bias is None:
-            gram, cross = gram[:size, :size], cross[:, :size]
-        gram.diagonal()[:size].add_(ridge * float(gram.diagonal()[:size].mean()))  # the bias is free
-        gram.diagonal().add_(1e-12)
-        change = torch.linalg.solve(gram, cross.T).T
-        self.linear.weight.add_(change[:, :size].to(self.linear.weight))
-        if self.linear.bias is not None:
-            self.linear.bias.add_(change[:, size].to(self.linear.bias))
+        if total > 0:
+            gram, cross = self.gram.div_(total), self.cross.div_(total)  # in place: as wide as the linear, the largest matrices there are
+            if self.linear.bias is None:
+                gram, cross = gram[:size, :size], cross[:, :size]
+            gram.diagonal()[:size].add_(ridge * float(gram.diagonal()[:size].mean()))  # the bias is free
+            gram.diagonal().add_(1e-12)
+            change[:, : len(gram)] = torch.linalg.solve(gram, cross.T).T
+        change = change.to(self.linear.weight)
+        weight, bias = change[:, :size], None if self.linear.bias is None else change[:, size]
+        self.linear.weight.add_(weight)
+        if bias is not None:
+            self.linear.bias.add_(bias)
+        return partial(nn.functional.linear, weight=weight, bias=bias)
