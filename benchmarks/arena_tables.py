@@ -30,34 +30,40 @@ def methods_of(rows: Iterable[dict[str, Any]], scope: str) -> list[str]:
 
 
 def arena(scope: str, data: str) -> str:
-    """Accuracy and KL of every method at every share, mean over seeds; the least KL of a share is bold."""
+    """Accuracy and KL of every method at every share, over seeds; the least KL of a share is bold."""
     everything = load("arena")
     rows = [row for row in arena_rows() if row["scope"] == scope]
     shares = sorted({row["budget"] for row in rows}, reverse=True)
-    found: dict[tuple[str, float], tuple[float, float]] = {}
-    for method in methods_of(rows, scope):
-        for share in shares:
-            own = [r if data == "test" else r["shifted"] for r in rows if r["method"] == method and r["budget"] == share]
-            if own:
-                found[method, share] = mean([r["accuracy"] for r in own]), mean([r["kl_nats"] for r in own])
-    least = {share: min(kl for (_, s), (_, kl) in found.items() if s == share) for share in shares}
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["budget"]), []).append(row if data == "test" else row["shifted"])
+    kl = {key: mean([r["kl_nats"] for r in own]) for key, own in found.items()}
+    least = {share: min(value for (_, s), value in kl.items() if s == share) for share in shares}
     cells = []
     for method in methods_of(rows, scope):
         line = [f"**{method}**" if method == "infoprune" else method]
-        for share in shares:
-            if (method, share) not in found:
-                line.append("")
-                continue
-            accuracy, kl = found[method, share]
-            line.append(f"{accuracy:.1f}% / " + (f"**{kl:.4f}**" if kl == least[share] else f"{kl:.4f}"))
+        line += [told(found[method, share], bold=kl[method, share] == least[share]) if (method, share) in found else "" for share in shares]
         cells.append(line)
     first = rows[0] if data == "test" else rows[0]["shifted"]
     cells.insert(0, ["dense", *[f"{first['accuracy'] + first['drop_points']:.1f}% / 0"] * len(shares)])
-    seeds = {row["seed"] for row in rows}
     meta = everything["meta"]
     asked = meta["num_questions"] if data == "test" else meta["num_shifted"]
-    text = f"\n\nAccuracy / KL in nats per answer token, {asked:,} questions, seeds {', '.join(map(str, sorted(seeds)))}."
+    text = f"\n\nAccuracy / KL in nats per answer token, {asked:,} questions; {seeds_of(rows)}."
     return table(["method", *(f"{share:g}" for share in shares)], cells) + text + failures(scope) + source("arena", rows)
+
+
+def told(rows: Sequence[dict[str, Any]], *, bold: bool = False) -> str:
+    """Accuracy and KL, mean over seeds; of several the range of KL, too."""
+    values = [row["kl_nats"] for row in rows]
+    kl = f"**{mean(values):.4f}**" if bold else f"{mean(values):.4f}"
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    return f"{mean([row['accuracy'] for row in rows]):.1f}% / {kl}{spread}"
+
+
+def seeds_of(rows: Iterable[dict[str, Any]]) -> str:
+    """Which seeds the rows are of."""
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    return "seed 0" if seeds == "0" else f"where a range of KL is told, means over seeds {seeds}, else seed 0"
 
 
 def arena_recovered() -> str:
@@ -72,14 +78,10 @@ def arena_recovered() -> str:
             line += [told([pick(row) for row in own]) if own else "" for pick in (lambda r: r, lambda r: r["shifted"])]
         cells.append(line)
     header = ["method", *(f"{share:g}{data}" for share in shares for data in ("", ", beyond the task"))]
-    steps, seeds = sorted({row["steps"] for row in rows}), sorted({row["seed"] for row in rows})
-    text = f"\n\nAccuracy / KL in nats per answer token, {' or '.join(map(str, steps))} steps, seeds {', '.join(map(str, seeds))}."
+    steps = " or ".join(str(count) for count in sorted({row["steps"] for row in rows}))
+    asked = f"{rows[0]['num_questions']:,} questions of each kind"
+    text = f"\n\nAccuracy / KL in nats per answer token, {asked}, {steps} steps; {seeds_of(rows)}."
     return table(header, cells) + text + source("arena", rows)
-
-
-def told(rows: Sequence[dict[str, Any]]) -> str:
-    """Accuracy and KL, mean over seeds."""
-    return f"{mean([r['accuracy'] for r in rows]):.1f}% / {mean([r['kl_nats'] for r in rows]):.4f}"
 
 
 def failures(scope: str) -> str:
