@@ -61,6 +61,7 @@ benchmarks: $(VENV)/installed $(VENV)/torchao/installed
 	$(BIN)/python benchmarks/fuzz.py
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python benchmarks/quantise.py
 	$(BIN)/python benchmarks/graphs.py
+	$(BIN)/python benchmarks/speedup.py
 	$(BIN)/python benchmarks/certificate.py
 	$(BIN)/python benchmarks/compressing.py
 	$(BIN)/python benchmarks/efficiency.py
