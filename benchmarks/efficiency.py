@@ -6,7 +6,8 @@ Efficiency is the speed-up times the share of FLOPs that is left: 1 where time f
 prompt (image, projector, language model, one position of the head), run by PyTorch as it is and by ``torch.compile``, at a batch of one and
 at larger ones, where the time of small operations is shared by more tokens; then one decode step, with the bytes that it must read. Models
 are training-free, with FFNs of fewer neurons or of low rank, ranks being multiples of 8 or of 64. All models of a batch are timed in turn,
-dense among them.
+dense among them. Each model is compiled on its own, though they share their code, and a run ends with an error rather than time a model
+that PyTorch gave up compiling.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo.config
 
 import infoprune
 from common import log, throughput, whole_images, write
@@ -34,6 +36,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "low rank, multiples of 64": {"ffn": "low-rank", "rank_multiple": 64},
 }
 WARMUP = 3
+COMPILATION: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}  # each layer may differ
 Timed = dict[str, dict[str, Any]]  # by part: median, p25 and p75 in milliseconds
 
 
@@ -83,10 +86,11 @@ def prompt_times(
     runs: list[dict[str, Callable[[], Any]]] = []
     prompt = inputs | {"use_cache": False, "logits_to_keep": 1}
     for vlm in models:
-        model, tower = (torch.compile(m) if compiled else m for m in (vlm.model, vlm.model.get_submodule(vision)))
+        whole = (vlm.model, vlm.model.get_submodule(vision))
+        model, tower = (torch.compile(m, **COMPILATION) if compiled else m for m in whole)
         runs.append({"vision": partial(tower, inputs["pixel_values"]), "prompt": partial(model, **prompt)})
     samples: list[dict[str, list[float]]] = [{part: [] for part in run} for run in runs]
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for repeat in range(repeats + WARMUP):
             order = range(len(runs)) if repeat % 2 == 0 else range(len(runs) - 1, -1, -1)
             for index in order:

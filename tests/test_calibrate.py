@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infoprune.calibrate import Moments, calibrate
+from infoprune.calibrate import Moments, all_finite, calibrate
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.packing import answer_logits, batches
@@ -125,6 +125,15 @@ def test_nan_is_reported_with_its_site(gqa_vlm, questions):
         gqa_vlm.model.get_submodule(f"{site.path}.{site.names.up}").weight[0, 0] = torch.nan
     with pytest.raises(CalibrationError, match=site.path):
         run(gqa_vlm, questions, 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_seen(value, dtype):
+    values = torch.randn(7, 33).to(dtype)
+    assert all_finite(values) and all_finite(values[:0])
+    values[3, 20] = value
+    assert not all_finite(values)
 
 
 def test_no_data_is_refused(gqa_vlm):

@@ -25,7 +25,7 @@ from infoprune.criteria.heads import (
 )
 from infoprune.errors import CalibrationError
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
-from infoprune.linalg import cholesky_factor
+from infoprune.linalg import cholesky_factor, row_products
 
 SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 
@@ -367,3 +367,11 @@ def test_shrinkage_keeps_what_calibration_did_not_show():
     assert max(seen_up, seen_down) < 0.1
     measured = errors(0.0)
     assert unseen_up < 0.5 * measured[1] and unseen_down < 0.96 * measured[3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_row_products_are_formed_in_float32_or_better(dtype):
+    matrix = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = row_products(matrix)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, matrix.double() @ matrix.double().T, rtol=1e-5, atol=1e-4)

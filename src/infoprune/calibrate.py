@@ -21,7 +21,7 @@ from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.freeze import frozen
-from infoprune.memory import release_memory
+from infoprune.memory import trim_heap
 from infoprune.moments import DiagonalMoments, Moments, exact_sum
 from infoprune.packing import PackedBatch, answer_logits
 
@@ -149,7 +149,7 @@ def calibrate(
                 differentiate_from_first_layers(model, architecture, stack)
             for number, batch in enumerate(batches):
                 if number % RELEASE_EVERY == 0:
-                    release_memory()
+                    trim_heap()
                 collector.begin(batch)
                 logits = answer_logits(model, batch)
                 collector.check_values()  # before a backward pass would spread a NaN to every site
@@ -186,6 +186,11 @@ def unpadded(site: Site, values: torch.Tensor, valid: torch.Tensor) -> torch.Ten
     """(n, dimension) from (rows, length, dimension) or (rows length, dimension), without padding; vision towers see whole images."""
     flat = values.reshape(-1, values.shape[-1])
     return flat[valid.flatten()] if site.tower == "text" and len(flat) == valid.numel() else flat
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """No NaN and no infinity in ``values``; reads them once and writes nothing as large."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
@@ -344,7 +349,7 @@ class _Collector:
 
     def _hold(self, site: Site, tap: str, values: torch.Tensor, expected: int) -> None:
         tokens = self._tokens(site, values)
-        if self._not_finite is None and not torch.isfinite(tokens).all():
+        if self._not_finite is None and not all_finite(tokens):
             self._not_finite = site.path
         if self.options.gradients:
             self._pending[site.path, tap] = (site, tokens, 0.0, expected)

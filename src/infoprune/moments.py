@@ -40,8 +40,9 @@ class Moments:
         if vectors.dtype in (torch.float16, torch.bfloat16):
             vectors = vectors.float()
         weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
-        self._sum += exact_sum(weighted, 0)
-        self._outer += (weighted.T @ vectors).cpu().double()
+        sums = vectors.sum(0) if weights is None else weights.to(vectors.dtype) @ vectors
+        self._sum += sums.cpu()
+        self._outer += (weighted.T @ vectors).cpu()
         self.count += len(vectors)
         self.weight += float(len(vectors) if weights is None else exact_sum(weights, 0))
 

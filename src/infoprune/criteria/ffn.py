@@ -33,7 +33,7 @@ import torch
 
 from infoprune.architecture import FFNSite
 from infoprune.calibrate import Moments, SiteStatistics
-from infoprune.linalg import cholesky_factor, descending_eigh, with_ridge
+from infoprune.linalg import cholesky_factor, descending_eigh, row_products, with_ridge
 
 Metric = Literal["task", "identity"]
 Whitening = Literal["full", "diagonal", "none"]
@@ -67,7 +67,7 @@ class Factorization:
     """Everything about one factorised linear (or stacked pair) at any rank.
 
     Attributes:
-        weight: (out, in) float64; gate above up when stacked.
+        weight: (out, in) in the precision it came in; gate above up when stacked.
         basis: (in, in) orthonormal columns V for an input-side, (out, out) columns U for an output-side factorisation.
         root: Lower Cholesky factor L of S (input side) or R of F (output side).
         energies: Squared singular values, descending, in the metric's unit per token.
@@ -91,13 +91,13 @@ class Factorization:
 
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Down-map A (rank, in), up-map B (out, rank) and bias correction (out,), W_r = B A, in float64."""
-        kept = self.basis[:, :rank]
+        kept, weight = self.basis[:, :rank], self.weight.double()
         if self.side == "input":
-            a, b = _solved(self.root.T, kept).T, self.weight @ (self.root @ kept)
-            correction = self.weight @ self.mean - b @ (a @ self.mean)
+            a, b = _solved(self.root.T, kept).T, weight @ (self.root @ kept)
+            correction = weight @ self.mean - b @ (a @ self.mean)
         else:
             right = kept.T @ self.root.T
-            a, b = right @ self.weight, _solved(self.root.T, kept)
+            a, b = right @ weight, _solved(self.root.T, kept)
             correction = self.mean - b @ (right @ self.mean)
         # Equal norms on both sides: neither factor over- or underflows in a low-precision format.
         scale = (b.norm(dim=0) / a.norm(dim=1).clamp_min(1e-300)).sqrt().clamp(1e-12, 1e12)
@@ -137,20 +137,20 @@ def factorize_inputs(site: FFNSite, statistics: SiteStatistics, weight: torch.Te
         branch: What ``weight`` is.
         options: The method.
     """
-    weight = weight.double()
     moment, mean = _moment(statistics.pooled("input"), options.centred)
     if options.whitening == "full":
         moment = shrunk(moment, torch.eye(len(moment), dtype=torch.float64), options.shrinkage)
     else:
         moment = torch.diag(_stand_in(statistics, "input", len(moment), options.whitening))
-    gram = weight.T @ weight
     if options.metric == "task":
         gradient = statistics.input_gradient if branch == "joint" or not site.gated else statistics.branch_gradients[branch]
         assert gradient is not None
         tokens = max(gradient.count, 1)
         ridge = METRIC_RIDGE * statistics.intermediate_gradient_energy / tokens / (site.num_inputs * site.intermediate_size)
         # Where no gradient ever arrives both terms are zero: whatever happens here is free.
-        gram = gradient.second_moment + ridge * gram
+        gram = gradient.second_moment + ridge * row_products(weight.T)
+    else:
+        gram = weight.double().T @ weight.double()
     root = cholesky_factor(moment)
     energies, basis = descending_eigh(root.T @ gram @ root)
     # Where the factor has a floor added, the discarded energy counts what was really there.
@@ -173,7 +173,7 @@ def factorize_down(statistics: SiteStatistics, weight: torch.Tensor, bias: torch
     mean = outputs.mean - offset  # of W x, without the bias
     if options.whitening == "full":
         moment = outputs.covariance if options.centred else outputs.covariance + torch.outer(mean, mean)
-        moment = shrunk(moment, weight.double() @ weight.double().T, options.shrinkage)
+        moment = shrunk(moment, row_products(weight), options.shrinkage)
     else:
         moment = weight.double() * _stand_in(statistics, "intermediate", weight.shape[1], options.whitening) @ weight.double().T
     metric, free = torch.eye(len(moment), dtype=torch.float64), False
@@ -184,7 +184,7 @@ def factorize_down(statistics: SiteStatistics, weight: torch.Tensor, bias: torch
     root = cholesky_factor(metric)
     energies, basis = descending_eigh(root.T @ moment @ root)
     return Factorization(
-        weight.double(),
+        weight,
         basis,
         root,
         energies * (0.0 if free else 1.0),

@@ -116,22 +116,23 @@ def information_loss(block: Block, compensation: Compensation = "least-squares")
 
 
 def _greedy_regression(block: Block) -> Removal:
-    precision, out = torch.linalg.inv(block.covariance), block.out.clone()
+    """Every step updates Lambda and G = W'^T F W' of the units still there by a matrix of rank d_h; W' itself is not needed."""
+    width = block.site.unit_width
+    precision, energy = torch.linalg.inv(block.covariance), block.out.T @ block.metric @ block.out
     kept, order, losses = list(range(block.site.num_units)), [], [0.0]
     while len(kept) > block.site.min_units:
-        marginal = {}
-        for unit in kept:
-            c = block.columns(unit)
-            residual = torch.linalg.inv(precision[c, c])
-            marginal[unit] = 0.5 * float(((block.metric @ out[:, c]) * (out[:, c] @ residual)).sum())
-        unit = min(kept, key=lambda u: marginal[u])
-        c = block.columns(unit)
-        coefficient = torch.linalg.solve(precision[c, c], precision[c, :])  # Lambda_uu^-1 Lambda_u.
-        out = out - out[:, c] @ coefficient
-        precision = precision - precision[:, c] @ coefficient
-        kept.remove(unit)
-        order.append(unit)
-        losses.append(losses[-1] + max(marginal[unit], 0.0))
+        of_units = [m.reshape(len(kept), width, len(kept), width).diagonal(dim1=0, dim2=2).movedim(-1, 0) for m in (energy, precision)]
+        marginal = 0.5 * (of_units[0] * torch.linalg.inv(of_units[1]).mT).sum((1, 2))
+        place = int(marginal.argmin())
+        columns = torch.arange(len(precision))
+        gone = (columns >= place * width) & (columns < (place + 1) * width)
+        c, rest = columns[gone], columns[~gone]
+        coefficient = torch.linalg.solve(precision[c][:, c], precision[c][:, rest])  # Lambda_uu^-1 Lambda_u.
+        half = energy[c][:, rest] - 0.5 * energy[c][:, c] @ coefficient
+        energy = energy[rest][:, rest] - coefficient.T @ half - half.T @ coefficient
+        precision = precision[rest][:, rest] - precision[rest][:, c] @ coefficient
+        order.append(kept.pop(place))
+        losses.append(losses[-1] + max(float(marginal[place]), 0.0))
     return Removal(order, losses)
 
 
