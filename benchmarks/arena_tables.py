@@ -84,6 +84,21 @@ def arena_recovered() -> str:
     return table(header, cells) + text + source("arena", rows)
 
 
+def selection() -> str:
+    """Variants of the training-free method on validation questions, over seeds: on the task and beyond it."""
+    rows = [row for row in load("selection")["rows"] if "error" not in row]
+    found: dict[tuple[bool, float, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["scope"] == "ffn", -row["budget"])):
+        found.setdefault((row["scope"] == "ffn", row["budget"], row["method"].partition(":")[2]), []).append(row)
+    cells = []
+    for (alone, share, variant), own in found.items():
+        what = f"FFNs alone, {share:g}" if alone else f"`--flops {share:g}`"
+        cells.append([what, variant, told(own), told([row["shifted"] for row in own])])
+    dense = f"The dense model answers {rows[0]['dense_accuracy']:.2f}% and {rows[0]['shifted']['dense_accuracy']:.2f}%."
+    text = f"\n\nAccuracy / KL in nats per answer token, {rows[0]['num_questions']:,} questions of each kind; {seeds_of(rows)}. {dense}"
+    return table(["", "variant", "on the task", "beyond the task"], cells) + text + source("selection")
+
+
 def failures(scope: str) -> str:
     """What could not be made, and why."""
     failed = [row for row in load("arena")["rows"] if row["scope"] == scope and "error" in row]
@@ -109,4 +124,4 @@ def arena_cost(share: float = 0.5) -> str:
 ARENA_TABLES: dict[str, Callable[[], str]] = {
     f"arena_{scope}_{data}": partial(arena, scope, data) for scope in SCOPES for data in ("test", "shifted")
 }
-ARENA_TABLES |= {"arena_recovered": arena_recovered, "arena_cost": arena_cost}
+ARENA_TABLES |= {"arena_recovered": arena_recovered, "arena_cost": arena_cost, "selection": selection}

@@ -1,6 +1,6 @@
 """Choice of defaults: variants of the training-free method on validation images that neither the bridge nor calibration saw.
 
-    python benchmarks/selection.py [--scope model] [--shares 0.5 0.31] [--variants default "shrinkage 0"]
+    python benchmarks/selection.py [--scope model] [--shares 0.5 0.31] [--seeds 0] [--variants default "shrinkage 0"]
 
 Each answers the validation questions, and others about altered images in words that calibration does not have (``shifted.VALIDATION``,
 which shares neither with the test's shift). With the scope ``ffn`` heads stay, and shares are of the FFNs' FLOPs. Rows already in the
@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniform tokens": {"weighting": "uniform"},
     "temperature 2": {"temperature": 2.0},
     "128 questions": {"examples": 128},
+    "768 questions": {"examples": 768},
+    "1536 questions": {"examples": 1536},
 }
 QUESTIONS = 400
 
@@ -38,16 +40,21 @@ QUESTIONS = 400
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration sample")
     parser.add_argument("--scope", default="model", choices=["model", "ffn"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
     arena = Arena(infoprune.load("demo", notify=log), QUESTIONS, VALIDATION, "selection")
     part, heads = arena.shares_of()[args.scope], {"heads": "none"} if args.scope == "ffn" else {}
     wanted = [
-        Entry(args.scope, f"infoprune:{name}", share, 0, CompressionOptions(flops=1 - (1 - share) * part, **heads, **VARIANTS[name]))
+        Entry(
+            args.scope, f"infoprune:{name}", share, seed,
+            CompressionOptions(flops=1 - (1 - share) * part, seed=seed, **heads, **VARIANTS[name]),
+        )
+        for seed in args.seeds
         for share in args.shares
         for name in args.variants
-    ]
+    ]  # fmt: skip
     arena.run(wanted, timed_seed=None)
 
 

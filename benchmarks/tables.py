@@ -49,20 +49,6 @@ def demo() -> str:
     return table(header, rows) + source("demo")
 
 
-def selection() -> str:
-    cells = []
-    rows = [row for row in load("selection")["rows"] if "error" not in row]
-    for row in sorted(rows, key=lambda row: (row["scope"] == "ffn", -row["budget"])):
-        beyond = row["shifted"]
-        what = f"`--flops {row['budget']:g}`" if row["scope"] == "model" else f"FFNs alone, {row['budget']:g}"
-        cells.append([
-            what, row["method"].partition(":")[2], f"{row['accuracy']:.2f}%", f"{row['kl_nats']:.4f}",
-            f"{beyond['accuracy']:.2f}%", f"{beyond['kl_nats']:.4f}",
-        ])  # fmt: skip
-    dense = f"The dense model answers {row['dense_accuracy']:.2f}% and {beyond['dense_accuracy']:.2f}%."
-    return table(["", "variant", "accuracy", "KL, nats", "beyond the task", "KL, nats"], cells) + "\n\n" + dense + source("selection")
-
-
 def tower() -> str:
     cells = []
     for row in load("tower")["rows"]:
@@ -362,7 +348,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "graphs": graphs,
     "quantise": quantise,
     "demo": demo,
-    "selection": selection,
     "tower": tower,
     "cost": cost,
     "ffn": ffn,
