@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from infoprune.calibrate import calibrate, stream_name
+from infoprune.calibrate import calibrate, stream_name, unpadded
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.packing import answer_logits, batches
-from infoprune.repair import _capture, _LayerRepair, _LeastSquares, _stacks, cut_and_repair_
+from infoprune.repair import _add_, _capture, _LayerRepair, _LeastSquares, _readers, _stacks, cut_and_repair_
 from infoprune.surgery import apply_
 from test_families import plan_of
 
@@ -93,6 +93,49 @@ def test_an_empty_plan_is_left_alone(vlm, questions):
     assert all(torch.equal(p, before[name]) for name, p in vlm.model.state_dict().items())
 
 
+@torch.no_grad()
+def test_readers_come_nearer_to_what_they_computed_and_others_stay(vlm, questions, monkeypatch):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=3)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs, weighting="uniform")
+    refit, refitted = _LayerRepair._refit_readers, []
+
+    def checked(self, site, dense, hidden):
+        readers = _readers(self.model, site)
+        first, x = next(iter(readers.values())), next(iter(dense.values()))
+        valid = [unpadded(site, values, batch.valid) for values, batch in zip(x, self.batches, strict=True)]
+        seen = [unpadded(site, v, b.valid) for v, b in zip(self._read(first, hidden), self.batches, strict=True)]
+        before = {name: nn.functional.linear(torch.cat(valid), reader.weight) for name, reader in readers.items()}
+        biases = {name: 0.0 if reader.bias is None else reader.bias.clone() for name, reader in readers.items()}
+        old = {name: reader.weight.clone() for name, reader in readers.items()}
+        refit(self, site, dense, hidden)
+        for name, reader in readers.items():
+            if name in dense and dense[name][0] is not x[0]:
+                assert torch.equal(reader.weight, old[name])
+                continue
+            error = (before[name] + biases[name] - nn.functional.linear(torch.cat(seen), reader.weight, reader.bias)).square().sum()
+            assert error <= (before[name] - nn.functional.linear(torch.cat(seen), old[name])).square().sum() * (1 + 1e-3)
+            refitted.append((site.path, name, not torch.equal(reader.weight, old[name])))
+
+    monkeypatch.setattr(_LayerRepair, "_refit_readers", checked)
+    cut_and_repair_(vlm.model, vlm.architecture, plan_of(vlm), statistics, inputs, FFNOptions(), ridge=1e-4)
+    assert sum(changed for *_, changed in refitted) > len(refitted) / 2
+
+
+@torch.no_grad()
+def test_nothing_before_the_first_cut_changes(vlm, questions):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=3)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs)
+    last = vlm.architecture.ffn[-1]
+    plan = plan_of(vlm, heads=False)
+    plan = plan.model_copy(update={"ffn": {last.path: plan.ffn[last.path]}})
+    before = copy.deepcopy(vlm.model.state_dict())
+    cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
+    after = vlm.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith(f"{last.path}."))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_least_squares_equals_the_direct_solution_and_ridge_keeps_the_weights(bias):
     torch.manual_seed(0)
@@ -100,15 +143,15 @@ def test_least_squares_equals_the_direct_solution_and_ridge_keeps_the_weights(bi
     truth = nn.Linear(6, 4, bias=bias)
     goal = truth(z).detach()
     found = nn.Linear(6, 4, bias=bias)
-    fit = _LeastSquares(found)
+    fit = _LeastSquares(6, 4, intercept=bias)
     with torch.no_grad():
-        for part in range(0, 200, 50):
-            fit.update(z[part : part + 50], goal[part : part + 50], w[part : part + 50])
-        fit.solve_(0.0)
+        for part in (slice(start, start + 50) for start in range(0, 200, 50)):
+            fit.update(z[part], goal[part] - found(z[part]), w[part])
+        _add_(found, fit.solve(0.0))
         torch.testing.assert_close(found.weight, truth.weight, atol=1e-4, rtol=1e-4)
         stiff = nn.Linear(6, 4, bias=bias)
         before = stiff.weight.clone()
-        fit = _LeastSquares(stiff)
-        fit.update(z, goal, w)
-        fit.solve_(1e9)
+        fit = _LeastSquares(6, 4, intercept=bias)
+        fit.update(z, goal - stiff(z), w)
+        _add_(stiff, fit.solve(1e9))
         torch.testing.assert_close(stiff.weight, before, atol=1e-5, rtol=0)

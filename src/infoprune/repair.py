@@ -1,15 +1,20 @@
 """Cut a model layer by layer and repair each block against the dense model's residual stream, in closed form.
 
 Local optimality is not enough: every cut shifts what the next layers read, and small errors add up over depth. So blocks are cut in
-the order of the forward pass, each on the inputs that the compressed model will really see, and the linear that writes to the
-residual stream is refitted by weighted least squares with a ridge towards its own weights:
+the order of the forward pass, each on the inputs that the compressed model will really see, and both of its ends are refitted by
+weighted least squares with a ridge. First the linears that read the stream, V, become V (I + D), with the best linear prediction of what
+they would have read (x, of the dense model) from what they do read (x'):
+
+    D = argmin sum_t w_t ||(x_t - x'_t) - D x'_t||^2 + rho ||D||^2
+
+Then the linear that writes to the stream,
 
     W = argmin sum_t w_t ||y_t + (h_t - h'_t) - W z_t||^2 + rho ||W - W_0||^2
 
-with z what the linear reads in the compressed model, y the dense block's output, h and h' the dense and compressed residual streams
-before the block, and w the calibration's token weights. The target contains the drift h - h', so a block also corrects what earlier
-cuts left behind. Only one layer runs at a time, dense and compressed, on stored activations: little more than a dense and two compressed
-forward passes in all, and no second copy of the model.
+with z what it reads in the compressed model, y the dense block's output, h and h' the dense and compressed residual streams before the
+block, and w the calibration's token weights. The target contains the drift h - h', so a block also corrects what earlier cuts left
+behind. Of blocks that are not cut only the readers are refitted, and only behind a cut. One layer runs at a time, dense and compressed,
+on stored activations: little more than a dense and two compressed forward passes in all, and no second copy of the model.
 """
 
 from __future__ import annotations
@@ -27,12 +32,13 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import Statistics, stream_name, unpadded
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.modeling_infoprune import Constant, ConstantAttention
+from infoprune.modeling_infoprune import Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
 from infoprune.surgery import cut_ffn_, prune_heads_
 
 RIDGE = 0.05
+_Inputs = dict[str, list[torch.Tensor]]  # what each of a block's input linears read in the dense model, per batch, by its name
 
 
 class _Stop(Exception):
@@ -80,7 +86,7 @@ def cut_and_repair_(
         statistics: Moments of the dense model, with the token weights of the same batches.
         batches: The calibration batches, in the same order.
         options: The FFN method.
-        ridge: rho relative to the mean diagonal of E[z z^T].
+        ridge: rho relative to the mean diagonal of E[x' x'^T] or E[z z^T].
         progress: Called after each layer.
 
     Raises:
@@ -171,25 +177,36 @@ class _LayerRepair:
         self, dense: list[torch.Tensor], compressed: list[torch.Tensor], plan: CompressionPlan, options: FFNOptions
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         targets: dict[str, list[torch.Tensor]] = {self.attention.path: [], self.ffn.path: []}
+        inputs: dict[str, _Inputs] = {}
         with ExitStack() as stack:
             for site in (self.attention, self.ffn):
                 linear, held = _writer(self.model, site), targets[site.path]
                 stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
+                inputs[site.path] = {name: [] for name in _readers(self.model, site)}
+                for name, reader in _readers(self.model, site).items():
+                    read = inputs[site.path][name]
+                    stack.callback(reader.register_forward_pre_hook(lambda m, a, read=read: read.append(a[0])).remove)
             after_dense = [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)]
         # What rescales a block's output would have to be passed backwards by the drift; there each block only aims at its own output.
         scaled = self.attention.names.rescaled
         drift = [torch.zeros_like(h) if scaled else h - c for h, c in zip(dense, compressed, strict=True)]
+        drifted = not all(h is c or torch.equal(h, c) for h, c in zip(dense, compressed, strict=True))
         read: list[torch.Tensor] = []
         if self.attention.path in plan.heads:
             prune_heads_(self.model, self.attention, plan.heads[self.attention.path], self.statistics.sites[self.attention.path])
         writer = _writer(self.model, self.attention)
         if not isinstance(writer, Constant):
-            read = self._read(self.attention, compressed)
+            if drifted:
+                self._refit_readers(self.attention, inputs.pop(self.attention.path), compressed)
+            read = self._read(_last_linear(writer), compressed)
             if self.attention.path in plan.heads:  # a constant has nothing to refit; the FFN makes up for it
                 self._refit(self.attention, read, targets[self.attention.path], drift)
         if self.ffn.path in plan.ffn:
             cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
-            if not isinstance(_writer(self.model, self.ffn), Constant):
+        if not isinstance(_writer(self.model, self.ffn), Constant):
+            if drifted or self.attention.path in plan.heads:
+                self._refit_readers(self.ffn, inputs.pop(self.ffn.path), compressed)
+            if self.ffn.path in plan.ffn:
                 now = [writer.constant(h) for h in compressed] if isinstance(writer, Constant) else [writer(z) for z in read]
                 middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], now, strict=True)]
                 read, left = self._run_and_read(self.ffn, compressed)
@@ -202,15 +219,15 @@ class _LayerRepair:
         output = self.layer(hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def _read(self, site: AttentionSite | FFNSite, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the block's last linear reads, per batch; the rest of the layer does not run."""
+    def _read(self, linear: nn.Module, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What a linear reads, per batch; the rest of the layer does not run."""
         held: list[torch.Tensor] = []
 
         def hold(module: nn.Module, args: Any) -> None:
             held.append(args[0])
             raise _Stop
 
-        handle = _last_linear(_writer(self.model, site)).register_forward_pre_hook(hold)
+        handle = linear.register_forward_pre_hook(hold)
         try:
             for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
                 with suppress(_Stop):
@@ -229,15 +246,31 @@ class _LayerRepair:
             handle.remove()
         return held, left
 
+    def _refit_readers(self, site: AttentionSite | FFNSite, inputs: _Inputs, hidden: list[torch.Tensor]) -> None:
+        """Refit the linears that read the stream to what they would have read; ``inputs`` is what they did, dense."""
+        readers = _readers(self.model, site)
+        dense = next(iter(inputs.values()))
+        # Keys and values of cross-attention read something else, which stays as it is.
+        same = [r for name, r in readers.items() if name not in inputs or (inputs[name] and inputs[name][0] is dense[0])]
+        now = self._read(same[0], hidden)
+        fit = _LeastSquares(site.hidden_size, site.hidden_size, intercept=all(r.bias is not None for r in same))
+        for number, batch in enumerate(self.batches):
+            x, seen = (unpadded(site, values[number], batch.valid) for values in (dense, now))
+            fit.update(seen, x - seen, self.statistics.sites[site.path].token_weights[number])
+        change = fit.solve(self.ridge)
+        for reader in same:
+            _add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
+
     def _refit(
         self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Refit the block's last linear; gives how its output changed, by what it reads."""
-        fit = _LeastSquares(_last_linear(_writer(self.model, site)))
+        linear = _last_linear(_writer(self.model, site))
+        fit = _LeastSquares(linear.in_features, linear.out_features, intercept=linear.bias is not None)
         for number, batch in enumerate(self.batches):
             z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
-            fit.update(z, target + off, self.statistics.sites[site.path].token_weights[number])
-        return fit.solve_(self.ridge)
+            fit.update(z, target + off - linear(z), self.statistics.sites[site.path].token_weights[number])
+        return _add_(linear, fit.solve(self.ridge))
 
 
 def _writer(model: nn.Module, site: AttentionSite | FFNSite) -> nn.Module:
@@ -252,36 +285,50 @@ def _last_linear(module: nn.Module) -> Any:
     return module if isinstance(module, nn.Linear) else module.get_submodule("up")
 
 
-class _LeastSquares:
-    """Weighted least squares for a linear's weight, and bias where it has one, as a ridge-limited change of what it has."""
+def _readers(model: nn.Module, site: AttentionSite | FFNSite) -> dict[str, Any]:
+    """The linears of a block that read its input: of what was factorised the first factor, nothing of what was dropped whole."""
+    block: Any = model.get_submodule(site.path)
+    if isinstance(block, ConstantAttention):
+        return {}
+    if isinstance(site, FFNSite) and isinstance(block, LowRankGatedFFN):
+        return {"shared_proj": block.shared_proj}
+    names = site.names.projections if isinstance(site, AttentionSite) else (site.names.up, site.names.gate)
+    found = {name: block.get_submodule(name) for name in names if name}
+    return {name: module.down if isinstance(module, LowRankLinear) else module for name, module in found.items()}
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.linear, n = linear, linear.in_features + 1
-        self.gram = torch.zeros(n, n, dtype=torch.float64)
-        self.cross = torch.zeros(linear.out_features, n, dtype=torch.float64)
+
+def _add_(linear: Any, change: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Add (out, in) to a linear's weight, or (out, in + 1) to weight and bias; gives the change as a linear map."""
+    change = change.to(linear.weight)
+    weight, bias = change[:, : linear.in_features], None if change.shape[1] == linear.in_features else change[:, -1]
+    linear.weight.add_(weight)
+    if bias is not None:
+        linear.bias.add_(bias)
+    return partial(nn.functional.linear, weight=weight, bias=bias)
+
+
+class _LeastSquares:
+    """Weighted least squares for a linear map, and an intercept where there may be one, that is small where data say little."""
+
+    def __init__(self, inputs: int, outputs: int, *, intercept: bool) -> None:
+        self.size, self.intercept = inputs, intercept
+        self.weight = 0.0
+        self.gram = torch.zeros(inputs + intercept, inputs + intercept, dtype=torch.float64)
+        self.cross = torch.zeros(outputs, inputs + intercept, dtype=torch.float64)
 
     def update(self, z: torch.Tensor, goal: torch.Tensor, weights: torch.Tensor) -> None:
-        error = goal - self.linear(z)
-        extended = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        """Add what is read (n, inputs) and what should come of it (n, outputs), with weights (n,)."""
+        extended = torch.cat([z, torch.ones_like(z[:, :1])], 1) if self.intercept else z
         weighted = extended * weights[:, None].to(z)
-        self.gram += (weighted.T @ extended).cpu().double()
-        self.cross += (error.T @ weighted).cpu().double()
+        self.weight += float(weights.sum())
+        self.gram += (weighted.T @ extended).cpu()
+        self.cross += (goal.T @ weighted).cpu()
 
-    def solve_(self, ridge: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Change the linear; gives the change as a linear map."""
-        size = self.linear.in_features
-        change = torch.zeros_like(self.cross)
-        total = float(self.gram[-1, -1])
-        if total > 0:
-            gram, cross = self.gram.div_(total), self.cross.div_(total)  # in place: as wide as the linear, the largest matrices there are
-            if self.linear.bias is None:
-                gram, cross = gram[:size, :size], cross[:, :size]
-            gram.diagonal()[:size].add_(ridge * float(gram.diagonal()[:size].mean()))  # the bias is free
-            gram.diagonal().add_(1e-12)
-            change[:, : len(gram)] = torch.linalg.solve(gram, cross.T).T
-        change = change.to(self.linear.weight)
-        weight, bias = change[:, :size], None if self.linear.bias is None else change[:, size]
-        self.linear.weight.add_(weight)
-        if bias is not None:
-            self.linear.bias.add_(bias)
-        return partial(nn.functional.linear, weight=weight, bias=bias)
+    def solve(self, ridge: float) -> torch.Tensor:
+        """(outputs, inputs), or (outputs, inputs + 1) with the intercept last; float64."""
+        if self.weight <= 0:
+            return torch.zeros_like(self.cross)
+        gram, cross = self.gram.div_(self.weight), self.cross.div_(self.weight)  # in place: they may be the largest matrices there are
+        gram.diagonal()[: self.size].add_(ridge * float(gram.diagonal()[: self.size].mean()))  # the intercept is free
+        gram.diagonal().add_(1e-12)
+        return torch.linalg.solve(gram, cross.T).T
