@@ -83,6 +83,7 @@ def test_split_is_by_image_disjoint_and_reproducible(many):
 def test_images_with_many_questions_are_thinned(many):
     assert most_per_image(np.array([4, 4, 4])) == 4
     assert most_per_image(np.array([3] * 50 + [60])) == 3
+    assert most_per_image(np.array([10] * 9 + [100])) == 11  # sizes in between count: (9 x 10 + 11) / 11 is 9.2 of 10 images
     assert most_per_image(np.arange(1, 100)) < 30
     last = many[-1].image
     crowded = [*many, *(Example(last, f"what shape ? {i}", "circle") for i in range(40))]

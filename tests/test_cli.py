@@ -58,6 +58,9 @@ def test_neurons_and_layers(checkpoint, jsonl, tmp_path):
     assert report["flops_ratio"] <= 0.7
     assert "neurons of" in run("plan", "show", out).stdout
     assert "neurons out of" in (out / "README.md").read_text()
+    stock = tmp_path / "stock"
+    written = json.loads(run("export", out, "--to", "onnx", "-o", stock, "--json").stdout)
+    assert written == {"output": str(stock), "format": "onnx"} and stock.is_dir()
     out = tmp_path / "shallow"
     report = json.loads(run(*common, "--flops", 0.8, "--layers", "block-influence", "-o", out, "--json").stdout)
     assert report["flops_ratio"] <= 0.8

@@ -25,7 +25,9 @@ from infoprune.criteria.heads import (
 )
 from infoprune.errors import CalibrationError
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
+from infoprune.ks_rule import _removable
 from infoprune.linalg import cholesky_factor, row_products
+from infoprune.options import CompressionOptions
 
 SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 
@@ -375,3 +377,14 @@ def test_row_products_are_formed_in_float32_or_better(dtype):
     found = row_products(matrix)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, matrix.double() @ matrix.double().T, rtol=1e-5, atol=1e-4)
+
+
+def test_ks_rule_never_takes_silence_for_a_narrow_spectrum():
+    block, _ = random_block(site=dataclasses.replace(SITE, min_units=0))
+    direction = torch.randn(block.site.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    narrow = torch.outer(direction, direction) @ block.out / direction.square().sum() + 1e-3 * block.out
+    loud = dataclasses.replace(block, out=narrow)  # nearly all energy in one direction: its best rank-1 copy has a distance near 0
+    options = CompressionOptions(ks=0.5)
+    assert _removable(loud, information_loss(loud), options) < block.site.num_units
+    silent = dataclasses.replace(block, out=torch.zeros_like(block.out))
+    assert _removable(silent, information_loss(silent), options) == block.site.num_units

@@ -136,6 +136,17 @@ def test_nothing_before_the_first_cut_changes(vlm, questions):
     assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith(f"{last.path}."))
 
 
+def test_least_squares_of_half_precision_sums_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    z, goal = (torch.randn(5000, 8, generator=generator).bfloat16() + 1 for _ in range(2))
+    found = []
+    for read in (z, z.float()):
+        fit = _LeastSquares(8, 8, intercept=True)
+        fit.update(read, goal.to(read), torch.full((5000,), 1e-9))  # relevance weights may be too small for float16
+        found.append(fit.solve(0.0))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_least_squares_equals_the_direct_solution_and_ridge_keeps_the_weights(bias):
     torch.manual_seed(0)

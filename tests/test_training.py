@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,15 +32,16 @@ from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, HeadDecision
 from infoprune.progress import SILENT
 from infoprune.solve import SolvedSite
+from infoprune.steps import measure
 from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
 from infoprune.training.heads import GateStage, binarise, check_agreement, masked_logits
-from infoprune.training.loop import one_cycle, wants_bfloat16
+from infoprune.training.loop import Processes, one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, layer_weights, relative_groups, typical_magnitude
-from infoprune.training.run import TrainingRun
+from infoprune.training.run import TrainingRun, split
 from infoprune.training.structure import dense_structure, energy_forms, leave_one_out, stand_in, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
@@ -292,6 +294,22 @@ def test_held_out_images_are_disjoint(questions):
         hold_out(questions[:3], 0)
 
 
+def test_validation_has_at_most_as_many_questions_as_are_allowed(questions):
+    for most in (1, 4, 5, 100):
+        options = TrainingOptions(validation_questions=most)
+        train, validation = split([*questions, *questions], options, 0, SILENT)
+        assert 0 < len(validation) <= most and not {e.image for e in train} & {e.image for e in validation}
+
+
+def test_copies_of_an_image_are_held_out_together(questions, tmp_path):
+    copies = []
+    for number, example in enumerate(questions):
+        copies.append(replace(example, image=Path(shutil.copy(example.image, tmp_path / f"copy {number}{example.image.suffix}"))))
+    train, held = hold_out([*questions, *copies], 0)
+    seen = [{e.image.read_bytes() for e in part} for part in (train, held)]
+    assert held and not seen[0] & seen[1] and len(train) + len(held) == 2 * len(questions)
+
+
 @torch.no_grad()
 def test_cached_vision_features_change_nothing(vlm, questions):
     batch = next(iter(batches(vlm.encoder, questions)))[0]
@@ -485,12 +503,26 @@ def test_expected_cost_of_a_block_is_gone_with_its_last_unit(vlm):
 
 def test_measured_costs(vlm, questions):
     sites = list(vlm.architecture.attention)
-    probe = inputs_of(vlm, questions)
+    probe, _, workload = measure(vlm, questions)
     before = {name: p.clone() for name, p in vlm.model.named_parameters()}
-    costs = time_costs(vlm.model, sites, probe)
+    costs = time_costs(vlm.model, sites, probe, workload)
     assert costs.fixed.min() >= 0 and costs.unit.min() >= 0 and 0 < costs.dense < 10
     assert all(torch.equal(p, before[name]) for name, p in vlm.model.named_parameters())
     assert not any(m._forward_pre_hooks for m in vlm.model.modules())
+
+
+@pytest.mark.parametrize("name", ["mllama", "qwen2.5-vl"])
+def test_blocks_of_other_kinds_are_timed_apart(name, monkeypatch, tmp_path):
+    """Cross-attention beside self-attention, windows beside whole images: of the same shape, not of the same cost."""
+    vlm = built(next(tiny for tiny in ALL if tiny.name == name), monkeypatch)
+    sites = list(vlm.architecture.attention)
+    probe, _, workload = measure(vlm, examples(tmp_path, 2))
+    lines = []
+    monkeypatch.setattr("infoprune.training.costs._line", lambda call, site, device: lines.append(site) or (0.0, float(len(lines))))
+    costs = time_costs(vlm.model, sites, probe, workload)
+    step = {site.path: costs.block(number, 1) for number, site in enumerate(sites)}
+    kinds = {(site.tower, site.names.attention, workload.attention[site.path]) for site in sites}
+    assert len(lines) == len(kinds) == len(set(step.values())) > 2
 
 
 def test_gates_may_pay_in_time(gqa_vlm, questions):
@@ -580,7 +612,7 @@ def test_work_with_other_settings_is_not_mixed_up(gqa_vlm, questions, tmp_path):
     infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)
     with pytest.raises(CheckpointError, match="gate_steps"):
         infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK | {"gate_steps": 9})
-    asked = dataclasses.replace(gqa_vlm, encoder=dataclasses.replace(gqa_vlm.encoder, suffix=" !"))
+    asked = replace(gqa_vlm, encoder=replace(gqa_vlm.encoder, suffix=" !"))
     with pytest.raises(CheckpointError, match="prompt"):
         infoprune.compress(asked, questions, work=tmp_path / "work", **QUICK)
     (tmp_path / "work" / "gates.safetensors").write_bytes(b"damaged")
@@ -862,7 +894,7 @@ class Seen(Exception):
 def test_stages_compute_where_the_spread_copy_is(gqa_vlm, questions, monkeypatch, stage):
     @contextmanager
     def spread(self, vlm, dense):  # as on a machine with GPUs, of which the meta device plays the part
-        yield dataclasses.replace(vlm, model=vlm.copy().model.to("meta"))
+        yield replace(vlm, model=vlm.copy().model.to("meta"))
 
     def shown(*given, autocast, **options):
         found = {"autocast": autocast}
@@ -913,10 +945,36 @@ def test_commands_load_to_the_gpu_of_their_process(monkeypatch, tmp_path, jsonl,
 
 def test_spread_models_need_equal_parts_of_a_step():
     run = TrainingRun(TrainingOptions(shard=True), [], [], 0, SimpleNamespace(count=3, index=0), SILENT)
-    with pytest.raises(InfoPruneError, match="equal parts"):
-        run._train(None, None, 8)
+    with pytest.raises(InfoPruneError, match=r"equal parts.*images_per_step"):
+        run.check_shares("images_per_step")
+    replace(run, options=TrainingOptions()).check_shares("images_per_step")  # unequal parts are no harm where each has the whole model
     with pytest.raises(InfoPruneError, match="shard"):
         TrainingOptions(shard=True, gate_lora=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"), [({"heads": "trained"}, "gate_images_per_step"), ({"recovery": "full", "images_per_step": 4}, " images_per_step")]
+)
+def test_more_processes_than_images_of_a_step_are_told_before_any_work(monkeypatch, gqa_vlm, questions, fields, named):
+    crowd = SimpleNamespace(count=5, index=0, end=lambda: None, wait=lambda: None)
+    monkeypatch.setattr("infoprune.compress.Processes.current", lambda *_: crowd)
+    monkeypatch.setattr("infoprune.compress._cut_free", lambda *_: pytest.fail("worked"))
+    with pytest.raises(InfoPruneError, match=f"5 processes can't share 4 images per step; raise.*{named}"):
+        infoprune.compress(gqa_vlm, questions, flops=0.7, **fields)
+
+
+def test_processes_agree_on_what_the_first_found():
+    class Sum:
+        device = "cpu"
+
+        def reduce(self, values, reduction):
+            assert reduction == "sum"
+            return values + torch.tensor([0.25, 3.0], dtype=torch.float64)  # what the others give: the first's figures and zeros
+
+    second = Processes(Sum())
+    Sum.num_processes, Sum.process_index = 2, 1
+    assert second.agree(0.5, 7.0) == (0.25, 3.0)
+    assert Processes().agree(0.5, 7.0) == (0.5, 7.0)
 
 
 def test_two_processes_get_the_result_of_one(checkpoint, jsonl, tmp_path):

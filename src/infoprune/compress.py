@@ -161,7 +161,12 @@ def _training_run(
             folder.claim(told | asdict(options) | asdict(training) | {"processes": processes.count})
             ending.enter_context(folder.held())
         processes.wait()
-    return TrainingRun(training, examples, validation, options.seed, processes, progress, folder)
+    run = TrainingRun(training, examples, validation, options.seed, processes, progress, folder)
+    if options.heads == TRAINED:
+        run.check_shares("gate_images_per_step")
+    if training.recovery != "none":
+        run.check_shares("images_per_step")
+    return run
 
 
 def logs_folder(work: Path | None) -> Path:
@@ -259,7 +264,7 @@ def _learn_heads(
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     target = run.options.attention_share or attention_share(solved, decisions, workload)
-    costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe))
+    costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe, workload))
     prior = unit_percentiles(solved, costs, target)
     start = HeadGates(sites, start_locations(torch.tensor(prior), run.options.gate_prior, costs, target))
     decide(with_units(solved, binarise(start, costs, target), options), FlopCosts(workload), dense_flops.total, options)

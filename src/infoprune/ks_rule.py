@@ -44,12 +44,17 @@ def _preferred(spectra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _removable(block: Block, removal: Removal, options: CompressionOptions) -> int:
-    """Most units of the order whose removal keeps KS(output spectrum without | with) within the tolerance."""
+    """Most units of the order whose removal keeps KS(output spectrum without | with) within the tolerance.
+
+    A block that writes nothing any more has no spectrum: that is the largest distance, whatever the tolerance, from all but a silent block.
+    """
     assert options.ks is not None
     full = descending_eigh(block.out @ block.covariance @ block.out.T)[0]
     count = 0
     for k in range(1, len(removal.order) + 1):
         kept = block.index([u for u in range(block.site.num_units) if u not in removal.order[:k]])
+        if not len(kept) and float(full.sum()) > 0:
+            break
         weight = block.out[:, kept]
         if options.compensate == "least-squares" and len(kept):
             weight = torch.linalg.solve(block.covariance[kept][:, kept], block.covariance[kept, :] @ block.out.T).T

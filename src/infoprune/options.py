@@ -106,7 +106,7 @@ class CompressionOptions:
         weighting: See :func:`infoprune.calibrate.calibrate`.
         temperature, top_k: Of the Fisher information, see :func:`infoprune.fisher.fisher_sample`.
         examples: Calibration questions, three per image as far as images go.
-        repair: Cut layer by layer and refit each block's last linear to the dense residual stream
+        repair: Cut layer by layer and refit what reads the residual stream, and each cut block's last linear, to the dense model's
             (:mod:`infoprune.repair`).
         rank_multiple: Ranks and widths are multiples of this: 8 suits CPUs, 64 GPUs.
         floor: Least rank or width of a site, as a share of what it would have under uniform shares.

@@ -256,7 +256,7 @@ class _LayerRepair:
         fit = _LeastSquares(site.hidden_size, site.hidden_size, intercept=all(r.bias is not None for r in same))
         for number, batch in enumerate(self.batches):
             x, seen = (unpadded(site, values[number], batch.valid) for values in (dense, now))
-            fit.update(seen, x - seen, self.statistics.sites[site.path].token_weights[number])
+            fit.update(seen, x.float() - seen, self.statistics.sites[site.path].token_weights[number])
         change = fit.solve(self.ridge)
         for reader in same:
             _add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
@@ -269,7 +269,8 @@ class _LayerRepair:
         fit = _LeastSquares(linear.in_features, linear.out_features, intercept=linear.bias is not None)
         for number, batch in enumerate(self.batches):
             z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
-            fit.update(z, target + off - linear(z), self.statistics.sites[site.path].token_weights[number])
+            error = target.float() + off - linear(z)  # a small difference of large values
+            fit.update(z, error, self.statistics.sites[site.path].token_weights[number])
         return _add_(linear, fit.solve(self.ridge))
 
 
@@ -318,11 +319,12 @@ class _LeastSquares:
 
     def update(self, z: torch.Tensor, goal: torch.Tensor, weights: torch.Tensor) -> None:
         """Add what is read (n, inputs) and what should come of it (n, outputs), with weights (n,)."""
+        z = z.float()  # sums over tokens need more than half precision
         extended = torch.cat([z, torch.ones_like(z[:, :1])], 1) if self.intercept else z
         weighted = extended * weights[:, None].to(z)
         self.weight += float(weights.sum())
         self.gram += (weighted.T @ extended).cpu()
-        self.cross += (goal.T @ weighted).cpu()
+        self.cross += (goal.float().T @ weighted).cpu()
 
     def solve(self, ridge: float) -> torch.Tensor:
         """(outputs, inputs), or (outputs, inputs + 1) with the intercept last; float64."""

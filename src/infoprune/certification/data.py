@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,9 @@ def most_per_image(sizes: np.ndarray) -> int:
     Drawing at most k of each makes it sum min(m_j, k) / k, at the price that images count more evenly than by their questions.
     """
     sizes = np.asarray(sizes)
-    worth = ((int(k), np.minimum(sizes, k).sum() / k) for k in np.unique(sizes)[::-1])
-    return next(k for k, images in worth if images >= (1 - UNEVEN) * len(sizes) or k == sizes.min())
+    least, most = int(sizes.min()), int(sizes.max())
+    # The worth falls with k, from that of all images at the smallest of them.
+    return least + bisect_right(range(least + 1, most + 1), -(1 - UNEVEN) * len(sizes), key=lambda k: -np.minimum(sizes, k).sum() / k)
 
 
 def _expected_need(sizes: np.ndarray, options: CompressionOptions) -> int | None:

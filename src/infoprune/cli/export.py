@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from infoprune.cli.console import BarProgress, console
+from infoprune.cli.console import BarProgress, console, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +27,7 @@ def export(
         str, typer.Option("--weights", help="dense: precision of the written weights, fp32, bf16, fp16 or auto: the checkpoint's own.")
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON to standard output.")] = False,
 ) -> None:
     """Write compressed MODEL for tools that know its family but not infoprune."""
     from infoprune.errors import InfoPruneError
@@ -43,9 +44,14 @@ def export(
     vlm = load(model, notify=progress.note)
     if to == "dense":
         written = export_dense(vlm, output, dtype=dtype, overwrite=overwrite, notify=progress.note)
+    else:
+        written = export_graphs(vlm, output, to, overwrite=overwrite, notify=progress.note)
+    if json_output:
+        print_json({"output": str(written), "format": to})
+        return
+    if to == "dense":
         console.print(f"Wrote {escape(str(written))}: the stock family, dense.")
         console.print("It answers as the compressed model does, in the original's size and time.")
         return
-    written = export_graphs(vlm, output, to, overwrite=overwrite, notify=progress.note)
     console.print(f"Wrote {escape(str(written))}: graphs of vision tower, embedding, prefill and decode step.")
     console.print("infoprune.graphs.Graphs runs them.")

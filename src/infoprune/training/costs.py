@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from infoprune.architecture import AttentionSite
 from infoprune.evaluation.cost import Workload, attention_flops
+from infoprune.site_costs import attention_name, runs_of
 from infoprune.timing.stopwatch import median_seconds
 from infoprune.timing.works import PASS, BlockCall, calls_of
 
@@ -71,20 +71,20 @@ def flop_costs(sites: Sequence[AttentionSite], workload: Workload) -> Costs:
 
 
 @torch.no_grad()
-def time_costs(model: nn.Module, sites: Sequence[AttentionSite], inputs: dict[str, torch.Tensor]) -> Costs:
+def time_costs(model: nn.Module, sites: Sequence[AttentionSite], inputs: dict[str, torch.Tensor], workload: Workload) -> Costs:
     """Measured seconds of ``sites`` in one forward pass over ``inputs``: a line through blocks with all units and with one.
 
-    Blocks of the same shape are timed once, on what really reaches them. On short inputs most of a block's time is fixed, so this
+    Blocks of the same name and FLOPs are timed once, on what really reaches them. On short inputs most of a block's time is fixed, so this
     cost makes whole blocks go where FLOPs would thin all of them.
     """
-    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
+    measured: dict[str, tuple[float, float]] = {}
     lines = []
     calls, device = calls_of(model, sites, inputs), next(model.parameters()).device
     for site in sites:
-        shape = (site.tower, site.num_units, site.unit_width, site.head_dim, site.hidden_size)
-        if shape not in measured:
-            measured[shape] = _line(calls[site.path, PASS], site, device)
-        lines.append(measured[shape])
+        name = attention_name(site, runs_of(site.tower, workload)[0], workload)
+        if name not in measured:
+            measured[name] = _line(calls[site.path, PASS], site, device)
+        lines.append(measured[name])
     return _costs(sites, [fixed for fixed, _ in lines], [step for _, step in lines])
 
 

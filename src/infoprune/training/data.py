@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from infoprune.data import Example
+from infoprune.data.images import identities
 from infoprune.errors import DataError
 from infoprune.packing import TOKEN_INPUTS, PackedBatch, PromptEncoder, pack
 from infoprune.resolve import family_of
@@ -71,16 +72,18 @@ def rows_of(examples: Sequence[Example], questions_per_image: int, *, share_pref
 
 
 def hold_out(examples: Sequence[Example], seed: int, share: int = 20) -> tuple[list[Example], list[Example]]:
-    """Split off the questions of one image in ``share``: (train, validation).
+    """Split off the questions of one image in ``share``: (train, validation). Copies under other names are one image.
 
     Raises:
         DataError: Fewer than two images.
     """
-    images = list(dict.fromkeys(example.image for example in examples))
+    of_example = identities([example.image for example in examples])
+    images = list(dict.fromkeys(of_example))
     if len(images) < 2:
         raise DataError("Training needs questions on at least two images: one to train on and one to stop early on.")
     held = set(random.Random(seed).sample(images, max(1, len(images) // share)))
-    return [e for e in examples if e.image not in held], [e for e in examples if e.image in held]
+    apart = [(example, image in held) for example, image in zip(examples, of_example, strict=True)]
+    return [e for e, out in apart if not out], [e for e, out in apart if out]
 
 
 @dataclass

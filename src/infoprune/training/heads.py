@@ -75,11 +75,13 @@ class GateStage:
         extra: dict[str, torch.nn.Parameter] | None = None,
         without_extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
         cache: VisionCache | None = None,
+        agree: Callable[..., tuple[float, ...]] = lambda *values: values,
     ) -> None:
+        """``agree`` makes figures the same on all processes."""
         self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
         self.compensation: Compensation = compensation
         self.seed, self.cache, self.without_extra = seed, cache, without_extra
-        self.validation, self.autocast = validation, autocast
+        self.validation, self.autocast, self.agree = validation, autocast, agree
         self.best = BestGates(torch.ones_like(gates.log_alpha, device="cpu"))
         self.steps = options.gate_steps
         self.budget = objective.Budget(target)
@@ -179,8 +181,9 @@ class GateStage:
         self._compensate()
         if self.moving:  # earlier choices were validated with other weights
             self.best.loss = float("inf")
-        self.best.update(open_, total / targets, step)
-        return total / targets
+        (loss,) = self.agree(total / targets)
+        self.best.update(open_, loss, step)
+        return loss
 
     @property
     def moving(self) -> bool:

@@ -149,6 +149,13 @@ class Processes:
         """Sum over processes."""
         return values if self.count == 1 else self.accelerator.reduce(values, reduction="sum")
 
+    def agree(self, *values: float) -> tuple[float, ...]:
+        """What the first of them found: decisions must be the same, and their last bits need not be."""
+        if self.count == 1:
+            return values
+        found = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return tuple(self.sum(found if self.index == 0 else torch.zeros_like(found)).tolist())
+
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
@@ -243,11 +250,14 @@ def _resume(stage: Stage, work: WorkFolder | None) -> tuple[Trained, int]:
 
 
 def _save(stage: Stage, work: WorkFolder | None, step: int, finished: bool, result: Trained) -> None:
-    """Write the state, on the process that has ``work``; all of them put it together."""
+    """Write the state, on the process that has ``work``; all of them put it together, tensor by tensor."""
     own, meta = stage.state()
     tensors = {f"parameter.{name}": value for name, value in stage.parameters.items()} | {f"stage.{n}": t for n, t in own.items()}
     tensors |= optimizer_tensors(stage.optimizer, stage.parameters)
-    tensors = {name: whole(value) for name, value in tensors.items()}
+    for name in list(tensors):  # in the host's memory: what is spread is too large for one device
+        value = whole(tensors[name])
+        tensors[name] = value.cpu() if work is not None else value.new_empty(0)
+        del value
     if work is None:
         return
     run = {
@@ -263,8 +273,6 @@ def _update(
     stage: Stage, stream: Stream, encoder: PromptEncoder, device: torch.device, step: int, autocast: bool, processes: Processes, size: int
 ) -> tuple[dict[str, float], int]:
     rows = stream.step(step)
-    if len(rows) < processes.count:
-        raise InfoPruneError(f"{processes.count} processes can't share {len(rows)} images per step; raise images_per_step.")
     own = rows[processes.index :: processes.count]
     parts = [own[i : i + size] for i in range(0, len(own), size)]
     batches = [pack_rows(encoder, part, device) for part in parts]

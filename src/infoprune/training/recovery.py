@@ -81,12 +81,16 @@ class RecoveryStage:
     def __init__(
         self, student: VLM, teacher: VLM, parameters: dict[str, nn.Parameter], validation: Sequence[Example], options: TrainingOptions,
         *, autocast: bool, cache: VisionCache | None = None, own_cache: VisionCache | None = None,
-        notify: Callable[[str], None] = lambda message: None,
+        notify: Callable[[str], None] = lambda message: None, agree: Callable[..., tuple[float, ...]] = lambda *values: values,
     ) -> None:  # fmt: skip
-        """``cache`` is the teacher's; ``own_cache`` the student's, if its image features do not change (:func:`fixed_features`)."""
+        """Take what is trained, and on what.
+
+        ``agree`` makes figures the same on all processes. ``cache`` is the teacher's; ``own_cache`` the student's, if its image features
+        do not change (:func:`fixed_features`).
+        """
         assert teacher.architecture is not None
         self.student, self.teacher, self.parameters, self.validation, self.options = student, teacher, parameters, validation, options
-        self.autocast, self.notify = autocast, notify
+        self.autocast, self.notify, self.agree = autocast, notify, agree
         self.went_back: list[int] = []
         self.steps = options.recovery_steps
         scaled = relative_groups(parameters) if options.recovery == "full" else list(parameters.values())
@@ -175,7 +179,7 @@ class RecoveryStage:
             wrong.index_add_(0, moved.question, (logits.argmax(-1) != moved.targets).float())
             right, total = right + int((wrong == 0).sum()), total + moved.num_questions
             loss, targets = loss + float(objective.cross_entropy(logits, moved.targets)), targets + len(moved.targets)
-        accuracy, cross_entropy = 100 * right / total, loss / targets
+        accuracy, cross_entropy = self.agree(100 * right / total, loss / targets)
         if self.best.update(accuracy, cross_entropy, step):
             self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
         return accuracy, cross_entropy

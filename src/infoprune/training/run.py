@@ -115,7 +115,7 @@ class TrainingRun:
             with self._spread(vlm, vlm) as working, gates.to(working.device).attached(working.model):
                 stage = GateStage(
                     working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
-                    seed=self.seed, autocast=self._autocast(working), **extra,
+                    agree=self.processes.agree, seed=self.seed, autocast=self._autocast(working), **extra,
                 )  # fmt: skip
                 trained = self._train(stage, working, options.gate_images_per_step)
         if wrapper is not None:
@@ -148,7 +148,7 @@ class TrainingRun:
                 fixed = not self._spreads and fixed_features(student.model, teacher.architecture)
                 stage = RecoveryStage(
                     learner, known, parameters, self.validation, options, autocast=self._autocast(learner), cache=cache,
-                    own_cache=VisionCache(student.model) if fixed else None, notify=self.progress.note,
+                    own_cache=VisionCache(student.model) if fixed else None, notify=self.progress.note, agree=self.processes.agree,
                 )  # fmt: skip
                 trained = self._train(stage, learner, options.images_per_step, steps_before)
                 stage.keep_best_()
@@ -179,6 +179,24 @@ class TrainingRun:
         if self.work is not None and self.processes.index == 0:
             save(vlm, self.work.path / CUT, extra=report)
         self.processes.wait()
+
+    def check_shares(self, name: str) -> None:
+        """Check that every process gets images of a step, and equally many where they share a model.
+
+        Args:
+            name: The option that says how many images a step has.
+
+        Raises:
+            InfoPruneError: They do not; says what to change.
+        """
+        count, images = self.processes.count, getattr(self.options, name)
+        if images < count:
+            raise InfoPruneError(f"{count} processes can't share {images} images per step; raise {name} (recipes take it).")
+        if self.options.shard and images % count:
+            raise InfoPruneError(
+                f"Processes that share a model need equal parts of a step: {images} images can't be dealt out to {count}. Make {name} a "
+                "multiple of that."
+            )
 
     @property
     def told(self) -> dict[str, Any]:
@@ -212,11 +230,6 @@ class TrainingRun:
         return wants_bfloat16(self.options.precision, vlm.device)
 
     def _train(self, stage: Any, vlm: VLM, images_per_step: int, steps_before: int = 0) -> Trained:
-        if self._spreads and images_per_step % self.processes.count:
-            raise InfoPruneError(
-                f"Processes that share a model need equal parts of a step: {images_per_step} images can't be dealt out to "
-                f"{self.processes.count}. Change images_per_step or gate_images_per_step."
-            )
         rows = rows_of(self.examples, self.options.questions_per_image, share_prefix=can_share_prefix(vlm))
         return train(
             stage, Stream(rows, images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),
@@ -247,10 +260,8 @@ def split(
             )
         if pool and not train_part:
             raise DataError(f"All training images are in {options.validation}, too. Give other --validation data, or none.")
-    images = list(dict.fromkeys(e.image for e in subset(validation, options.validation_questions, seed=seed)))
-    chosen: list[Example] = []
-    for image in images:  # whole images, whose questions share their tokens
-        if len(chosen) >= options.validation_questions:
-            break
-        chosen += [e for e in validation if e.image == image]
-    return train_part, chosen
+    groups: dict[Path, list[Example]] = {e.image: [] for e in subset(validation, options.validation_questions, seed=seed)}
+    for example in validation:  # whole images, whose questions share their tokens, but for the last
+        if example.image in groups:
+            groups[example.image].append(example)
+    return train_part, [example for group in groups.values() for example in group][: options.validation_questions]
