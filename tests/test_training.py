@@ -37,7 +37,7 @@ from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
-from infoprune.training.heads import GateStage, binarise, check_agreement, masked_logits
+from infoprune.training.heads import BestGates, GateStage, binarise, check_agreement, masked_logits
 from infoprune.training.loop import Processes, one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, layer_weights, relative_groups, typical_magnitude
@@ -423,6 +423,29 @@ def test_gates_start_from_the_training_free_choice_and_keep_the_better_one(gqa_v
     assert list(heads["validation"]) == [0, 2, 4]
     assert heads["kept_of_step"] == min(heads["validation"], key=heads["validation"].get)
     assert len(set(heads["validation"].values())) > 1
+
+
+@pytest.mark.parametrize("better", ["trained", "start"])
+def test_heads_are_those_whose_cut_model_answers_better(gqa_vlm, questions, monkeypatch, better):
+    given = QUICK | {"gate_steps": 4, "evaluate_every": 2}
+    free = infoprune.compress(gqa_vlm, hold_out(questions, 0)[0], **given | {"heads": "information-loss"})
+
+    def update(self, open_, loss, step):  # the last choice, whatever it is worth with dense FFNs
+        self.open, self.loss, self.step = open_, loss, step
+        self.losses[step] = loss
+
+    seen = []
+
+    def figures(vlm, examples, **options):
+        seen.append({path: len(decision.keep_units) for path, decision in vlm.plan.heads.items()})
+        return 50.0, 1.0 if better == ("trained", "start")[len(seen) - 1] else 2.0
+
+    monkeypatch.setattr(BestGates, "update", update)
+    monkeypatch.setattr("infoprune.training.run.validated", figures)
+    found = infoprune.compress(gqa_vlm, questions, **given | {"gate_rate": 3.0, "gate_prior": 6.0})
+    assert len(seen) == 2 and found.training["heads"]["kept"] == better
+    assert (found.vlm.plan.heads == free.vlm.plan.heads) == (better == "start")
+    assert found.flops_ratio <= given["flops"] and found.training["heads"]["agreement"] < 1e-4
 
 
 def test_validation_of_text_gates_passes_each_image_through_the_tower_once(gqa_vlm, questions, monkeypatch):

@@ -241,15 +241,30 @@ def _train_heads(
     target: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: Sequence[PackedBatch],
     workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor], options: CompressionOptions, run: TrainingRun, clock: Clock,
 ) -> tuple[Decisions, Statistics, dict[str, Any]]:  # fmt: skip
-    """Decisions with heads that are learned, starting from ``decisions``; the moments after that, and figures for the report."""
+    """Decisions with heads that are learned, starting from ``decisions``; the moments after that, and figures for the report.
+
+    The choice that gates start from stays where the model that is cut by it answers validation questions better.
+    """
     learned = _learn_heads(target, solved, decisions, workload, dense_flops, probe, options, run)
     clock.lap("train heads")
     if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
         statistics = statistics_of(target, inputs, options.needs, run.progress)
         solved = solve_sites(target.model, dense_architecture(target), statistics, options)
-    decisions = decide(with_units(solved, learned.kept, options), FlopCosts(workload), dense_flops.total, options)
-    agreement = _check_gates(target, solved, decisions, statistics, inputs, options)
-    return decisions, statistics, learned.as_dict() | {"agreement": agreement}
+    found = {
+        name: decide(with_units(solved, kept, options), FlopCosts(workload), dense_flops.total, options)
+        for name, kept in (("trained", learned.kept), ("start", learned.start))
+    }
+    best, told = "trained", {}
+    if learned.kept != learned.start:
+
+        def cut(name: str) -> VLM:
+            return apply_decisions(target, found[name], options, statistics, inputs, progress=run.progress)
+
+        best, figures = run.best_cut(cut, list(found))
+        told = {"kept": best, "cut": {name: {"accuracy": a, "cross_entropy": c} for name, (a, c) in figures.items()}}
+        clock.lap("choose heads")
+    agreement = _check_gates(target, solved, found[best], statistics, inputs, options)
+    return found[best], statistics, learned.as_dict() | told | {"agreement": agreement}
 
 
 def _learn_heads(

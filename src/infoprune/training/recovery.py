@@ -166,20 +166,8 @@ class RecoveryStage:
     @torch.no_grad()
     def validate(self, step: int) -> tuple[float, float]:
         """Accuracy in percent and cross-entropy per answer token on the validation questions; keeps the best weights."""
-        right = total = targets = 0
-        loss = 0.0
-        share = can_share_prefix(self.student)
-        for batch, indices in batches(self.student.encoder, self.validation, share_prefix=share):
-            moved = batch.to(self.student.device)
-            if self.own_cache is not None:
-                moved = self.own_cache.replace(moved, images_of_rows(batch, [self.validation[index] for index in indices]))
-            with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.autocast):
-                logits = answer_logits(self.student.model, moved).float()
-            wrong = torch.zeros(moved.num_questions, device=logits.device)
-            wrong.index_add_(0, moved.question, (logits.argmax(-1) != moved.targets).float())
-            right, total = right + int((wrong == 0).sum()), total + moved.num_questions
-            loss, targets = loss + float(objective.cross_entropy(logits, moved.targets)), targets + len(moved.targets)
-        accuracy, cross_entropy = self.agree(100 * right / total, loss / targets)
+        found = validated(self.student, self.validation, autocast=self.autocast, cache=self.own_cache)
+        accuracy, cross_entropy = self.agree(*found)
         if self.best.update(accuracy, cross_entropy, step):
             self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
         return accuracy, cross_entropy
@@ -198,6 +186,24 @@ class RecoveryStage:
         """See :meth:`state`."""
         self.best, self.went_back = Best(**meta["best"]), list(meta["went_back"])
         self.best_parameters = {name: as_part(value, self.parameters[name]) for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def validated(vlm: VLM, questions: Sequence[Example], *, autocast: bool = False, cache: VisionCache | None = None) -> tuple[float, float]:
+    """Accuracy in percent and cross-entropy per answer token on ``questions``, teacher-forced."""
+    right = total = targets = 0
+    loss = 0.0
+    for batch, indices in batches(vlm.encoder, questions, share_prefix=can_share_prefix(vlm)):
+        moved = batch.to(vlm.device)
+        if cache is not None:
+            moved = cache.replace(moved, images_of_rows(batch, [questions[index] for index in indices]))
+        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=autocast):
+            logits = answer_logits(vlm.model, moved).float()
+        wrong = torch.zeros(moved.num_questions, device=logits.device)
+        wrong.index_add_(0, moved.question, (logits.argmax(-1) != moved.targets).float())
+        right, total = right + int((wrong == 0).sum()), total + moved.num_questions
+        loss, targets = loss + float(objective.cross_entropy(logits, moved.targets)), targets + len(moved.targets)
+    return 100 * right / total, loss / targets
 
 
 def cut_towers(plan: CompressionPlan | None, architecture: Architecture) -> frozenset[TowerName]:

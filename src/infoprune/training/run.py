@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,10 +26,10 @@ from infoprune.steps import fingerprint
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, start_locations
-from infoprune.training.heads import BestGates, GateStage
+from infoprune.training.heads import BestGates, GateStage, binarise
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, fixed_features, layer_weights
+from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, fixed_features, layer_weights, validated
 from infoprune.training.sharding import layer_paths, spread
 from infoprune.training.state import WorkFolder
 
@@ -42,6 +42,7 @@ class LearnedHeads:
 
     Attributes:
         kept: Units to keep by path.
+        start: Units that the gates would have kept before they trained.
         trained: How training went.
         gates: Test-time gates by path at the end.
         trajectory: Test-time gates of all units, in the order of ``gates``, at every refresh.
@@ -50,6 +51,7 @@ class LearnedHeads:
     """
 
     kept: dict[str, list[int]]
+    start: dict[str, list[int]]
     trained: Trained
     gates: dict[str, list[float]]
     trajectory: list[list[float]]
@@ -102,6 +104,7 @@ class TrainingRun:
         """
         options, model = self.options, vlm.model
         gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target))
+        start = binarise(gates, costs, target)
         extra: dict[str, Any] = {}
         wrapper = None
         with frozen(model):
@@ -122,7 +125,15 @@ class TrainingRun:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
         expected = trained.history[-1]["cost"] if trained.history else 1.0
-        return LearnedHeads(stage.kept, trained, values, stage.trajectory, (expected, target), stage.best)
+        return LearnedHeads(stage.kept, start, trained, values, stage.trajectory, (expected, target), stage.best)
+
+    def best_cut(self, cut: Callable[[str], VLM], names: Sequence[str]) -> tuple[str, dict[str, tuple[float, ...]]]:
+        """The name whose cut model answers most validation questions, or as many with less cross-entropy; and the figures of all.
+
+        What gates learn on the dense model's FFNs need not hold for FFNs that are cut as deep, so it is the cut models that compete.
+        """
+        figures = {name: self.processes.agree(*validated(cut(name), self.validation)) for name in names}
+        return max(figures, key=lambda name: (figures[name][0], -figures[name][1])), figures
 
     def agreed(self, costs: Costs) -> Costs:
         """The mean of what all processes measured, so that all train on the same."""
