@@ -108,7 +108,7 @@ def test_readers_come_nearer_to_what_they_computed_and_others_stay(vlm, question
         before = {name: nn.functional.linear(torch.cat(valid), reader.weight) for name, reader in readers.items()}
         biases = {name: 0.0 if reader.bias is None else reader.bias.clone() for name, reader in readers.items()}
         old = {name: reader.weight.clone() for name, reader in readers.items()}
-        refit(self, site, dense, hidden)
+        now = refit(self, site, dense, hidden)
         for name, reader in readers.items():
             if name in dense and dense[name][0] is not x[0]:
                 assert torch.equal(reader.weight, old[name])
@@ -116,6 +116,7 @@ def test_readers_come_nearer_to_what_they_computed_and_others_stay(vlm, question
             error = (before[name] + biases[name] - nn.functional.linear(torch.cat(seen), reader.weight, reader.bias)).square().sum()
             assert error <= (before[name] - nn.functional.linear(torch.cat(seen), old[name])).square().sum() * (1 + 1e-3)
             refitted.append((site.path, name, not torch.equal(reader.weight, old[name])))
+        return now
 
     monkeypatch.setattr(_LayerRepair, "_refit_readers", checked)
     cut_and_repair_(vlm.model, vlm.architecture, plan_of(vlm), statistics, inputs, FFNOptions(), ridge=1e-4)

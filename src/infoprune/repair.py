@@ -20,8 +20,8 @@ on stored activations: little more than a dense and two compressed forward passe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -155,6 +155,23 @@ def _layer(model: nn.Module, site: AttentionSite) -> nn.Module:
     return model.get_submodule(site.path.rpartition(".")[0])
 
 
+@contextmanager
+def _reading(linear: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Collects what a linear reads; ``stop`` ends each forward pass there."""
+    held: list[torch.Tensor] = []
+
+    def hold(module: nn.Module, args: Any) -> None:
+        held.append(args[0])
+        if stop:
+            raise _Stop
+
+    handle = linear.register_forward_pre_hook(hold)
+    try:
+        yield held
+    finally:
+        handle.remove()
+
+
 class _LayerRepair:
     """One layer: run dense, cut and refit attention, cut and refit the FFN, run compressed."""
 
@@ -171,83 +188,89 @@ class _LayerRepair:
     ) -> None:
         self.model, self.attention, self.ffn, self.batches = model, attention, ffn, batches
         self.dense_kwargs, self.compressed_kwargs, self.statistics, self.ridge = dense_kwargs, compressed_kwargs, statistics, ridge
-        self.layer = _layer(model, attention)
+        self.layer, self.rescaled = _layer(model, attention), attention.names.rescaled
 
     def run(
         self, dense: list[torch.Tensor], compressed: list[torch.Tensor], plan: CompressionPlan, options: FFNOptions
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the layer leaves of either stream, the cut made."""
+        after_dense, targets, inputs = self._run_dense(dense)
+        # What rescales a block's output would have to be passed backwards by the drift; there each block only aims at its own output.
+        drift = [torch.zeros_like(h) if self.rescaled else h - c for h, c in zip(dense, compressed, strict=True)]
+        drifted = not all(h is c or torch.equal(h, c) for h, c in zip(dense, compressed, strict=True))
+        writes = self._cut_attention(compressed, plan, inputs[self.attention.path] if drifted else None, targets, drift)
+        if self.ffn.path in plan.ffn:
+            cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
+        if isinstance(_writer(self.model, self.ffn), Constant):
+            return after_dense, self._call_all(compressed)
+        seen = next(iter(inputs[self.ffn.path].values()))
+        if drifted or self.attention.path in plan.heads:
+            seen = self._refit_readers(self.ffn, inputs[self.ffn.path], compressed)
+        if self.ffn.path not in plan.ffn:
+            return after_dense, self._leave(compressed, writes, seen)
+        if not self.rescaled:
+            drift = [d + t - a for d, t, a in zip(drift, targets[self.attention.path], writes, strict=True)]
+        with _reading(_last_linear(_writer(self.model, self.ffn))) as read:
+            left = self._leave(compressed, writes, seen)
+        change = self._refit(self.ffn, read, targets[self.ffn.path], drift)
+        if self.rescaled:
+            return after_dense, self._call_all(compressed)
+        return after_dense, [h + change(z).view_as(h) for h, z in zip(left, read, strict=True)]  # no need to run it again
+
+    def _run_dense(self, dense: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]], dict[str, _Inputs]]:
+        """What the layer leaves, and by block what it writes and what its linears read."""
         targets: dict[str, list[torch.Tensor]] = {self.attention.path: [], self.ffn.path: []}
         inputs: dict[str, _Inputs] = {}
         with ExitStack() as stack:
             for site in (self.attention, self.ffn):
                 linear, held = _writer(self.model, site), targets[site.path]
                 stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
-                inputs[site.path] = {name: [] for name in _readers(self.model, site)}
-                for name, reader in _readers(self.model, site).items():
-                    read = inputs[site.path][name]
-                    stack.callback(reader.register_forward_pre_hook(lambda m, a, read=read: read.append(a[0])).remove)
-            after_dense = [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)]
-        # What rescales a block's output would have to be passed backwards by the drift; there each block only aims at its own output.
-        scaled = self.attention.names.rescaled
-        drift = [torch.zeros_like(h) if scaled else h - c for h, c in zip(dense, compressed, strict=True)]
-        drifted = not all(h is c or torch.equal(h, c) for h, c in zip(dense, compressed, strict=True))
-        read: list[torch.Tensor] = []
-        if self.attention.path in plan.heads:
-            prune_heads_(self.model, self.attention, plan.heads[self.attention.path], self.statistics.sites[self.attention.path])
+                readers = _readers(self.model, site)
+                inputs[site.path] = {name: stack.enter_context(_reading(reader)) for name, reader in readers.items()}
+            return [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)], targets, inputs
+
+    def _cut_attention(
+        self, compressed: list[torch.Tensor], plan: CompressionPlan, inputs: _Inputs | None, targets: dict[str, list[torch.Tensor]],
+        drift: list[torch.Tensor],
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Cut and refit the attention block; ``inputs`` are given where its readers need it, too. What it writes then."""
+        path = self.attention.path
+        if path in plan.heads:
+            prune_heads_(self.model, self.attention, plan.heads[path], self.statistics.sites[path])
         writer = _writer(self.model, self.attention)
-        if not isinstance(writer, Constant):
-            if drifted:
-                self._refit_readers(self.attention, inputs.pop(self.attention.path), compressed)
-            read = self._read(_last_linear(writer), compressed)
-            if self.attention.path in plan.heads:  # a constant has nothing to refit; the FFN makes up for it
-                self._refit(self.attention, read, targets[self.attention.path], drift)
-        if self.ffn.path in plan.ffn:
-            cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
-        if not isinstance(_writer(self.model, self.ffn), Constant):
-            if drifted or self.attention.path in plan.heads:
-                self._refit_readers(self.ffn, inputs.pop(self.ffn.path), compressed)
-            if self.ffn.path in plan.ffn:
-                now = [writer.constant(h) for h in compressed] if isinstance(writer, Constant) else [writer(z) for z in read]
-                middle = [d if scaled else d + t - a for d, t, a in zip(drift, targets[self.attention.path], now, strict=True)]
-                read, left = self._run_and_read(self.ffn, compressed)
-                change = self._refit(self.ffn, read, targets[self.ffn.path], middle)
-                if not scaled:  # the FFN's output is added as it is, so what the refit changed of it can be added afterwards
-                    return after_dense, [h + change(z).view_as(h) for h, z in zip(left, read, strict=True)]
-        return after_dense, [self._call(h, k) for h, k in zip(compressed, self.compressed_kwargs, strict=True)]
+        if isinstance(writer, Constant):  # nothing to refit; the FFN makes up for it
+            return [writer.constant(h) for h in compressed]
+        if inputs is not None:
+            self._refit_readers(self.attention, inputs, compressed)
+        read = self._read(_last_linear(writer), compressed)
+        if path in plan.heads:
+            self._refit(self.attention, read, targets[path], drift)
+        return [writer(z) for z in read]
+
+    def _call_all(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [self._call(h, kwargs) for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True)]
 
     def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         output = self.layer(hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def _leave(self, hidden: list[torch.Tensor], writes: list[torch.Tensor], seen: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the layer leaves, per batch. Attention, which writes ``writes``, only runs again where its output is not added as it is."""
+        if self.rescaled or not self.ffn.names.ffn:
+            return self._call_all(hidden)
+        block = self.model.get_submodule(self.ffn.path)
+        return [h + a.view_as(h) + block(x).view_as(h) for h, a, x in zip(hidden, writes, seen, strict=True)]
+
     def _read(self, linear: nn.Module, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """What a linear reads, per batch; the rest of the layer does not run."""
-        held: list[torch.Tensor] = []
-
-        def hold(module: nn.Module, args: Any) -> None:
-            held.append(args[0])
-            raise _Stop
-
-        handle = linear.register_forward_pre_hook(hold)
-        try:
+        with _reading(linear, stop=True) as held:
             for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
                 with suppress(_Stop):
                     self._call(h, kwargs)
-        finally:
-            handle.remove()
         return held
 
-    def _run_and_read(self, site: FFNSite, hidden: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What the block's last linear reads, and what the layer leaves, per batch."""
-        held: list[torch.Tensor] = []
-        handle = _last_linear(_writer(self.model, site)).register_forward_pre_hook(lambda module, args: held.append(args[0]))
-        try:
-            left = [self._call(h, kwargs) for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True)]
-        finally:
-            handle.remove()
-        return held, left
-
-    def _refit_readers(self, site: AttentionSite | FFNSite, inputs: _Inputs, hidden: list[torch.Tensor]) -> None:
-        """Refit the linears that read the stream to what they would have read; ``inputs`` is what they did, dense."""
+    def _refit_readers(self, site: AttentionSite | FFNSite, inputs: _Inputs, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Refit the linears that read the stream to what they would have read (``inputs``, dense); gives what they do read."""
         readers = _readers(self.model, site)
         dense = next(iter(inputs.values()))
         # Keys and values of cross-attention read something else, which stays as it is.
@@ -260,6 +283,7 @@ class _LayerRepair:
         change = fit.solve(self.ridge)
         for reader in same:
             _add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
+        return now
 
     def _refit(
         self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor]
