@@ -1,6 +1,6 @@
 """Choice of defaults: variants of the training-free method on validation images that neither the bridge nor calibration saw.
 
-    python benchmarks/selection.py [--scope model] [--shares 0.5 0.31] [--seeds 0] [--variants default "shrinkage 0"]
+    python benchmarks/selection.py [--scope model] [--shares 0.5 0.31] [--seeds 0] [--questions N] [--variants default "shrinkage 0"]
 
 Each answers the validation questions, and others about altered images in words that calibration does not have (``shifted.VALIDATION``,
 which shares neither with the test's shift). With the scope ``ffn`` heads stay, and shares are of the FFNs' FLOPs. Rows already in the
@@ -41,10 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration sample")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="of the task (default: 400; there are 1,961)")
     parser.add_argument("--scope", default="model", choices=["model", "ffn"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
-    arena = Arena(infoprune.load("demo", notify=log), QUESTIONS, VALIDATION, "selection")
+    arena = Arena(infoprune.load("demo", notify=log), args.questions, VALIDATION, "selection")
     part, heads = arena.shares_of()[args.scope], {"heads": "none"} if args.scope == "ffn" else {}
     wanted = [
         Entry(

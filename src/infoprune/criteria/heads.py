@@ -82,7 +82,7 @@ def block_of(site: AttentionSite, statistics: SiteStatistics, out_weight: torch.
     else:
         raw = statistics.output_gradient.second_moment
         fisher = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
-    return Block(site, covariance, moments.mean, out_weight.double(), fisher, ridge, statistics.sensitivity, statistics.saliency)
+    return Block(site, covariance, moments.mean, out_weight.detach().double(), fisher, ridge, statistics.sensitivity, statistics.saliency)
 
 
 @dataclass(frozen=True)
