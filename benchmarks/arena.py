@@ -24,6 +24,7 @@ from typing import Any
 import infoprune
 from common import RESULTS, command, commit, log, many_images, processor, write
 from infoprune.calibrate import Statistics
+from infoprune.data import Example
 from infoprune.decide import decide
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import attention_flops, ffn_flops, num_parameters, predicted_flops
@@ -120,6 +121,16 @@ def together(wanted: Sequence[Entry]) -> dict[Needs, Needs]:
         flags = {name: getattr(known, name) or getattr(needs, name) for name in FLAGS}
         found[key] = replace(known, **flags)
     return found
+
+
+def worst_image(scored: quality.Quality, examples: Sequence[Example]) -> float:
+    """The share of the summed KL that answers about one image have, of that where it is largest."""
+    assert scored.kl is not None and scored.token_question is not None
+    by_image: dict[Path, float] = {}
+    for question, kl in zip(scored.token_question.tolist(), scored.kl.tolist(), strict=True):
+        image = examples[question].image
+        by_image[image] = by_image.get(image, 0.0) + kl
+    return max(by_image.values()) / max(sum(by_image.values()), 1e-300)
 
 
 class Calibrations:
@@ -232,6 +243,7 @@ class Arena:
         times = self.time([made[index][1] for index in timed])
         for index, (same, small, facts) in enumerate(made):
             row: dict[str, Any] = quality.comparison(known[0], known[index + 1], self.examples) | facts
+            row["worst_image"] = worst_image(known[index + 1], self.examples)
             row["shifted"] = quality.comparison(other[0], other[index + 1], self.others)
             row |= {"flops_ratio": self.flops_ratio(small), "params": num_parameters(small.model)}
             row["bytes"] = sum(p.numel() * p.element_size() for p in small.model.parameters())  # as saved: tied weights once

@@ -188,7 +188,7 @@ def test_repair_refits_narrowed_ffns(questions, centred):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "low-rank"), ({"flops": 0.44}, "width"), ({"heads": "none"}, "low-rank"), ({"heads": "none", "flops": 0.4}, "width"),
+    [({}, "low-rank"), ({"flops": 0.44}, "width"), ({"heads": "none"}, "width"), ({"heads": "none", "flops": 0.6}, "low-rank"),
      ({"flops": 0.31}, "width"), ({"flops": None, "speedup": 4.0}, "width"),
      ({"flops": None, "max_drop": 1.0}, None), ({"flops": None, "max_drop": 1.0, "shares": (0.8, 0.5)}, "low-rank"),
      ({"flops": None, "max_drop": 1.0, "shares": (0.3,)}, "width"), ({"flops": None, "max_drop": 1.0, "neurons": "fluctuation"}, "width"),

@@ -30,6 +30,7 @@ SHRINKAGE = 0.3  # see ``benchmarks/selection.py``
 # On validation questions of the task and beyond it together, low rank loses less above this share of the FLOPs, fewer neurons below
 # (``benchmarks/selection.py``), which earlier fail as a whole on a rare image.
 WIDTH_BELOW = 0.45
+WIDTH_BELOW_ALONE = 0.55  # where heads stay and FFNs bear the whole cut
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -90,8 +91,9 @@ class CompressionOptions:
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
         ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``width`` where ``neurons`` are chosen, or
-            less than :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks; else ``low-rank``. It stays
-            ``None`` where the shares of a path (``max_drop``) differ in this; :meth:`at` settles it. See ``benchmarks/selection.py``.
+            less than :data:`WIDTH_BELOW` of the cost may remain (with heads ``none`` :data:`WIDTH_BELOW_ALONE`) and no other option is
+            about ranks; else ``low-rank``. It stays ``None`` where the shares of a path (``max_drop``) differ in this; :meth:`at` settles
+            it. See ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
@@ -209,7 +211,8 @@ class CompressionOptions:
         if self.neurons != ENERGY:
             return WIDTH
         plain = (self.structure, self.whitening, self.shrinkage, self.layers) == ("joint", "full", SHRINKAGE, NONE)
-        return WIDTH if plain and self.allocation not in RANK_RULES and share < WIDTH_BELOW else LOW_RANK
+        border = WIDTH_BELOW_ALONE if self.heads == NONE else WIDTH_BELOW
+        return WIDTH if plain and self.allocation not in RANK_RULES and share < border else LOW_RANK
 
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:

@@ -62,7 +62,10 @@ def compress(
     ] = None,
     method: Annotated[Optional[str], typer.Option(help=METHODS)] = None,
     heads: Annotated[Optional[str], typer.Option(help="Head criterion, 'trained' or 'none'. Default: information-loss.")] = None,
-    ffn: Annotated[Optional[str], typer.Option(help="'low-rank', 'width' (fewer neurons; the default below 0.45) or 'none'.")] = None,
+    ffn: Annotated[
+        Optional[str],
+        typer.Option(help="'low-rank', 'width' (fewer neurons; the default below 0.45, or 0.55 with heads 'none') or 'none'."),
+    ] = None,
     neurons: Annotated[
         Optional[str], typer.Option(help="Which neurons stay: energy (default), fluctuation, taylor, magnitude, random.")
     ] = None,
