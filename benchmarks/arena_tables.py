@@ -97,11 +97,8 @@ def selection() -> str:
         worst = [f"{100 * row['worst_image']:.0f}%" for row in own if "worst_image" in row]
         cells.append([what, variant, f"{questions:,}", told(own), ", ".join(worst), f"{other[0]['num_questions']:,}", told(other)])
     text = f"\n\nAccuracy / KL in nats per answer token, and the worst image's share of all KL, seed by seed; {seeds_of(rows)}."
-    return (
-        table(["", "variant", "questions", "on the task", "worst image", "questions", "beyond the task"], cells)
-        + text
-        + source("selection")
-    )
+    header = ["", "variant", "questions", "on the task", "worst image", "questions", "beyond the task"]
+    return table(header, cells) + text + source("selection")
 
 
 def variant_of(row: dict[str, Any]) -> str:

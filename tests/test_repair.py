@@ -9,7 +9,7 @@ from torch import nn
 from infoprune.calibrate import calibrate, stream_name, unpadded
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.packing import answer_logits, batches
-from infoprune.repair import _add_, _capture, _LayerRepair, _LeastSquares, _readers, _stacks, cut_and_repair_
+from infoprune.repair import _add_, _capture, _LayerRepair, _LeastSquares, _readers, _stacks, cut_and_repair_, evened
 from infoprune.surgery import apply_
 from test_families import plan_of
 
@@ -121,6 +121,31 @@ def test_readers_come_nearer_to_what_they_computed_and_others_stay(vlm, question
     monkeypatch.setattr(_LayerRepair, "_refit_readers", checked)
     cut_and_repair_(vlm.model, vlm.architecture, plan_of(vlm), statistics, inputs, FFNOptions(), ridge=1e-4)
     assert sum(changed for *_, changed in refitted) > len(refitted) / 2
+
+
+def test_tokens_count_by_relevance_and_evenly_beside_it():
+    weights = [torch.tensor([0.0, 1.0]), torch.tensor([7.0])]
+    assert torch.equal(torch.cat(evened(weights, 0.0)), torch.tensor([0.0, 0.375, 2.625]))
+    assert torch.equal(torch.cat(evened(weights, 0.5)), torch.tensor([0.5, 0.875, 3.125]))
+    assert torch.equal(torch.cat(evened([10 * w for w in weights], 0.5)), torch.tensor([0.5, 0.875, 3.125]))
+    assert torch.equal(evened([torch.zeros(2)], 0.5)[0], torch.tensor([0.5, 0.5]))
+
+
+@torch.no_grad()
+def test_repair_serves_tokens_that_had_no_relevance(gqa_vlm, questions):
+    inputs = [b for b, _ in batches(gqa_vlm.encoder, questions, images_per_batch=3)]
+    with torch.enable_grad():
+        statistics = calibrate(gqa_vlm.model, gqa_vlm.architecture, inputs, weighting="uniform")
+    for site in statistics.sites.values():  # as if all relevance were the first token's
+        for weights in site.token_weights:
+            weights.zero_()
+            weights[0] = 1.0
+    dense, errors = stream(gqa_vlm.model, gqa_vlm, inputs), []
+    for even in (0.0, 1.0):
+        model = copy.deepcopy(gqa_vlm.model)
+        cut_and_repair_(model, gqa_vlm.architecture, plan_of(gqa_vlm), statistics, inputs, FFNOptions(), ridge=1e-4, even=even)
+        errors.append(float((stream(model, gqa_vlm, inputs) - dense).square().mean()))
+    assert errors[1] < errors[0]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ Then the linear that writes to the stream,
     W = argmin sum_t w_t ||y_t + (h_t - h'_t) - W z_t||^2 + rho ||W - W_0||^2
 
 with z what it reads in the compressed model, y the dense block's output, h and h' the dense and compressed residual streams before the
-block, and w the calibration's token weights. The target contains the drift h - h', so a block also corrects what earlier cuts left
+block, and w the tokens' weights. The target contains the drift h - h', so a block also corrects what earlier cuts left
 behind. Of blocks that are not cut only the readers are refitted, and only behind a cut. One layer runs at a time, dense and compressed,
 on stored activations: little more than a dense and two compressed forward passes in all, and no second copy of the model.
 """
@@ -38,6 +38,9 @@ from infoprune.plan import CompressionPlan
 from infoprune.surgery import cut_ffn_, prune_heads_
 
 RIDGE = 0.05
+# What each token counts beside its relevance, in means of that. Relevance is a few tokens' (a hundredth of them have most of it): what it
+# leaves out, the questions of calibration did not need, and others may.
+EVEN = 1.0
 _Inputs = dict[str, list[torch.Tensor]]  # what each of a block's input linears read in the dense model, per batch, by its name
 
 
@@ -75,6 +78,7 @@ def cut_and_repair_(
     options: FFNOptions,
     *,
     ridge: float = RIDGE,
+    even: float = EVEN,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Cut ``model`` by ``plan`` in place, with sequential least-squares repair.
@@ -87,6 +91,7 @@ def cut_and_repair_(
         batches: The calibration batches, in the same order.
         options: The FFN method.
         ridge: rho relative to the mean diagonal of E[x' x'^T] or E[z z^T].
+        even: What is added to every token's calibration weight, in means of the block's.
         progress: Called after each layer.
 
     Raises:
@@ -106,7 +111,7 @@ def cut_and_repair_(
                 for streams, hidden in ((first, dense), (current, compressed))
             )
             dense_kwargs, compressed_kwargs = ([s.kwargs[number] for s in streams] for streams in (first, current))
-            worker = _LayerRepair(model, attention, ffn, batches, dense_kwargs, compressed_kwargs, statistics, ridge)
+            worker = _LayerRepair(model, attention, ffn, batches, dense_kwargs, compressed_kwargs, statistics, ridge, even)
             dense, compressed = worker.run(dense, compressed, plan, options)
             progress()
     model.train(was_training)
@@ -172,6 +177,12 @@ def _reading(linear: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Te
         handle.remove()
 
 
+def evened(weights: Sequence[torch.Tensor], even: float) -> list[torch.Tensor]:
+    """Weights over their mean, which is over all batches, plus ``even``: (tokens,) each; without any relevance ``even`` alone."""
+    mean = torch.cat(list(weights)).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return [w / mean + even for w in weights]
+
+
 class _LayerRepair:
     """One layer: run dense, cut and refit attention, cut and refit the FFN, run compressed."""
 
@@ -185,10 +196,12 @@ class _LayerRepair:
         compressed_kwargs: list[dict[str, Any]],
         statistics: Statistics,
         ridge: float,
+        even: float,
     ) -> None:
         self.model, self.attention, self.ffn, self.batches = model, attention, ffn, batches
         self.dense_kwargs, self.compressed_kwargs, self.statistics, self.ridge = dense_kwargs, compressed_kwargs, statistics, ridge
         self.layer, self.rescaled = _layer(model, attention), attention.names.rescaled
+        self.weights = {site.path: evened(statistics.sites[site.path].token_weights, even) for site in (attention, ffn)}
 
     def run(
         self, dense: list[torch.Tensor], compressed: list[torch.Tensor], plan: CompressionPlan, options: FFNOptions
@@ -279,7 +292,7 @@ class _LayerRepair:
         fit = _LeastSquares(site.hidden_size, site.hidden_size, intercept=all(r.bias is not None for r in same))
         for number, batch in enumerate(self.batches):
             x, seen = (unpadded(site, values[number], batch.valid) for values in (dense, now))
-            fit.update(seen, x.float() - seen, self.statistics.sites[site.path].token_weights[number])
+            fit.update(seen, x.float() - seen, self.weights[site.path][number])
         change = fit.solve(self.ridge)
         for reader in same:
             _add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
@@ -294,7 +307,7 @@ class _LayerRepair:
         for number, batch in enumerate(self.batches):
             z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
             error = target.float() + off - linear(z)  # a small difference of large values
-            fit.update(z, error, self.statistics.sites[site.path].token_weights[number])
+            fit.update(z, error, self.weights[site.path][number])
         return _add_(linear, fit.solve(self.ridge))
 
 
