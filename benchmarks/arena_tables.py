@@ -103,8 +103,8 @@ def selection() -> str:
 
 def variant_of(row: dict[str, Any]) -> str:
     """As the table calls it."""
-    name = row["method"].partition(":")[2]
-    return {"low-rank": "low rank", "width": "fewer neurons", "shrinkage 0": "low rank, no shrinkage"}.get(name, name)
+    name, comma, rest = row["method"].partition(":")[2].partition(",")
+    return {"low-rank": "low rank", "width": "fewer neurons", "shrinkage 0": "low rank, no shrinkage"}.get(name, name) + comma + rest
 
 
 def failures(scope: str) -> str:
