@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=DRAWS, help="of the simulation")
     parser.add_argument("--images", type=int, default=2500, help="of the training split, to certify on")
     parser.add_argument("--test-questions", type=int, default=None, help="of the test split (default: all 9,673)")
-    parser.add_argument("--examples", type=int, default=384, help="calibration questions")
+    parser.add_argument("--examples", type=int, default=768, help="calibration questions")
     parser.add_argument("--shares", type=float, nargs="+", default=list(CompressionOptions(max_drop=1).shares))
     parser.add_argument("--limits", type=float, nargs="+", default=list(LIMITS), help="points, rising")
     parser.add_argument("--name", default="certificate", help="of the result file")

@@ -34,7 +34,7 @@ from infoprune.steps import apply_decisions, calibration_examples, measure, pack
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.5)
-    parser.add_argument("--examples", type=int, default=384)
+    parser.add_argument("--examples", type=int, default=768)
     args = parser.parse_args()
     dense = infoprune.load("demo", notify=log)
     assert dense.architecture is not None

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniform tokens": {"weighting": "uniform"},
     "temperature 2": {"temperature": 2.0},
     "128 questions": {"examples": 128},
-    "768 questions": {"examples": 768},
+    "384 questions": {"examples": 384},
     "1536 questions": {"examples": 1536},
 }
 QUESTIONS = 400

@@ -131,6 +131,34 @@ def test_tokens_count_by_relevance_and_evenly_beside_it():
     assert torch.equal(evened([torch.zeros(2)], 0.5)[0], torch.tensor([0.5, 0.5]))
 
 
+def test_what_counts_beside_relevance_is_relative_to_the_energy():
+    weights, energies = [torch.tensor([0.0, 1.0]), torch.tensor([7.0])], [torch.tensor([1.0, 4.0]), torch.tensor([4.0])]
+    relevant = torch.cat(evened(weights, 0.0, energies))
+    assert torch.equal(relevant, torch.tensor([0.0, 0.375, 2.625]))
+    beside = torch.cat(evened(weights, 0.5, energies)) - relevant
+    torch.testing.assert_close(beside, torch.tensor([1.0, 0.25, 0.25]))  # mean 0.5, in proportion to 1 / energy
+    torch.testing.assert_close(torch.cat(evened(weights, 0.5, [1e6 * e for e in energies])) - relevant, beside)
+    nothing = torch.cat(evened(weights, 1.0, [torch.tensor([0.0, 4.0]), torch.tensor([4.0])])) - relevant
+    assert nothing[0] / nothing[1] == pytest.approx(100)  # and not infinity
+    assert torch.cat(evened(weights, 1.0, [torch.zeros(2), torch.zeros(1)])).isfinite().all()
+
+
+@torch.no_grad()
+def test_repair_is_not_for_massive_activations_alone(gqa_vlm, questions, monkeypatch):
+    inputs = [b for b, _ in batches(gqa_vlm.encoder, questions, images_per_batch=3)]
+    with torch.no_grad():  # one word of every prompt with a hundred times the others' norm
+        gqa_vlm.model.get_input_embeddings().weight[inputs[0].inputs["input_ids"][0, -2]] *= 100
+    with torch.enable_grad():
+        statistics = calibrate(gqa_vlm.model, gqa_vlm.architecture, inputs, weighting="uniform")
+    dense, errors = stream(gqa_vlm.model, gqa_vlm, inputs), []
+    for relative in (False, True):
+        monkeypatch.setattr("infoprune.repair.evened", evened if relative else lambda w, even, energies=None: evened(w, even))
+        model = copy.deepcopy(gqa_vlm.model)
+        cut_and_repair_(model, gqa_vlm.architecture, plan_of(gqa_vlm), statistics, inputs, FFNOptions(), ridge=1e-4, even=10.0)
+        errors.append(float(((stream(model, gqa_vlm, inputs) - dense).square().sum(1) / dense.square().sum(1)).mean()))
+    assert errors[1] < errors[0]
+
+
 @torch.no_grad()
 def test_repair_serves_tokens_that_had_no_relevance(gqa_vlm, questions):
     inputs = [b for b, _ in batches(gqa_vlm.encoder, questions, images_per_batch=3)]

@@ -141,7 +141,7 @@ class CompressionOptions:
     weighting: Weighting = "relevance"
     temperature: float = 1.0
     top_k: int | None = None
-    examples: int = 384
+    examples: int = 768
     repair: bool = True
     rank_multiple: int = 8
     floor: float = 0.5

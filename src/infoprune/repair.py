@@ -12,9 +12,12 @@ Then the linear that writes to the stream,
     W = argmin sum_t w_t ||y_t + (h_t - h'_t) - W z_t||^2 + rho ||W - W_0||^2
 
 with z what it reads in the compressed model, y the dense block's output, h and h' the dense and compressed residual streams before the
-block, and w the tokens' weights. The target contains the drift h - h', so a block also corrects what earlier cuts left
-behind. Of blocks that are not cut only the readers are refitted, and only behind a cut. One layer runs at a time, dense and compressed,
-on stored activations: little more than a dense and two compressed forward passes in all, and no second copy of the model.
+block, and w the tokens' weights: their relevance to the calibration questions, and beside it an even part, in which errors count relative
+to the stream behind the block, |h_t + y_t|^2: blocks read it through a norm, and a few tokens of thousands of times the others' energy
+(massive activations, arXiv 2402.17762) would have it to themselves. The target contains the drift h - h', so a block also corrects what
+earlier cuts left behind. Of blocks that are not cut only the readers are refitted, and only behind a cut. One layer runs at a time,
+dense and compressed, on stored activations: little more than a dense and two compressed forward passes in all, and no second copy of the
+model.
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ from infoprune.plan import CompressionPlan
 from infoprune.surgery import cut_ffn_, prune_heads_
 
 RIDGE = 0.05
-# What each token counts beside its relevance, in means of that. Relevance is a few tokens' (a hundredth of them have most of it): what it
+# What tokens count beside their relevance, in means of that. Relevance is a few tokens' (a hundredth of them have most of it): what it
 # leaves out, the questions of calibration did not need, and others may.
 EVEN = 1.0
+LEAST_ENERGY = 0.01  # of the median: below that a token's stream is as good as nothing, and relative errors say nothing
 _Inputs = dict[str, list[torch.Tensor]]  # what each of a block's input linears read in the dense model, per batch, by its name
 
 
@@ -91,7 +95,7 @@ def cut_and_repair_(
         batches: The calibration batches, in the same order.
         options: The FFN method.
         ridge: rho relative to the mean diagonal of E[x' x'^T] or E[z z^T].
-        even: What is added to every token's calibration weight, in means of the block's.
+        even: What is added to the tokens' calibration weights in the mean, in means of the block's.
         progress: Called after each layer.
 
     Raises:
@@ -177,10 +181,21 @@ def _reading(linear: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Te
         handle.remove()
 
 
-def evened(weights: Sequence[torch.Tensor], even: float) -> list[torch.Tensor]:
-    """Weights over their mean, which is over all batches, plus ``even``: (tokens,) each; without any relevance ``even`` alone."""
+def evened(weights: Sequence[torch.Tensor], even: float, energies: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Weights over their mean, which is over all batches, plus ``even`` in the mean; without any relevance that alone.
+
+    Args:
+        weights: (tokens,) of each batch.
+        even: The same for all tokens, or in proportion to 1 / energy.
+        energies: (tokens,) of each batch, or ``None``.
+    """
     mean = torch.cat(list(weights)).mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return [w / mean + even for w in weights]
+    if energies is None:
+        return [w / mean + even for w in weights]
+    least = (LEAST_ENERGY * torch.cat(list(energies)).median()).clamp_min(torch.finfo(torch.float32).tiny)
+    shares = [1 / energy.clamp_min(least) for energy in energies]
+    total = torch.cat(shares).mean()
+    return [w / mean + even * (share / total).to(w) for w, share in zip(weights, shares, strict=True)]
 
 
 class _LayerRepair:
@@ -201,7 +216,7 @@ class _LayerRepair:
         self.model, self.attention, self.ffn, self.batches = model, attention, ffn, batches
         self.dense_kwargs, self.compressed_kwargs, self.statistics, self.ridge = dense_kwargs, compressed_kwargs, statistics, ridge
         self.layer, self.rescaled = _layer(model, attention), attention.names.rescaled
-        self.weights = {site.path: evened(statistics.sites[site.path].token_weights, even) for site in (attention, ffn)}
+        self.even = even
 
     def run(
         self, dense: list[torch.Tensor], compressed: list[torch.Tensor], plan: CompressionPlan, options: FFNOptions
@@ -210,8 +225,9 @@ class _LayerRepair:
         after_dense, targets, inputs = self._run_dense(dense)
         # What rescales a block's output would have to be passed backwards by the drift; there each block only aims at its own output.
         drift = [torch.zeros_like(h) if self.rescaled else h - c for h, c in zip(dense, compressed, strict=True)]
+        streams = [h + t.view_as(h) for h, t in zip(dense, targets[self.attention.path], strict=True)]
         drifted = not all(h is c or torch.equal(h, c) for h, c in zip(dense, compressed, strict=True))
-        writes = self._cut_attention(compressed, plan, inputs[self.attention.path] if drifted else None, targets, drift)
+        writes = self._cut_attention(compressed, plan, inputs[self.attention.path] if drifted else None, targets, drift, streams)
         if self.ffn.path in plan.ffn:
             cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
         if isinstance(_writer(self.model, self.ffn), Constant):
@@ -225,7 +241,7 @@ class _LayerRepair:
             drift = [d + t - a for d, t, a in zip(drift, targets[self.attention.path], writes, strict=True)]
         with _reading(_last_linear(_writer(self.model, self.ffn))) as read:
             left = self._leave(compressed, writes, seen)
-        change = self._refit(self.ffn, read, targets[self.ffn.path], drift)
+        change = self._refit(self.ffn, read, targets[self.ffn.path], drift, after_dense)
         if self.rescaled:
             return after_dense, self._call_all(compressed)
         return after_dense, [h + change(z).view_as(h) for h, z in zip(left, read, strict=True)]  # no need to run it again
@@ -244,7 +260,7 @@ class _LayerRepair:
 
     def _cut_attention(
         self, compressed: list[torch.Tensor], plan: CompressionPlan, inputs: _Inputs | None, targets: dict[str, list[torch.Tensor]],
-        drift: list[torch.Tensor],
+        drift: list[torch.Tensor], streams: list[torch.Tensor],
     ) -> list[torch.Tensor]:  # fmt: skip
         """Cut and refit the attention block; ``inputs`` are given where its readers need it, too. What it writes then."""
         path = self.attention.path
@@ -257,7 +273,7 @@ class _LayerRepair:
             self._refit_readers(self.attention, inputs, compressed)
         read = self._read(_last_linear(writer), compressed)
         if path in plan.heads:
-            self._refit(self.attention, read, targets[path], drift)
+            self._refit(self.attention, read, targets[path], drift, streams)
         return [writer(z) for z in read]
 
     def _call_all(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -290,24 +306,30 @@ class _LayerRepair:
         same = [r for name, r in readers.items() if name not in inputs or (inputs[name] and inputs[name][0] is dense[0])]
         now = self._read(same[0], hidden)
         fit = _LeastSquares(site.hidden_size, site.hidden_size, intercept=all(r.bias is not None for r in same))
+        weights = evened(self.statistics.sites[site.path].token_weights, self.even)  # a norm has made these inputs comparable
         for number, batch in enumerate(self.batches):
             x, seen = (unpadded(site, values[number], batch.valid) for values in (dense, now))
-            fit.update(seen, x.float() - seen, self.weights[site.path][number])
+            fit.update(seen, x.float() - seen, weights[number])
         change = fit.solve(self.ridge)
         for reader in same:
             _add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
         return now
 
     def _refit(
-        self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Refit the block's last linear; gives how its output changed, by what it reads."""
+        self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor],
+        streams: list[torch.Tensor],
+    ) -> Callable[[torch.Tensor], torch.Tensor]:  # fmt: skip
+        """Refit the block's last linear; gives how its output changed, by what it reads. ``streams``: what the dense block left."""
         linear = _last_linear(_writer(self.model, site))
         fit = _LeastSquares(linear.in_features, linear.out_features, intercept=linear.bias is not None)
+        energies = None  # what is rescaled before it is added is not in the stream's units
+        if not self.rescaled:
+            energies = [unpadded(site, h, b.valid).float().square().sum(1) for h, b in zip(streams, self.batches, strict=True)]
+        weights = evened(self.statistics.sites[site.path].token_weights, self.even, energies)
         for number, batch in enumerate(self.batches):
             z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
             error = target.float() + off - linear(z)  # a small difference of large values
-            fit.update(z, error, self.weights[site.path][number])
+            fit.update(z, error, weights[number])
         return _add_(linear, fit.solve(self.ridge))
 
 

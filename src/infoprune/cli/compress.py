@@ -92,7 +92,7 @@ def compress(
     ] = None,
     top_k: Annotated[Optional[int], typer.Option(help="Take the Fisher information over the most probable tokens (default: all).")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
-    examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 384).")] = None,
+    examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 768).")] = None,
     skip_bad: Annotated[Optional[bool], typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = None,
     repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: yes).")] = None,
     recovery: Annotated[Optional[str], typer.Option(help="Train after the cut: 'none' (default), 'lora' or 'full'.")] = None,
