@@ -138,15 +138,15 @@ class Calibrations:
 
     def __init__(self, dense: infoprune.VLM, wanted: Sequence[Entry]) -> None:
         self.dense, self.needs = dense, together(wanted)
-        self.key: tuple[Needs, int] | None = None
+        self.key: tuple[Needs, int, float] | None = None
         self.found: tuple[Statistics, list[PackedBatch], float] | None = None
 
     def of(self, options: CompressionOptions) -> tuple[Statistics, list[PackedBatch], float]:
         """Statistics, the batches they are of, and the seconds that they took."""
-        key = shared(options.needs), options.examples
+        key = shared(options.needs), options.examples, options.rare
         if self.found is None or key != self.key:
             start = time.perf_counter()
-            examples = calibration_examples("easy-vqa:train", options.examples, options.seed)
+            examples = calibration_examples(self.dense, "easy-vqa:train", options)
             self.key, self.found = key, (*calibrated(self.dense, examples, self.needs[key[0]]), time.perf_counter() - start)
             log(f"calibrated in {self.found[2]:.0f} s: {self.needs[key[0]]}")
         return self.found
@@ -213,7 +213,7 @@ class Arena:
     def run(self, wanted: list[Entry], *, timed_seed: int | None) -> None:
         """Make, score and time what is lacking; those that share a calibration follow each other."""
         wanted = [entry for entry in wanted if self.lacks(entry)]
-        wanted.sort(key=lambda entry: (entry.seed, entry.options.examples, repr(shared(entry.options.needs))))
+        wanted.sort(key=lambda entry: (entry.seed, entry.options.examples, entry.options.rare, repr(shared(entry.options.needs))))
         models: dict[tuple[str, CompressionOptions], list[Entry]] = {}  # the default is one of its own variants, which is made once
         for entry in wanted:
             models.setdefault((entry.scope, entry.options), []).append(entry)

@@ -10,6 +10,7 @@ from typing import Any
 from result_tables import RESULTS, load, source, table
 
 SCOPES = ("heads", "ffn", "model")
+SHORT = (0.5, 0.31)  # shares of the short table
 
 
 def mean(values: Sequence[float]) -> float:
@@ -84,6 +85,20 @@ def arena_recovered() -> str:
     return table(header, cells) + text + source("arena", rows)
 
 
+def arena_short() -> str:
+    """The default beside the peers, whole models: accuracy on the task and beyond it, as cut and after recovery; a digest."""
+    cells = []
+    for method in (name for name in methods_of(arena_rows(), "model") if ":" not in name):
+        line = [f"**{method}**" if method == "infoprune" else method]
+        for recovered in (False, True):
+            for share in SHORT:
+                own = [r for r in arena_rows(recovered=recovered) if (r["scope"], r["method"], r["budget"]) == ("model", method, share)]
+                both = [mean([row["accuracy"] for row in part]) for part in (own, [row["shifted"] for row in own]) if part]
+                line.append(" / ".join(f"{value:.1f}%" for value in both))
+        cells.append(line)
+    return table(["method", *(f"{share:g}{state}" for state in ("", ", recovered") for share in SHORT)], cells)
+
+
 def selection() -> str:
     """Variants of the training-free method on validation questions, over seeds: on the task and beyond it."""
     rows = [row for row in load("selection")["rows"] if "error" not in row]
@@ -105,6 +120,20 @@ def variant_of(row: dict[str, Any]) -> str:
     """As the table calls it."""
     name, comma, rest = row["method"].partition(":")[2].partition(",")
     return {"low-rank": "low rank", "width": "fewer neurons", "shrinkage 0": "low rank, no shrinkage"}.get(name, name) + comma + rest
+
+
+def rare() -> str:
+    """Images with few massive tokens, and how many of them the spread of token energy finds."""
+    found = load("rare")
+    cells = [
+        [f"at most {row['most']}", f"{row['images']}", f"{row['among_least_spread']} ({row['among_least_spread'] / row['images']:.0%})"]
+        for row in found["rows"]
+        if row["images"]
+    ]
+    meta = found["meta"]
+    of = f"{meta['num_images']:,} images; behind layer {meta['layer']}, where the median image has {meta['median_massive']}"
+    header = ["massive tokens", "images", "of them among as many of the least spread"]
+    return table(header, cells) + f"\n\n{of} massive tokens." + source("rare")
 
 
 def failures(scope: str) -> str:
@@ -132,4 +161,10 @@ def arena_cost(share: float = 0.5) -> str:
 ARENA_TABLES: dict[str, Callable[[], str]] = {
     f"arena_{scope}_{data}": partial(arena, scope, data) for scope in SCOPES for data in ("test", "shifted")
 }
-ARENA_TABLES |= {"arena_recovered": arena_recovered, "arena_cost": arena_cost, "selection": selection}
+ARENA_TABLES |= {
+    "arena_short": arena_short,
+    "arena_recovered": arena_recovered,
+    "arena_cost": arena_cost,
+    "selection": selection,
+    "rare": rare,
+}

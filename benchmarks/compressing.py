@@ -39,7 +39,7 @@ def main() -> None:
     dense = infoprune.load("demo", notify=log)
     assert dense.architecture is not None
     options = CompressionOptions(flops=args.share, examples=args.examples)
-    examples = calibration_examples("easy-vqa:train", args.examples, options.seed)
+    examples = calibration_examples(dense, "easy-vqa:train", options)
     inputs = packed_batches(dense, examples)
     statistics_of(dense, inputs[:1], options.needs, SILENT)  # warm-up
     passes = seconds(lambda: forward_and_backward(dense, inputs))

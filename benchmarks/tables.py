@@ -358,6 +358,8 @@ TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed":
 TABLES |= {"runner": runner, "crash": crash} | ARENA_TABLES | COST_TABLES
 
 FILES = dict.fromkeys(ARENA_TABLES, "arena") | {
+    "rare": "rare",
+    "selection": "selection",
     "refused": "families",
     "cost": "demo",
     "arms": "headline",

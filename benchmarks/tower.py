@@ -27,6 +27,7 @@ from common import log, many_images, processor, write
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import Flops, count_flops, num_parameters
 from infoprune.freeze import frozen
+from infoprune.options import CompressionOptions
 from infoprune.packing import answer_logits
 from infoprune.steps import calibration_examples, measure, packed_batches
 from infoprune.training import objective
@@ -62,7 +63,9 @@ class Features(nn.Module):
 def gradients(dense: infoprune.VLM) -> dict[str, torch.Tensor]:
     """Of the answers' mean cross-entropy on the calibration questions, by parameter of tower and projector."""
     model = dense.model
-    batches = packed_batches(dense, calibration_examples("easy-vqa:train", CALIBRATION, SEED))
+    batches = packed_batches(
+        dense, calibration_examples(dense, "easy-vqa:train", CompressionOptions(flops=1.0, examples=CALIBRATION, seed=SEED, rare=0.0))
+    )
     targets = sum(len(batch.targets) for batch in batches)
     with frozen(model):
         wanted = {name: p.requires_grad_() for name, p in model.named_parameters() if name.startswith((TOWER, PROJECTOR))}

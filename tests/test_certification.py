@@ -67,30 +67,30 @@ def options(**fields) -> CompressionOptions:
 # --- data --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_split_is_by_image_disjoint_and_reproducible(many):
-    split = split_data(many, options())
+def test_split_is_by_image_disjoint_and_reproducible(taught, many):
+    split = split_data(taught, many, options())
     calibration, certification = ({e.image for e in part} for part in (split.calibration, split.certification))
     assert not calibration & certification
-    assert len(calibration) == 4  # 12 questions at three an image
+    assert len(calibration) == 5  # eleven questions at three an image, and one about a rare one
     assert split.sizes.tolist() == [3] * len(certification)
-    assert split == split_data(many, options())
-    assert split != split_data(many, options(seed=1))
-    assert len(split_data(many, options(certify_images=20)).sizes) == 20
-    assert split_data(many, options(certify_images=20, certify_per_image=2)).sizes.tolist() == [2] * 20
-    assert len(split_data(many, options(examples=999)).calibration) == 45  # never more than a quarter of the images
+    assert split == split_data(taught, many, options())
+    assert split != split_data(taught, many, options(seed=1))
+    assert len(split_data(taught, many, options(certify_images=20)).sizes) == 20
+    assert split_data(taught, many, options(certify_images=20, certify_per_image=2)).sizes.tolist() == [2] * 20
+    assert len(split_data(taught, many, options(examples=999)).calibration) == 45  # never more than a quarter of the images
 
 
-def test_images_with_many_questions_are_thinned(many):
+def test_images_with_many_questions_are_thinned(taught, many):
     assert most_per_image(np.array([4, 4, 4])) == 4
     assert most_per_image(np.array([3] * 50 + [60])) == 3
     assert most_per_image(np.array([10] * 9 + [100])) == 11  # sizes in between count: (9 x 10 + 11) / 11 is 9.2 of 10 images
     assert most_per_image(np.arange(1, 100)) < 30
     last = many[-1].image
     crowded = [*many, *(Example(last, f"what shape ? {i}", "circle") for i in range(40))]
-    assert split_data(many[:9], options(certify=crowded)).sizes.max() == 3
+    assert split_data(taught, many[:9], options(certify=crowded)).sizes.max() == 3
 
 
-def test_an_image_under_another_name_is_still_the_same_image(many, tmp_path):
+def test_an_image_under_another_name_is_still_the_same_image(taught, many, tmp_path):
     notes = []
     copies = []
     for number, example in enumerate(many[:30]):
@@ -99,15 +99,15 @@ def test_an_image_under_another_name_is_still_the_same_image(many, tmp_path):
         copies.append(Example(twin, example.question, example.answer))
     progress = infoprune.progress.Progress()
     progress.note = notes.append
-    split = split_data(many[:30], options(examples=30, certify=[*copies, *many[30:]]), progress)
+    split = split_data(taught, many[:30], options(examples=30, certify=[*copies, *many[30:]]), progress)
     assert not {e.image.read_bytes() for e in split.calibration} & {e.image.read_bytes() for e in split.certification}
     assert "left out 10 images" in notes[0]
     twin = tmp_path / "twin.png"
     twin.write_bytes(many[30].image.read_bytes())
-    doubled = split_data(many[:30], options(certify=[*many[30:], Example(twin, "what shape ?", "circle")]))
+    doubled = split_data(taught, many[:30], options(certify=[*many[30:], Example(twin, "what shape ?", "circle")]))
     assert sorted(doubled.sizes) == [3] * 50  # drawn from four on the doubled one
     with pytest.raises(CertificateError, match="no image to certify on"):
-        split_data(many[:30], options(examples=30, certify=copies))
+        split_data(taught, many[:30], options(examples=30, certify=copies))
 
 
 def test_too_little_data_is_refused_with_the_number_needed():
@@ -159,7 +159,7 @@ def test_certified_compression_end_to_end(taught, many, tmp_path):
     assert certificate.step.share == result.vlm.plan.budget["flops"]
     assert result.flops_ratio == pytest.approx(certificate.step.flops_ratio)
     assert result.flops_ratio <= certificate.step.share
-    split = split_data(many, options())
+    split = split_data(taught, many, options())
     dense, small = score([taught, result.vlm], split.certification)
     measured = certificate.step.measured
     assert measured is not None
@@ -191,14 +191,14 @@ def test_the_path_stops_at_the_first_failure(taught, many, monkeypatch, tmp_path
         return certification_path.Scored(correct, 0.1 * index, path.dense_flops, 1)
 
     monkeypatch.setattr(certification_run, "score_plan", scored)
-    right = np.ones(len(split_data(many, options()).certification))
+    right = np.ones(len(split_data(taught, many, options()).certification))
     monkeypatch.setattr(certification_run, "score_dense", lambda *args, **kwargs: right)
     shares = (0.9, 0.85, 0.8, 0.7)
     result = infoprune.compress(taught, many, **(LOOSE | {"shares": shares}))
     steps = result.certificate.path
     assert [None if s.measured is None else s.measured.certified for s in steps] == [True, True, False, None]
     assert result.vlm.plan.budget == {"flops": 0.85}
-    expected = infoprune.compress(taught, split_data(many, options()).calibration, flops=0.85, rank_multiple=2, examples=12)
+    expected = infoprune.compress(taught, split_data(taught, many, options()).calibration, flops=0.85, rank_multiple=2, examples=12)
     torch.testing.assert_close(result.vlm.model(**result.probe).logits, expected.vlm.model(**result.probe).logits)
 
 
@@ -207,7 +207,7 @@ def test_nothing_passes(taught, many, monkeypatch):
         return certification_path.Scored(np.zeros(len(split.certification), dtype=bool), 1.0, path.dense_flops, 1)
 
     monkeypatch.setattr(certification_run, "score_plan", scored)
-    right = np.ones(len(split_data(many, options()).certification))
+    right = np.ones(len(split_data(taught, many, options()).certification))
     monkeypatch.setattr(certification_run, "score_dense", lambda *args, **kwargs: right)
     with pytest.raises(CertificateError, match=r"Even the mildest plan, 0\.9 of the FLOPs"):
         infoprune.compress(taught, many, **LOOSE)
@@ -281,7 +281,7 @@ def test_ffns_along_a_path_are_cut_as_each_share_alone_would_have_it(taught, man
     """Factors where much remains, fewer neurons below the border: the same plan, and the same model, as without a path."""
     asked = options(shares=(0.8, 0.38, 0.36))
     assert asked.ffn is None
-    calibration = split_data(many, asked).calibration
+    calibration = split_data(taught, many, asked).calibration
     path = certification_path.plan_path(taught, calibration, "examples", asked, Clock())
     for index, (share, structure) in enumerate(((0.8, "low-rank"), (0.38, "width"), (0.36, "width"))):
         alone = infoprune.compress(taught, calibration, flops=share, rank_multiple=2, examples=12)

@@ -92,7 +92,7 @@ def certified(taught, data):
 
 def test_a_benchmark_is_certified_by_its_own_metric(taught, data, certified):
     certificate = certified.certificate
-    split = split_data(data, options())
+    split = split_data(taught, data, options())
     assert certificate.metric == split.metric == "vqav2/official"
     dense, small = (
         score_answers(generate_answers(vlm, split.certification), split.certification, "vqav2/official").per_example
@@ -118,7 +118,7 @@ def test_a_good_answer_turned_into_nonsense_counts(taught, data):
     drops = {}
     for metric in ("exact", "official"):
         settings = options(certify_metric=metric, shares=(0.9,))
-        split = split_data(data, settings)
+        split = split_data(taught, data, settings)
         path = plan_path(taught, split.calibration, data, settings, Clock())
         cut = path.cut(0)
         before = judge(score_dense(taught, split), score_plan(path, cut, 0, split), split, 25, 0.95)
@@ -169,7 +169,7 @@ def test_interrupted_answers_go_on_where_they_were(taught, data, certified, monk
 # --- data --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_questions_that_do_not_count_are_not_drawn(tmp_path):
+def test_questions_that_do_not_count_are_not_drawn(taught, tmp_path):
     """The last images have none that counts."""
     pictures(tmp_path / "images", "{}.jpg", 20)
     asked = {
@@ -183,27 +183,27 @@ def test_questions_that_do_not_count_are_not_drawn(tmp_path):
     source, notes = f"gqa:val_all@{tmp_path}", []
     progress = infoprune.progress.Progress()
     progress.note = notes.append
-    split = split_data(load_examples(source)[:4], options(certify=source, certify_per_image=3), progress)
+    split = split_data(taught, load_examples(source)[:4], options(certify=source, certify_per_image=3), progress)
     assert split.metric == "gqa/official"
     assert all(example.id.endswith("-0") for example in split.certification)
     assert len(split.sizes) == 14  # calibration sees one of those that count
     assert any("left out 65 questions to certify on that gqa/official does not count" in note for note in notes)
     for other in ("exact", "lmms-eval"):
-        every = split_data(load_examples(source)[:4], options(certify=source, certify_per_image=3, certify_metric=other))
+        every = split_data(taught, load_examples(source)[:4], options(certify=source, certify_per_image=3, certify_metric=other))
         assert every.sizes.tolist() == [3] * 19
 
 
-def test_the_metric_is_that_of_the_data_to_certify_on(data, tmp_path):
+def test_the_metric_is_that_of_the_data_to_certify_on(taught, data, tmp_path):
     examples = load_examples(data)
     own = tmp_path / "own.jsonl"
     own.write_text("\n".join(json.dumps({"image": str(e.image), "question": e.question, "answer": e.answer}) for e in examples))
-    assert split_data(str(own), options()).metric == split_data(examples, options()).metric == "exact"
-    assert split_data(str(own), options(certify=data, examples=4)).metric == "vqav2/official"
-    assert split_data(data, options(certify=str(own), examples=4)).metric == "exact"
-    assert split_data(data, options(certify_metric="lmms-eval")).metric == "vqav2/lmms-eval"
+    assert split_data(taught, str(own), options()).metric == split_data(taught, examples, options()).metric == "exact"
+    assert split_data(taught, str(own), options(certify=data, examples=4)).metric == "vqav2/official"
+    assert split_data(taught, data, options(certify=str(own), examples=4)).metric == "exact"
+    assert split_data(taught, data, options(certify_metric="lmms-eval")).metric == "vqav2/lmms-eval"
     for source, name in ((str(own), "own"), (examples, "examples")):
         with pytest.raises(DataError, match=f"no metric 'official' for {name}"):
-            split_data(source, options(certify_metric="official"))
+            split_data(taught, source, options(certify_metric="official"))
 
 
 def test_data_that_the_metric_cannot_judge_are_refused_before_any_work(taught, tmp_path):
@@ -262,8 +262,8 @@ def test_certificates_of_the_first_version_are_read(certified, tmp_path):
             read(**changes)
 
 
-def test_scores_that_are_no_scores_are_refused(data):
-    split = split_data(data, options())
+def test_scores_that_are_no_scores_are_refused(taught, data):
+    split = split_data(taught, data, options())
     count = len(split.certification)
     scored = Scored(np.full(count, 1.5), 0.0, Flops(**dict.fromkeys(Flops.__dataclass_fields__, 1)), 1)
     with pytest.raises(DataError, match="between 0 and 1"):

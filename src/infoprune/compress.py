@@ -15,7 +15,7 @@ from infoprune._version import __version__
 from infoprune.architecture import AttentionSite
 from infoprune.calibrate import Statistics
 from infoprune.certification.run import compress_certified
-from infoprune.data import Example, subset
+from infoprune.data import Example
 from infoprune.decide import attention_share, decide, unit_percentiles, with_units
 from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, InfoPruneError, PlanError
@@ -31,7 +31,6 @@ from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
 from infoprune.speedup import Speed, cut_to_speed
 from infoprune.steps import (
-    QUESTIONS_PER_IMAGE,
     Compressed,
     apply_decisions,
     calibrated,
@@ -103,7 +102,7 @@ def compress(
         if options.heads == TRAINED or training.recovery != "none":
             run = _training_run(vlm, pool, data, options, training, work, progress, ending)
             pool = run.examples
-        examples = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
+        examples = calibration_examples(vlm, pool, options, progress)
         cut = run.saved_cut(vlm) if run else None
         if cut is None:
             cut = _cut_free(vlm, data, examples, options, run, in_place and training.recovery == "none", clock, progress)
@@ -316,7 +315,7 @@ def apply_plan(
     source = data if data is not None else (record.data if record else None)
     if source is None or (isinstance(source, str) and source == "examples"):
         raise PlanError("The plan does not say which data to calibrate on; give it with --data.")
-    recorded = {} if record is None else record.model_dump(include={"seed", "weighting", "temperature", "top_k"})
+    recorded = {} if record is None else record.model_dump(include={"seed", "rare", "weighting", "temperature", "top_k"})
     options = CompressionOptions(
         flops=1.0,
         ffn_metric=ffn_options(plan).metric,
@@ -324,10 +323,11 @@ def apply_plan(
         shrinkage=ffn_options(plan).shrinkage,
         structure="separate" if any(site.gated and _separate(plan.ffn.get(site.path)) for site in architecture.ffn) else "joint",
         ffn="low-rank" if all(d.keep_neurons is None for d in plan.ffn.values()) else "width",
+        skip_bad=skip_bad,
         **({"examples": record.count} if record else {}),
         **recorded,
     )
-    examples = calibration_examples(source, options.examples, options.seed, progress, skip_bad=skip_bad)
+    examples = calibration_examples(vlm, source, options, progress)
     if data is None and record is not None and fingerprint(examples) != record.fingerprint:
         progress.note(f"Warning: {source} has other questions now than the plan was decided on; the weights will differ.")
     if record is not None and record.prompt_suffix != vlm.encoder.suffix:

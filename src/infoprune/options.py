@@ -107,6 +107,7 @@ class CompressionOptions:
         weighting: See :func:`infoprune.calibrate.calibrate`.
         temperature, top_k: Of the Fisher information, see :func:`infoprune.fisher.fisher_sample`.
         examples: Calibration questions, three per image as far as images go.
+        rare: Share of them about images that a random sample shows too seldom, one each (:mod:`infoprune.rare`); 0: a random sample.
         repair: Cut layer by layer and refit what reads the residual stream, and each cut block's last linear, to the dense model's
             (:mod:`infoprune.repair`).
         rank_multiple: Ranks and widths are multiples of this: 8 suits CPUs, 64 GPUs.
@@ -142,6 +143,7 @@ class CompressionOptions:
     temperature: float = 1.0
     top_k: int | None = None
     examples: int = 768
+    rare: float = 0.1
     repair: bool = True
     rank_multiple: int = 8
     floor: float = 0.5
@@ -191,6 +193,8 @@ class CompressionOptions:
             raise InfoPruneError("With heads and ffn both 'none' there is nothing to compress.")
         if self.examples < 1 or self.rank_multiple < 1 or not 0 <= self.floor <= 1 or self.temperature <= 0:
             raise InfoPruneError("examples and rank_multiple must be at least 1, floor within 0 to 1, temperature above 0.")
+        if not 0 <= self.rare <= 1:
+            raise InfoPruneError(f"rare is a share of the calibration questions, from 0 to 1, not {self.rare:g}.")
         if not 0 <= self.seed < 2**63:
             raise InfoPruneError(f"seed must be at least 0 and below 2**63, not {self.seed}.")
         if not 0 <= self.shrinkage <= 1:

@@ -104,6 +104,7 @@ class CalibrationRecord(_Strict):
     data: str
     count: int = Field(ge=1)
     seed: int = Field(ge=0, lt=2**63)
+    rare: float = Field(default=0.0, ge=0, le=1)  # earlier plans: none
     weighting: Literal["uniform", "relevance"]
     temperature: float = Field(gt=0)
     top_k: int | None = None

@@ -13,7 +13,7 @@ from infoprune._version import __version__
 from infoprune.architecture import Architecture
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.certification.certificate import Certificate
-from infoprune.data import Example, load_examples, subset
+from infoprune.data import Example, load_examples
 from infoprune.decisions import Decisions
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import (
@@ -31,6 +31,7 @@ from infoprune.options import NONE, WIDTH, CompressionOptions, Needs
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
+from infoprune.rare import sample_with_rare
 from infoprune.repair import cut_and_repair_
 from infoprune.saliency import weight_saliencies
 from infoprune.sensitivity import head_sensitivities
@@ -114,17 +115,20 @@ def example_pool(data: str | Sequence[Example], progress: Progress, *, skip_bad:
 
 
 def calibration_examples(
-    data: str | Sequence[Example], count: int, seed: int, progress: Progress = SILENT, *, skip_bad: bool = False
-) -> list[Example]:
-    """The calibration sample: a few questions on each of as many images as that takes."""
-    return subset(example_pool(data, progress, skip_bad=skip_bad), count, seed=seed, per_image=QUESTIONS_PER_IMAGE)
+    vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
+) -> list[Example]:  # fmt: skip
+    """The calibration sample: a few questions on each of as many images as that takes, rare images among them."""
+    pool = example_pool(data, progress, skip_bad=options.skip_bad)
+    return sample_with_rare(
+        vlm, pool, options.examples, options.rare, seed=options.seed, per_image=QUESTIONS_PER_IMAGE, progress=progress
+    )  # fmt: skip
 
 
 def calibration_statistics(
     vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
 ) -> tuple[Statistics, list[PackedBatch]]:
     """Moments of a dense model over the calibration sample, and the batches they came from."""
-    examples = calibration_examples(data, options.examples, options.seed, progress, skip_bad=options.skip_bad)
+    examples = calibration_examples(vlm, data, options, progress)
     return calibrated(vlm, examples, options.needs, progress)
 
 
@@ -147,7 +151,8 @@ def calibration_record(
 ) -> CalibrationRecord:
     """Where the statistics of ``vlm`` over ``examples``, drawn from ``data``, came from."""
     return CalibrationRecord(
-        data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, weighting=options.weighting,
+        data=data if isinstance(data, str) else "examples", count=len(examples), seed=options.seed, rare=options.rare,
+        weighting=options.weighting,
         temperature=options.temperature, top_k=options.top_k, fingerprint=fingerprint(examples),
         prompt_suffix=vlm.encoder.suffix,
     )  # fmt: skip

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from infoprune.data import Example, load_examples, parse_spec, subset
+from infoprune.data import Example, load_examples, parse_spec
 from infoprune.errors import CertificateError
 from infoprune.evaluation.certify import by_image
 from infoprune.evaluation.metrics import EXACT, counted_only, metric_for, score_answers
 from infoprune.evaluation.sample_size import Expectation, images_needed, least_images, perfect_evidence
+from infoprune.model import VLM
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT, Progress
-from infoprune.steps import QUESTIONS_PER_IMAGE, example_pool
+from infoprune.rare import CANDIDATES, candidates
+from infoprune.steps import QUESTIONS_PER_IMAGE, calibration_examples, example_pool
 
 UNEVEN = 0.1
 
@@ -46,11 +48,14 @@ class CertificationSplit:
         return by_image(np.zeros(len(self.images)), self.images).sizes
 
 
-def split_data(data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT) -> CertificationSplit:
+def split_data(
+    vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
+) -> CertificationSplit:  # fmt: skip
     """Split by image: the calibration sample, and the images to certify on, drawn from the rest or from ``options.certify``.
 
     Images are told apart by what is in the files, not by their names. Without data of its own, certification leaves calibration at
-    most a quarter of the images. Of each image at most so many questions are drawn as :func:`most_per_image` or the options say.
+    most a quarter of the images. Of each image at most so many questions are drawn as :func:`most_per_image` or the options say. The
+    dense model ``vlm`` says which images are rare (:mod:`infoprune.rare`); calibration wants some of them.
 
     Questions that the metric does not count are left out.
 
@@ -67,10 +72,14 @@ def split_data(data: str | Sequence[Example], options: CompressionOptions, progr
     else:
         rest = list(options.certify)
     asked, rest = len(rest), counted_only(rest, metric)
+    if metric != EXACT:
+        score_answers([""] * len(rest), rest, metric)  # refuses what it can't judge before any work is done
     if asked > len(rest):
         progress.note(f"left out {asked - len(rest):,} questions to certify on that {metric} does not count")
-    calibration = subset(pool, options.examples, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
-    seen = {_content(path) for path in {example.image for example in calibration}}
+    calibration = calibration_examples(vlm, pool, options, progress)
+    # What calibration chose from is left out as a whole: without the rare images that it took, the rest would be too easy.
+    looked_at = candidates(pool, options.examples, options.rare, seed=options.seed, per_image=QUESTIONS_PER_IMAGE)
+    seen = {_content(path) for path in {example.image for example in looked_at}}
     groups: dict[str, list[Example]] = {}
     known: dict[Path, str] = {}
     for example in rest:
@@ -79,14 +88,14 @@ def split_data(data: str | Sequence[Example], options: CompressionOptions, progr
         if known[example.image] not in seen:
             groups.setdefault(known[example.image], []).append(example)
     if dropped := len(set(known.values()) & seen):
-        progress.note(f"left out {dropped} images of the certification data that calibration sees")
+        progress.note(f"left out {dropped} images of the certification data that calibration sees or chose from")
     if not groups:
-        raise CertificateError("There is no image to certify on that calibration does not see. Give other data with --certify.")
+        raise CertificateError(
+            "There is no image to certify on that calibration neither sees nor chose from. Give other data with --certify."
+        )
     assert options.max_drop is not None
     chosen = _drawn(groups, options)
     certification = [example for image in chosen for example in groups[image]]
-    if metric != EXACT:
-        score_answers([""] * len(certification), certification, metric)  # refuses what it can't judge before any work is done
     return CertificationSplit(calibration, certification, [image for image in chosen for _ in groups[image]], metric)
 
 
@@ -104,7 +113,7 @@ def _quarter(pool: list[Example], options: CompressionOptions) -> tuple[list[Exa
         counts[example.image] = counts.get(example.image, 0) + 1
     taken, questions = set(), 0
     for image in images[: max(len(images) // 4, 1)]:
-        if questions >= options.examples:
+        if questions >= CANDIDATES * options.examples:
             break
         taken.add(image)
         questions += min(counts[image], QUESTIONS_PER_IMAGE)

@@ -59,7 +59,7 @@ def compress_certified(
     """
     assert options.max_drop is not None
     clock = Clock()
-    split = split_data(data, options, progress)
+    split = split_data(vlm, data, options, progress)
     check_enough(split.sizes, options, progress)
     with _workplace(vlm, split, options, work) as folder:
         place = _Workplace(folder)
