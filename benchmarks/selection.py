@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "128 questions": {"examples": 128},
     "384 questions": {"examples": 384},
     "1536 questions": {"examples": 1536},
-    "random images": {"rare": 0.0},
+    "rare images": {"rare": 0.1},
 }
 QUESTIONS = 400
 

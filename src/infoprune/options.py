@@ -107,7 +107,8 @@ class CompressionOptions:
         weighting: See :func:`infoprune.calibrate.calibrate`.
         temperature, top_k: Of the Fisher information, see :func:`infoprune.fisher.fisher_sample`.
         examples: Calibration questions, three per image as far as images go.
-        rare: Share of them about images that a random sample shows too seldom, one each (:mod:`infoprune.rare`); 0: a random sample.
+        rare: Share of them about images that a random sample shows too seldom, one each (:mod:`infoprune.rare`). They
+            fail less often then, and questions beyond the task more (``benchmarks/selection.py``).
         repair: Cut layer by layer and refit what reads the residual stream, and each cut block's last linear, to the dense model's
             (:mod:`infoprune.repair`).
         rank_multiple: Ranks and widths are multiples of this: 8 suits CPUs, 64 GPUs.
@@ -143,7 +144,7 @@ class CompressionOptions:
     temperature: float = 1.0
     top_k: int | None = None
     examples: int = 768
-    rare: float = 0.1
+    rare: float = 0.0
     repair: bool = True
     rank_multiple: int = 8
     floor: float = 0.5

@@ -93,7 +93,7 @@ def compress(
     top_k: Annotated[Optional[int], typer.Option(help="Take the Fisher information over the most probable tokens (default: all).")] = None,
     weighting: Annotated[Optional[str], typer.Option(help="Token weights in the moments: 'relevance' (default) or 'uniform'.")] = None,
     examples: Annotated[Optional[int], typer.Option(help="Calibration questions (default 768).")] = None,
-    rare: Annotated[Optional[float], typer.Option(help="Share of them about rare images (default 0.1).")] = None,
+    rare: Annotated[Optional[float], typer.Option(help="Share of them about images that a random sample lacks (default 0).")] = None,
     skip_bad: Annotated[Optional[bool], typer.Option("--skip-bad", help="Go on without bad records of the data; they are counted.")] = None,
     repair: Annotated[Optional[bool], typer.Option("--repair/--no-repair", help="Sequential least-squares repair (default: yes).")] = None,
     recovery: Annotated[Optional[str], typer.Option(help="Train after the cut: 'none' (default), 'lora' or 'full'.")] = None,
