@@ -41,6 +41,7 @@ VALUES = {
     "temperature": ("2", 2.0),
     "top_k": ("50", 50),
     "examples": ("12", 12),
+    "rare": ("0.1", 0.1),
     "repair": ("false", False),
     "rank_multiple": ("64", 64),
     "floor": ("2.5e-1", 0.25),
