@@ -112,8 +112,9 @@ def _quarter(pool: list[Example], options: CompressionOptions) -> tuple[list[Exa
     for example in pool:
         counts[example.image] = counts.get(example.image, 0) + 1
     taken, questions = set(), 0
+    wanted = options.examples if options.rare == 0 else CANDIDATES * options.examples
     for image in images[: max(len(images) // 4, 1)]:
-        if questions >= CANDIDATES * options.examples:
+        if questions >= wanted:
             break
         taken.add(image)
         questions += min(counts[image], QUESTIONS_PER_IMAGE)
