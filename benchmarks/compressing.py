@@ -2,7 +2,6 @@
 
     python benchmarks/compressing.py [--share S] [--examples N]
 
-* ``sample``: a forward pass over one question on each image that may be rare.
 * ``calibrate``: the model's own forward and backward passes over the same batches, without gathering anything.
 * ``decide``: one eigenproblem of the stream's width for each linear that may be factorised, and an inverse for each attention block.
 * ``cut``: the eigenproblems again, a dense and a compressed forward pass over the same batches.
@@ -22,16 +21,14 @@ import infoprune
 from common import log, write
 from infoprune.architecture import AttentionSite
 from infoprune.calibrate import fisher_sample
-from infoprune.data import Example, subset
 from infoprune.decide import decide
 from infoprune.freeze import frozen
 from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.progress import SILENT
-from infoprune.rare import candidates
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import solve_sites
-from infoprune.steps import QUESTIONS_PER_IMAGE, apply_decisions, calibration_examples, measure, packed_batches, statistics_of
+from infoprune.steps import apply_decisions, calibration_examples, measure, packed_batches, statistics_of
 
 
 def main() -> None:
@@ -42,19 +39,14 @@ def main() -> None:
     dense = infoprune.load("demo", notify=log)
     assert dense.architecture is not None
     options = CompressionOptions(flops=args.share, examples=args.examples)
-    pool = infoprune.load_examples("easy-vqa:train")
-    asked = looked_at(pool, options)
-    statistics_of(dense, packed_batches(dense, asked[:8]), options.needs, SILENT)  # warm-up
-    start = time.perf_counter()
-    examples = calibration_examples(dense, pool, options)
-    sampling = time.perf_counter() - start
-    stages = [("sample", sampling, seconds(lambda: forward(dense, packed_batches(dense, asked))))]
+    examples = calibration_examples(dense, "easy-vqa:train", options)
     inputs = packed_batches(dense, examples)
+    statistics_of(dense, inputs[:1], options.needs, SILENT)  # warm-up
     passes = seconds(lambda: forward_and_backward(dense, inputs))
     log(f"forward and backward: {passes:.1f} s")
     start = time.perf_counter()
     statistics = statistics_of(dense, inputs, options.needs, SILENT)
-    stages.append(("calibrate", time.perf_counter() - start, passes))
+    stages = [("calibrate", time.perf_counter() - start, passes)]
     problems = eigenproblems(dense)
     start = time.perf_counter()
     solved = solve_sites(dense.model, dense.architecture, statistics, options)
@@ -74,14 +66,6 @@ def main() -> None:
     for row in rows:
         log(f"{row['stage']}: {row['seconds']:.1f} s, {row['over_bound']:.2f} of the bound")
     write("compressing", rows, seeds=[options.seed], data="easy-vqa:train", num_questions=len(examples), share=args.share)
-
-
-def looked_at(pool: Sequence[Example], options: CompressionOptions) -> list[Example]:
-    """One question on each image that :func:`infoprune.rare.sample_with_rare` chooses from."""
-    settings: dict[str, int] = {"seed": options.seed, "per_image": QUESTIONS_PER_IMAGE}
-    random = {e.image for e in subset(pool, options.examples - round(options.rare * options.examples), **settings)}
-    others = candidates(pool, options.examples, options.rare, **settings)
-    return list({e.image: e for e in others if e.image not in random}.values())
 
 
 def seconds(run: Callable[[], None]) -> float:
