@@ -181,14 +181,23 @@ class Arena:
         total = self.dense_flops.total
         return {"heads": attention / total, "ffn": ffn / total, "model": 1.0}
 
+    def known(self, entry: Entry) -> list[dict[str, Any]]:
+        """Its rows, those calibrated on another number of questions among them."""
+        told = (*entry.key, self.steps, len(self.examples))
+        fields = ("scope", "method", "budget", "seed", "steps", "num_questions")
+        return [row for row in self.rows if tuple(row[field] for field in fields) == told]
+
     def lacks(self, entry: Entry) -> bool:
-        """Whether there is no row for it yet."""
-        return not any(
-            (row["scope"], row["method"], row["budget"], row["seed"]) == entry.key
-            and row.get("steps", 0) == self.steps
-            and row["num_questions"] == len(self.examples)
-            for row in self.rows
-        )
+        """Whether there is no row for it yet that was calibrated on as many questions."""
+        return not any(row["examples"] == entry.options.examples for row in self.known(entry))
+
+    def add(self, entry: Entry, found: dict[str, Any]) -> None:
+        """Its row, in the place of one that was calibrated on another number of questions."""
+        told = {"method": entry.method, "scope": entry.scope, "budget": entry.share, "seed": entry.seed, "examples": entry.options.examples}
+        told |= {"recovered": bool(self.steps), "steps": self.steps}
+        told |= {"hardware": processor(), "commit": commit(), "command": command()}
+        outdated = [id(row) for row in self.known(entry)]
+        self.rows = [row for row in self.rows if id(row) not in outdated] + [told | found]
 
     def cut(self, entry: Entry, calibrations: Calibrations) -> tuple[infoprune.VLM, dict[str, Any]]:
         """The model and what making it took."""
@@ -225,8 +234,8 @@ class Arena:
                 small, facts = self.cut(same[0], calibrations)
                 pending.append((same, small, facts))
             except infoprune.InfoPruneError as error:
-                failed = {"num_questions": len(self.examples), "error": str(error)}
-                self.rows += [self.head(entry) | failed for entry in same]
+                for entry in same:
+                    self.add(entry, {"num_questions": len(self.examples), "error": str(error)})
                 log(f"{same[0].key}: {error}")
             if len(pending) == TOGETHER:
                 self.score(pending, timed_seed)
@@ -249,7 +258,8 @@ class Arena:
             row["bytes"] = sum(p.numel() * p.element_size() for p in small.model.parameters())  # as saved: tied weights once
             if index in timed:
                 row |= latency.speedups(times[0], times[1 + timed.index(index)])
-            self.rows += [self.head(entry) | row for entry in same]
+            for entry in same:
+                self.add(entry, row)
             scope, _, share, seed = same[0].key
             log(f"{scope} {share} {' = '.join(entry.method for entry in same)} seed {seed}: {row['accuracy']:.2f}%, "
                 f"KL {row['kl_nats']:.4f}; shifted {row['shifted']['accuracy']:.2f}%, KL {row['shifted']['kl_nats']:.4f}")  # fmt: skip
@@ -268,12 +278,6 @@ class Arena:
         """Of the whole model."""
         assert self.dense.architecture is not None
         return predicted_flops(self.dense.architecture, small.plan, self.workload, self.dense_flops.total) / self.dense_flops.total
-
-    def head(self, entry: Entry) -> dict[str, Any]:
-        """What a row starts with."""
-        told = {"method": entry.method, "scope": entry.scope, "budget": entry.share, "seed": entry.seed}
-        told |= {"recovered": bool(self.steps), "steps": self.steps}
-        return told | {"hardware": processor(), "commit": commit(), "command": command()}
 
     def save(self) -> None:
         """Write the result file."""

@@ -62,9 +62,16 @@ def told(rows: Sequence[dict[str, Any]], *, bold: bool = False) -> str:
 
 
 def seeds_of(rows: Iterable[dict[str, Any]]) -> str:
-    """Which seeds the rows are of."""
+    """Which seeds the rows are of, and on how many questions they were calibrated."""
+    rows = list(rows)
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    return "seed 0" if seeds == "0" else f"where a range of KL is told, means over seeds {seeds}, else seed 0"
+    told = "seed 0" if seeds == "0" else f"where a range of KL is told, means over seeds {seeds}, else seed 0"
+    counts = {count: sorted({row["method"] for row in rows if row["examples"] == count}) for count in {row["examples"] for row in rows}}
+    if len(counts) == 1:
+        return f"{told}; calibrated on {min(counts)} questions"
+    usual = max(counts, key=lambda count: len(counts[count]))
+    others = "; ".join(f"{', '.join(names)} on {count}" for count, names in counts.items() if count != usual)
+    return f"{told}; calibrated on {usual} questions, but {others}"
 
 
 def arena_recovered() -> str:
