@@ -17,7 +17,8 @@ import infoprune
 from common import log, write
 from infoprune.architecture import AttentionSite
 from infoprune.cli.console import BarProgress
-from infoprune.decide import attention_share, decide, unit_percentiles
+from infoprune.decide import decide
+from infoprune.learned import attention_share, unit_percentiles
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT
 from infoprune.site_costs import FlopCosts

@@ -54,6 +54,7 @@ VALUES = {
     "gate_prior": ("6", 6.0),
     "gate_cost": ("time", "time"),
     "attention_share": ("0.4", 0.4),
+    "gate_ffn": ("true", True),
     "gate_lora": ("4", 4),
     "cross_entropy_weight": ("0", 0.0),
     "distillation_weight": ("5e-1", 0.5),

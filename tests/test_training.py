@@ -25,9 +25,9 @@ from infoprune.cli import evaluate as evaluate_verb
 from infoprune.cli.device import own_device
 from infoprune.compress import logs_folder
 from infoprune.criteria.heads import Block, Removal, block_of, compensate
-from infoprune.decide import unit_percentiles
 from infoprune.errors import CalibrationError, CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
+from infoprune.learned import unit_percentiles
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, HeadDecision
 from infoprune.progress import SILENT
@@ -37,7 +37,7 @@ from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
-from infoprune.training.heads import BestGates, GateStage, binarise, check_agreement, masked_logits
+from infoprune.training.heads import BestGates, Choice, GateStage, binarise, check_agreement, masked_logits
 from infoprune.training.loop import Processes, one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, layer_weights, relative_groups, typical_magnitude
@@ -136,7 +136,7 @@ def test_masked_equals_compacted(vlm, questions, compensation):
     heads = {s.path: HeadDecision(keep_units=tuple(kept[s.path]), num_units=s.num_units, compensate=compensation) for s in sites}
     options = CompressionOptions(flops=0.5, repair=False, compensate=compensation)
     small = apply_decisions(vlm, Decisions(heads, {}, 0.0), options, statistics, [batch])
-    masked = masked_logits(vlm.model, HeadGates(sites), blocks, kept, batch, compensation)
+    masked = masked_logits(vlm.model, HeadGates(sites), blocks, Choice(kept), batch, compensation)
     with torch.no_grad():
         assert check_agreement(masked, answer_logits(small.model, batch)) < 1e-4
         with pytest.raises(InfoPruneError, match="differs"):
@@ -431,8 +431,8 @@ def test_heads_are_those_whose_cut_model_answers_better(gqa_vlm, questions, monk
     given = QUICK | {"gate_steps": 4, "evaluate_every": 2}
     free = infoprune.compress(gqa_vlm, hold_out(questions, 0)[0], **given | {"heads": "information-loss"})
 
-    def update(self, open_, loss, step):  # the last choice, whatever it is worth with dense FFNs
-        self.open, self.loss, self.step = open_, loss, step
+    def update(self, choice, loss, step):  # the last choice, whatever it is worth with dense FFNs
+        self.choice, self.loss, self.step = choice, loss, step
         self.losses[step] = loss
 
     seen = []

@@ -16,14 +16,15 @@ from infoprune.architecture import AttentionSite
 from infoprune.calibrate import Statistics
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example
-from infoprune.decide import attention_share, decide, unit_percentiles, with_units
+from infoprune.decide import decide
 from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, InfoPruneError, PlanError
 from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters
 from infoprune.evaluation.record import weights_digest
+from infoprune.learned import attention_share, unit_percentiles, with_choice
 from infoprune.memory import release_memory
 from infoprune.model import VLM, precision_name
-from infoprune.options import TRAINED, UNTRAINED, CompressionOptions
+from infoprune.options import NONE, TRAINED, UNTRAINED, CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan, FFNDecision
 from infoprune.progress import SILENT, Clock, Progress
@@ -50,12 +51,13 @@ from infoprune.steps import (
 )
 from infoprune.surgery import ffn_options
 from infoprune.training.costs import flop_costs, time_costs
+from infoprune.training.ffn_gates import FFNGates, FFNPart, ffn_parts, sizes_of
 from infoprune.training.gates import HeadGates, start_locations
-from infoprune.training.heads import binarise, check_agreement, masked_logits
+from infoprune.training.heads import Choice, binarise, check_agreement, masked_logits
 from infoprune.training.loop import Processes, check_trackers
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import require_peft
-from infoprune.training.run import LearnedHeads, TrainingRun, split
+from infoprune.training.run import GatedFFNs, LearnedHeads, TrainingRun, split
 from infoprune.training.state import WorkFolder
 
 UNUSED = 0.01  # of the dense FLOPs: what may be left of a budget without a word
@@ -91,6 +93,7 @@ def compress(
     options, training = _options_of(options, training, given)
     dense_architecture(vlm)
     check_trackers(training.trackers)
+    check_gates(options, training)
     if options.max_drop is not None:
         if training.recovery != "none":
             raise BudgetError(UNTRAINED)
@@ -119,6 +122,23 @@ def compress(
         report = run.recover(cut.vlm, vlm, steps_before=training.gate_steps if options.heads == TRAINED else 0)
         seconds = cut.seconds | {"recover": report["seconds"]}  # with those of interrupted runs
         return replace(cut, training=cut.training | {"recovery": report}, seconds=seconds)
+
+
+def check_gates(options: CompressionOptions, training: TrainingOptions) -> None:
+    """Whether FFNs can have gates, where that is asked for.
+
+    Raises:
+        InfoPruneError: They can't; says what to change.
+    """
+    needed = {
+        "heads": (options.heads == TRAINED, "heads=trained"),
+        "ffn": (options.ffn != NONE, "ffn=low-rank or ffn=width"),
+        "structure": (options.structure != "best", "structure=joint or separate"),
+        "allocation": (options.allocation == "global", "allocation=global"),
+    }
+    for name, (met, wanted) in needed.items():
+        if training.gate_ffn and not met:
+            raise InfoPruneError(f"gate_ffn needs {wanted}, not {name}={getattr(options, name)}.")
 
 
 def _options_of(
@@ -240,21 +260,27 @@ def _train_heads(
     target: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: Sequence[PackedBatch],
     workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor], options: CompressionOptions, run: TrainingRun, clock: Clock,
 ) -> tuple[Decisions, Statistics, dict[str, Any]]:  # fmt: skip
-    """Decisions with heads that are learned, starting from ``decisions``; the moments after that, and figures for the report.
+    """Decisions with learned heads, and where asked FFN sizes, starting from ``decisions``; the moments after that, figures for the report.
 
     The choice that gates start from stays where the model that is cut by it answers validation questions better.
     """
-    learned = _learn_heads(target, solved, decisions, workload, dense_flops, probe, options, run)
+    parts = []
+    if run.options.gate_ffn:
+        parts = ffn_parts(target.model, solved, statistics, options, FlopCosts(workload))
+    learned = _learn_heads(target, solved, decisions, workload, dense_flops, probe, options, run, parts)
     clock.lap("train heads")
     if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
         statistics = statistics_of(target, inputs, options.needs, run.progress)
         solved = solve_sites(target.model, dense_architecture(target), statistics, options)
+    choices = {"trained": learned.choice, "start": learned.start}
+    if learned.choice.sizes is not None and learned.choice.kept != learned.start.kept:
+        choices["trained heads"] = Choice(learned.choice.kept)
     found = {
-        name: decide(with_units(solved, kept, options), FlopCosts(workload), dense_flops.total, options)
-        for name, kept in (("trained", learned.kept), ("start", learned.start))
+        name: decide(with_choice(solved, choice, options), FlopCosts(workload), dense_flops.total, options)
+        for name, choice in choices.items()
     }
     best, told = "trained", {}
-    if learned.kept != learned.start:
+    if learned.choice != learned.start:
 
         def cut(name: str) -> VLM:
             return apply_decisions(target, found[name], options, statistics, inputs, progress=run.progress)
@@ -262,13 +288,13 @@ def _train_heads(
         best, figures = run.best_cut(cut, list(found))
         told = {"kept": best, "cut": {name: {"accuracy": a, "cross_entropy": c} for name, (a, c) in figures.items()}}
         clock.lap("choose heads")
-    agreement = _check_gates(target, solved, found[best], statistics, inputs, options)
+    agreement = _check_gates(target, solved, found[best], statistics, inputs, options, parts)
     return found[best], statistics, learned.as_dict() | told | {"agreement": agreement}
 
 
 def _learn_heads(
     vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor],
-    options: CompressionOptions, run: TrainingRun,
+    options: CompressionOptions, run: TrainingRun, parts: list[FFNPart],
 ) -> LearnedHeads:  # fmt: skip
     """Gates start from the training-free choice under the same cost, by default with the share that the allocation gives attention.
 
@@ -281,20 +307,31 @@ def _learn_heads(
     costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe, workload))
     prior = unit_percentiles(solved, costs, target)
     start = HeadGates(sites, start_locations(torch.tensor(prior), run.options.gate_prior, costs, target))
-    decide(with_units(solved, binarise(start, costs, target), options), FlopCosts(workload), dense_flops.total, options)
-    return run.learn_heads(vlm, sites, blocks, costs, target, prior, options.compensate)
+    chosen = Choice(binarise(start, costs, target))
+    decide(with_choice(solved, chosen, options), FlopCosts(workload), dense_flops.total, options)
+    ffn = None
+    if parts:
+        gated = costs.dense + sum(float(part.costs.sum()) for part in parts)
+        share = 1 - (1 - options.cost_share) * dense_flops.total / gated
+        ffn = GatedFFNs(parts, sizes_of(decisions.ffn), share * (1 - 1e-9), options.rank_multiple)
+    return run.learn_heads(vlm, sites, blocks, costs, target, prior, options.compensate, ffn)
 
 
 def _check_gates(
     vlm: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: Sequence[PackedBatch],
-    options: CompressionOptions,
+    options: CompressionOptions, parts: list[FFNPart],
 ) -> float:  # fmt: skip
-    """The gated model with gates at 0 and 1 answers like the model without those heads; see ``heads.check_agreement``."""
+    """The gated model with gates at 0 and 1 answers like the model that is cut so, without refit; see ``heads.check_agreement``.
+
+    FFNs are compared as far as they have gates.
+    """
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
     kept = {s.path: list(decisions.heads[s.path].keep_units) if s.path in decisions.heads else list(range(s.num_units)) for s in sites}
-    masked = masked_logits(vlm.model, HeadGates(sites).to(vlm.device), blocks, kept, inputs[0], options.compensate)
-    without = apply_decisions(vlm, replace(decisions, ffn={}), replace(options, repair=False), statistics, inputs[:1])
+    ffn = decisions.ffn if parts else {}
+    choice, gates = Choice(kept, sizes_of(ffn)), HeadGates(sites).to(vlm.device)
+    masked = masked_logits(vlm.model, gates, blocks, choice, inputs[0], options.compensate, FFNGates(parts).to(vlm.device))
+    without = apply_decisions(vlm, replace(decisions, ffn=ffn), replace(options, repair=False), statistics, inputs[:1])
     with torch.no_grad():
         return check_agreement(masked, answer_logits(without.model, inputs[0]))
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 
 from infoprune import widths
 from infoprune.allocate import Option, allocate
 from infoprune.architecture import AttentionSite, FFNSite
-from infoprune.criteria.heads import INFORMATION_LOSS, Removal, removal_loss
+from infoprune.criteria.heads import INFORMATION_LOSS
 from infoprune.criteria.neurons import ENERGY
 from infoprune.decisions import Decisions, head_decision, round_up
 from infoprune.depth import least_influential, without
 from infoprune.errors import BudgetError
-from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.ks_rule import decide_by_ks
 from infoprune.options import NONE, TRAINED, CompressionOptions
 from infoprune.plan import FFNDecision, HeadDecision, max_rank
 from infoprune.rank_rules import RULES, ruled_options
 from infoprune.site_costs import SiteCosts
 from infoprune.solve import SolvedSite
-from infoprune.training.costs import Costs
 
 HALVINGS = 20  # of what uniform shares and rankings aim at, where costs are not in proportion to sizes
 
@@ -43,68 +40,6 @@ def decide(solved: list[SolvedSite], costs: SiteCosts, dense_total: float, optio
     if options.layers != NONE:
         return _decide_layers(solved, costs, dense_total, options)
     return _decide_by_cost(solved, costs, dense_total, options)
-
-
-def with_units(solved: list[SolvedSite], kept: dict[str, list[int]], options: CompressionOptions) -> list[SolvedSite]:
-    """The same sites with one way to treat each block: keep the units that ``kept`` lists by path. FFNs still choose.
-
-    Raises:
-        KeyError: A block of ``solved`` is not in ``kept``.
-    """
-    fixed = []
-    for item in solved:
-        if isinstance(item.site, AttentionSite):
-            assert item.block is not None
-            removed = [u for u in range(item.site.num_units) if u not in kept[item.site.path]]
-            loss = removal_loss(item.block, removed, options.compensate) if removed else 0.0
-            item = replace(item, removal=Removal(removed, [loss] * (len(removed) + 1)), fixed=len(removed))
-        fixed.append(item)
-    return fixed
-
-
-def attention_share(solved: list[SolvedSite], decisions: Decisions, workload: Workload) -> float:
-    """Share of the attention's dense FLOPs that ``decisions`` keep."""
-    blocks = [item.site for item in solved if isinstance(item.site, AttentionSite)]
-    kept = sum(
-        attention_flops(s, len(decisions.heads[s.path].keep_units) if s.path in decisions.heads else s.num_units, workload) for s in blocks
-    )
-    return kept / sum(attention_flops(site, site.num_units, workload) for site in blocks)
-
-
-def unit_percentiles(solved: list[SolvedSite], costs: Costs, target: float) -> list[float]:
-    """Place of every unit, block by block, among all units: 0 for the first to go, near 1 for the last.
-
-    First come those that go in the cheapest set-wise information loss that meets the budget, then the others, each kind by marginal loss
-    per cost; units that must stay come last.
-
-    Args:
-        solved: Sites; their attention blocks are those of ``costs``, in its order.
-        costs: What blocks and units cost.
-        target: Share of their dense cost that remains.
-
-    Raises:
-        BudgetError: What must stay takes more.
-    """
-    blocks = [
-        (item.site, item.removal, item.tokens) for item in solved if isinstance(item.site, AttentionSite) and item.removal is not None
-    ]
-    groups = [
-        [Option(costs.block(number, site.num_units - gone), loss * tokens, gone) for gone, loss in enumerate(removal.losses)]
-        for number, (site, removal, tokens) in enumerate(blocks)
-    ]
-    chosen = allocate(groups, target * costs.dense * (1 + 1e-9))
-    worth: list[tuple[bool, float]] = []
-    for (site, removal, _), group, option in zip(blocks, groups, chosen, strict=True):
-        own = [(True, math.inf)] * site.num_units
-        for place, unit in enumerate(removal.order):
-            saved = max(group[place].cost - group[place + 1].cost, 1e-30)
-            own[unit] = (place >= option.choice, (group[place + 1].loss - group[place].loss) / saved)
-        worth += own
-    order = sorted(range(len(worth)), key=lambda index: worth[index])
-    percentiles = [0.0] * len(worth)
-    for place, index in enumerate(order):
-        percentiles[index] = place / len(worth)
-    return percentiles
 
 
 def remove_units(solved: list[SolvedSite], count: int, options: CompressionOptions) -> Decisions:
@@ -257,6 +192,8 @@ def _options(
     item: SolvedSite, costs: SiteCosts, options: CompressionOptions, share: float, floor: float, forced: dict[str, int]
 ) -> list[list[Option]]:
     site = item.site
+    if item.sizes is not None:
+        return [[_settled(item, costs)]]
     if isinstance(site, AttentionSite):
         assert item.removal is not None
         counts = [forced[site.path]] if site.path in forced else list(range(len(item.removal.order) + 1))
@@ -276,6 +213,18 @@ def _options(
             return [[widths.option(item, cost, forced[site.path])]]
         return [widths.ladder(item, cost, options.rank_multiple, floor * share)]
     return _ffn_groups(item, site, costs, options, share, floor)
+
+
+def _settled(item: SolvedSite, costs: SiteCosts) -> Option:
+    """The only way to treat an FFN whose sizes are decided already."""
+    assert isinstance(item.site, FFNSite) and item.sizes is not None
+    if not item.sizes:
+        return Option(costs.ffn(item.site, None), 0.0)
+    if item.neurons is not None:
+        return widths.option(item, partial(costs.ffn, item.site), item.sizes["keep_neurons"])
+    assert item.tails is not None
+    loss = sum(0.5 * float(item.tails[name][rank]) for name, rank in item.sizes.items()) * item.tokens
+    return Option(costs.ffn(item.site, FFNDecision.model_validate(item.sizes)), loss, (item.site.path, item.sizes))
 
 
 def _ffn_groups(

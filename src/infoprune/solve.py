@@ -24,8 +24,8 @@ from infoprune.surgery import factorizations
 class SolvedSite:
     """What deciding knows of one site: a block's removals, an FFN's factorisations by rank name, or an FFN's neurons.
 
-    ``fixed`` is the number of removals that was decided elsewhere. Where layers are dropped whole, ``layer`` is all that is known, and
-    the site is the layer's attention block.
+    ``fixed`` is the number of removals that was decided elsewhere, ``sizes`` what sizes an FFN has, by the names of a decision's fields.
+    Where layers are dropped whole, ``layer`` is all that is known, and the site is the layer's attention block.
     """
 
     site: AttentionSite | FFNSite
@@ -35,6 +35,7 @@ class SolvedSite:
     spectra: dict[str, torch.Tensor] | None = None
     tails: dict[str, torch.Tensor] | None = None
     fixed: int | None = None
+    sizes: dict[str, int] | None = None
     neurons: NeuronRemoval | None = None
     layer: Layer | None = None
 
@@ -75,7 +76,7 @@ def solve_sites(
     if options.ffn != NONE:
         for site in architecture.ffn:
             if site.tower in options.towers:
-                factors = _solve_ffn(model, site, statistics.sites[site.path], options)
+                factors = factorizations_of(model, site, statistics.sites[site.path], options)
                 solved.append(
                     SolvedSite(
                         site,
@@ -142,7 +143,8 @@ def _ranked_removal(block: Block, scores: list[float], options: CompressionOptio
     return Removal(order, losses, scores)
 
 
-def _solve_ffn(model: nn.Module, site: FFNSite, statistics: SiteStatistics, options: CompressionOptions) -> dict[str, Factorization]:
+def factorizations_of(model: nn.Module, site: FFNSite, statistics: SiteStatistics, options: CompressionOptions) -> dict[str, Factorization]:
+    """Those of one FFN's linears that may compete under ``options.structure``, by the rank's field name."""
     ffn, names = model.get_submodule(site.path), site.names
     dense: dict[str, Any] = {name: ffn.get_submodule(name) for name in (names.gate, names.up, names.down) if name}
     wanted: dict[str, int] = {"down_rank": 1}

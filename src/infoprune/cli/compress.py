@@ -102,6 +102,9 @@ def compress(
     attention_share: Annotated[
         Optional[float], typer.Option(help="Share of the attention's cost that gates keep (default: as the training-free allocation).")
     ] = None,
+    gate_ffn: Annotated[
+        Optional[bool], typer.Option("--gate-ffn/--no-gate-ffn", help="Gate ranks or widths of FFNs along with the heads (default: no).")
+    ] = None,
     recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 200).")] = None,
     recovery_rate: Annotated[
         Optional[float], typer.Option(help="Peak learning rate of recovery (default: full 5e-4 of each tensor's magnitude, lora 1e-4).")
@@ -159,7 +162,7 @@ def compress(
         "rank_multiple": rank_multiple, "seed": seed,
         "prompt_suffix": prompt_suffix,
         "device": device, "recovery": recovery, "gate_steps": gate_steps, "gate_cost": gate_cost,
-        "attention_share": attention_share, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
+        "attention_share": attention_share, "gate_ffn": gate_ffn, "recovery_steps": recovery_steps, "recovery_rate": recovery_rate,
         "images_per_step": images_per_step, "validation": validation, "patience": patience, "precision": precision, "weights": weights,
         "shard": shard,
         "trackers": tuple(tracker) if tracker else None, "skip_bad": skip_bad,

@@ -91,17 +91,21 @@ class Factorization:
 
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Down-map A (rank, in), up-map B (out, rank) and bias correction (out,), W_r = B A, in float64."""
+        a, b, seen = self.directions(rank)
+        return a, b, (self.weight.double() @ self.mean if self.side == "input" else self.mean) - b @ seen
+
+    def directions(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first ``rank`` directions: A and B of :meth:`factors`, and the mean of A x (rank,), zeros without centring."""
         kept, weight = self.basis[:, :rank], self.weight.double()
         if self.side == "input":
             a, b = _solved(self.root.T, kept).T, weight @ (self.root @ kept)
-            correction = weight @ self.mean - b @ (a @ self.mean)
+            seen = a @ self.mean
         else:
             right = kept.T @ self.root.T
-            a, b = right @ weight, _solved(self.root.T, kept)
-            correction = self.mean - b @ (right @ self.mean)
+            a, b, seen = right @ weight, _solved(self.root.T, kept), right @ self.mean
         # Equal norms on both sides: neither factor over- or underflows in a low-precision format.
         scale = (b.norm(dim=0) / a.norm(dim=1).clamp_min(1e-300)).sqrt().clamp(1e-12, 1e12)
-        return a * scale[:, None], b / scale, correction
+        return a * scale[:, None], b / scale, seen * scale
 
 
 def _solved(upper: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Training-based head pruning: train gates under the objective and the budget, choose what stays exactly within it, on validation data."""
+"""Training-based pruning: train gates under the objective and the budget, choose what stays exactly within it, on validation data."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from infoprune.plan import Compensation
 from infoprune.training import objective
 from infoprune.training.costs import Costs
 from infoprune.training.data import VisionCache
+from infoprune.training.ffn_gates import FFNGates, Sizes
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
 from infoprune.training.loop import Terms, Totals
 from infoprune.training.options import RATES, TrainingOptions
@@ -27,27 +28,35 @@ from infoprune.training.structure import BlockStructure, dense_structure, stand_
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What stays: units by path of every gated block, and sizes of FFNs; ``None`` where these have no gates."""
+
+    kept: dict[str, list[int]]
+    sizes: Sizes | None = None
+
+
 @dataclass
 class BestGates:
     """The validated choice with the least loss so far.
 
     Attributes:
-        open: (units of all blocks,) 1 for the units to keep.
+        choice: What to keep.
         loss: Data terms of the objective on the validation questions, nats per answer token.
         step: Updates before it; 0: the training-free choice that gates start from.
         losses: All validations, by step.
     """
 
-    open: torch.Tensor
+    choice: Choice
     loss: float = float("inf")
     step: int = -1
     losses: dict[int, float] = field(default_factory=dict)
 
-    def update(self, open_: torch.Tensor, loss: float, step: int) -> None:
+    def update(self, choice: Choice, loss: float, step: int) -> None:
         """Take a validation into account."""
         self.losses[step] = loss
         if loss < self.loss:
-            self.open, self.loss, self.step = open_, loss, step
+            self.choice, self.loss, self.step = choice, loss, step
 
 
 class GateStage:
@@ -71,26 +80,33 @@ class GateStage:
         *,
         compensation: Compensation,
         seed: int,
+        ffn: FFNGates | None = None,
+        multiple: int = 1,
         autocast: bool = False,
         extra: dict[str, torch.nn.Parameter] | None = None,
         without_extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
         cache: VisionCache | None = None,
         agree: Callable[..., tuple[float, ...]] = lambda *values: values,
     ) -> None:
-        """``agree`` makes figures the same on all processes."""
+        """Beside what they are called: ``ffn`` are gates on the sizes of FFNs, multiples of ``multiple``, and ``target`` is of both's cost.
+
+        ``agree`` makes figures the same on all processes.
+        """
         self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
         self.compensation: Compensation = compensation
         self.seed, self.cache, self.without_extra = seed, cache, without_extra
         self.validation, self.autocast, self.agree = validation, autocast, agree
-        self.best = BestGates(torch.ones_like(gates.log_alpha, device="cpu"))
+        self.ffn, self.multiple = ffn or FFNGates([]), multiple
+        self.best = BestGates(Choice({site.path: list(range(site.num_units)) for site in gates.sites}))
         self.steps = options.gate_steps
         self.budget = objective.Budget(target)
         self.dense = {path: dense_structure(block) for path, block in blocks.items()}
         self.structures: dict[str, BlockStructure] = {}
         self.refreshed_at: torch.Tensor | None = None
         self.trajectory: list[list[float]] = []
-        self.parameters = {"log_alpha": gates.log_alpha, **(extra or {})}
-        groups: list[dict[str, Any]] = [{"params": [gates.log_alpha], "betas": (0.9, 0.99)}]
+        own = {"log_alpha": gates.log_alpha} | ({"sizes": self.ffn.location} if self.ffn.parts else {})
+        self.parameters, self.moving = own | (extra or {}), bool(extra)
+        groups: list[dict[str, Any]] = [{"params": list(own.values()), "betas": (0.9, 0.99)}]
         if extra:
             # Not recovery's rate, which for full recovery is relative to each tensor.
             rate = RATES["lora"] if options.gate_lora_rate is None else options.gate_lora_rate
@@ -125,12 +141,13 @@ class GateStage:
         """Cross-entropy and distillation."""
         o = self.options
         self.gates.sample_(self._draw)
+        self.ffn.sample_(self._draw)
         if self.cache is not None:
             batch = self.cache.replace(batch, [row[0].image for row in rows])
         logits = answer_logits(self.model, batch)
         terms = {"cross_entropy": (o.cross_entropy_weight, objective.cross_entropy(logits, batch.targets) / totals.targets)}
         if o.distillation_weight:
-            with self.gates.opened(), self.without_extra(), torch.no_grad():
+            with self.gates.opened(), self.ffn.opened(), self.without_extra(), torch.no_grad():
                 teacher = answer_logits(self.model, batch)
             value = objective.distillation(logits, teacher, o.distillation_temperature)
             terms["distillation"] = (o.distillation_weight, value / totals.targets)
@@ -140,7 +157,8 @@ class GateStage:
         """Rate, KS and budget, functions of the gates alone."""
         o, sampled = self.options, self.gates.sample_(self._draw)
         device = self.gates.log_alpha.device
-        cost = self.costs.share(open_probability(self.gates.log_alpha).cpu().double())  # on the CPU: not every device has float64
+        heads = self.costs.share(open_probability(self.gates.log_alpha).cpu().double())  # on the CPU: not every device has float64
+        cost = (heads * self.costs.dense + self.ffn.cost()) / (self.costs.dense + self.ffn.dense)
         return {
             "rate": (o.rate_weight, objective.relative_rate(self.structures, sampled)),
             "ks": (o.ks_weight, objective.mean_ks(self.structures, sampled)),
@@ -158,11 +176,11 @@ class GateStage:
 
     @torch.no_grad()
     def validate(self, step: int) -> float:
-        """Data terms of the objective, per answer token of the validation questions, with the gates that binarising leaves open."""
-        kept = binarise(self.gates, self.costs, self.budget.target)
-        close_(self.gates, self.blocks, kept, self.compensation)
-        open_ = torch.cat([z.cpu() for z in gates_of(self.gates.sites, kept).values()])
-        if not self.moving and torch.equal(open_, self.best.open) and self.best.step >= 0:  # measured before
+        """Data terms of the objective, per answer token of the validation questions, with the gates that choosing leaves open."""
+        choice = choose(self.gates, self.costs, self.ffn, self.budget.target, self.multiple)
+        close_(self.gates, self.blocks, choice.kept, self.compensation)
+        self.ffn.close_(choice.sizes or {})
+        if not self.moving and choice == self.best.choice and self.best.step >= 0:  # measured before
             self._compensate()
             self.best.losses[step] = self.best.loss
             return self.best.loss
@@ -172,7 +190,7 @@ class GateStage:
                 if self.cache is not None:
                     batch = self.cache.replace(batch, images)
                 logits = answer_logits(self.model, batch)
-                with self.gates.opened(), self.without_extra():
+                with self.gates.opened(), self.ffn.opened(), self.without_extra():
                     # Every time anew: with a large vocabulary, logits of all answers would be too large to keep.
                     teacher = answer_logits(self.model, batch) if o.distillation_weight else logits
             total += o.cross_entropy_weight * float(objective.cross_entropy(logits, batch.targets))
@@ -182,39 +200,56 @@ class GateStage:
         if self.moving:  # earlier choices were validated with other weights
             self.best.loss = float("inf")
         (loss,) = self.agree(total / targets)
-        self.best.update(open_, loss, step)
+        self.best.update(choice, loss, step)
         return loss
-
-    @property
-    def moving(self) -> bool:
-        """Whether weights train along."""
-        return len(self.parameters) > 1
 
     def _compensate(self) -> None:
         if self.compensation != "none":
             for path, found in self.structures.items():
                 self.gates.compensate_(path, found.coefficient, found.mean)
 
-    @property
-    def kept(self) -> dict[str, list[int]]:
-        """Units to keep by path: the best validated choice."""
-        return {path: z.nonzero().flatten().tolist() for path, z in self.gates.by_site(self.best.open).items()}
-
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Multipliers, costs (measured ones differ from run to run), gates of the last refresh, those of all refreshes, the best choice."""
         assert self.refreshed_at is not None
         meta = {"linear": self.budget.linear, "quadratic": self.budget.quadratic, "trajectory": self.trajectory}
-        meta |= {"best": [self.best.loss, self.best.step], "losses": list(self.best.losses.items())}
-        tensors = {"refreshed_at": self.refreshed_at, "fixed": self.costs.fixed, "unit": self.costs.unit, "best": self.best.open}
-        return tensors, meta
+        choice = [self.best.choice.kept, self.best.choice.sizes]
+        meta |= {"best": [self.best.loss, self.best.step, *choice], "losses": list(self.best.losses.items())}
+        return {"refreshed_at": self.refreshed_at, "fixed": self.costs.fixed, "unit": self.costs.unit}, meta
 
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """See :meth:`state`."""
         self.budget.linear, self.budget.quadratic, self.trajectory = meta["linear"], meta["quadratic"], meta["trajectory"]
         self.costs = replace(self.costs, fixed=tensors["fixed"], unit=tensors["unit"])
-        loss, step = meta["best"]
-        self.best = BestGates(tensors["best"], loss, step, dict(meta["losses"]))
+        loss, step, kept, sizes = meta["best"]
+        self.best = BestGates(Choice(kept, sizes), loss, step, dict(meta["losses"]))
         self.refresh(tensors["refreshed_at"].to(self.gates.log_alpha.device))
+
+
+def choose(gates: HeadGates, costs: Costs, ffn: FFNGates, target: float, multiple: int) -> Choice:
+    """What gates leave open, at exactly the budget but for what comes whole.
+
+    Where FFNs have gates, heads get the share of their cost that they have come to, FFNs, in multiples of ``multiple``, the rest, and heads
+    what is left of that.
+
+    Args:
+        gates: On heads.
+        costs: Of the blocks.
+        ffn: On FFNs, without parts where these have none.
+        target: Share of the dense cost of all that is gated.
+        multiple: Of ranks and widths.
+
+    Raises:
+        BudgetError: The units that must stay, or the smallest FFNs, take more.
+    """
+    if not ffn.parts:
+        return Choice(binarise(gates, costs, target))
+    least = sum(costs.block(number, site.min_units) for number, site in enumerate(gates.sites)) / costs.dense
+    reached = float(costs.share(torch.sigmoid(gates.log_alpha.detach()).cpu().double()))
+    kept = binarise(gates, costs, min(max(reached, least), 1.0))
+    heads = sum(costs.block(number, len(kept[site.path])) for number, site in enumerate(gates.sites))
+    budget = target * (costs.dense + ffn.dense)
+    sizes = ffn.within(budget - heads, multiple)
+    return Choice(binarise(gates, costs, min((budget - ffn.cost_of(sizes)) / costs.dense, 1.0)), sizes)
 
 
 def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[int]]:
@@ -262,11 +297,14 @@ def close_(gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]
 
 @torch.no_grad()
 def masked_logits(
-    model: Any, gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], batch: PackedBatch, compensation: Compensation
-) -> torch.Tensor:
+    model: Any, gates: HeadGates, blocks: dict[str, Block], choice: Choice, batch: PackedBatch, compensation: Compensation,
+    ffn: FFNGates | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Answer logits of the dense model with gates at exactly 0 and 1, compensation set for the units that stay."""
-    with gates.attached(model):
-        close_(gates, blocks, kept, compensation)
+    ffn = ffn or FFNGates([])
+    with gates.attached(model), ffn.attached(model):
+        close_(gates, blocks, choice.kept, compensation)
+        ffn.close_(choice.sizes or {})
         return answer_logits(model, batch)
 
 

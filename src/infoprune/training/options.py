@@ -32,6 +32,9 @@ class TrainingOptions:
         gate_cost: What gates pay for: ``flops``, or ``time``, the seconds that blocks take on this machine in one forward pass. Time
             makes whole blocks go on short inputs; the model's FLOPs budget is met by the FFNs either way.
         attention_share: Share of the attention's cost that gates keep; ``None``: what the training-free allocation gives attention.
+        gate_ffn: Gate the sizes of FFNs, ranks or widths, along with the heads (:mod:`infoprune.training.ffn_gates`). Heads and FFNs then
+            share one budget, in FLOPs; else FFNs are allocated after the heads, by predicted losses. Factors of all FFNs at full rank are
+            kept in memory while gates train.
         gate_lora: Rank of a LoRA on all linears of the towers with gates, which trains along with these and is merged before the cut; 0:
             weights stay frozen.
         gate_lora_rate: Its learning rate, constant; ``None``: :data:`RATES` of ``lora``.
@@ -67,6 +70,7 @@ class TrainingOptions:
     gate_prior: float = 30.0
     gate_cost: Literal["flops", "time"] = "flops"
     attention_share: float | None = None
+    gate_ffn: bool = False
     gate_lora: int = 0
     gate_lora_rate: float | None = None
     cross_entropy_weight: float = 1.0
@@ -113,7 +117,21 @@ class TrainingOptions:
                 raise InfoPruneError(f"{name} must not be negative, but is {getattr(self, name)}.")
         if self.shard and self.gate_lora:
             raise InfoPruneError("gate_lora trains weights of the gated model, which shard does not support. Leave out one of them.")
+        if self.gate_ffn:
+            self._check_gate_ffn()
         if self.attention_share is not None and not 0 < self.attention_share <= 1:
             raise InfoPruneError(f"attention_share must be above 0 and at most 1, not {self.attention_share}.")
         if not (self.cross_entropy_weight or self.distillation_weight):
             raise InfoPruneError("With cross_entropy_weight and distillation_weight both 0 nothing tells training what the task needs.")
+
+    def _check_gate_ffn(self) -> None:
+        """What gates on FFNs exclude."""
+        reasons = {
+            "shard": (self.shard, "every process would hold the factors of all FFNs"),
+            "gate_lora": (self.gate_lora, "the factors are those of weights that do not move"),
+            "gate_cost": (self.gate_cost != "flops", "FFN gates pay in FLOPs"),
+            "attention_share": (self.attention_share is not None, "heads and FFNs share one budget"),
+        }
+        for name, (given, why) in reasons.items():
+            if given:
+                raise InfoPruneError(f"gate_ffn excludes {name}: {why}. Leave out one of them.")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from infoprune.architecture import AttentionSite
+from infoprune.architecture import AttentionSite, TowerName
 from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
 from infoprune.data import Example, load_examples, parse_spec, same_images, subset
@@ -25,8 +25,9 @@ from infoprune.progress import Progress
 from infoprune.steps import fingerprint
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
+from infoprune.training.ffn_gates import FFNGates, FFNPart, Sizes
 from infoprune.training.gates import HeadGates, deterministic_gate, start_locations
-from infoprune.training.heads import BestGates, GateStage, binarise
+from infoprune.training.heads import BestGates, Choice, GateStage, binarise
 from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, fixed_features, layer_weights, validated
@@ -41,17 +42,17 @@ class LearnedHeads:
     """Outcome of gate training.
 
     Attributes:
-        kept: Units to keep by path.
+        choice: What to keep.
         start: Units that the gates would have kept before they trained.
         trained: How training went.
         gates: Test-time gates by path at the end.
         trajectory: Test-time gates of all units, in the order of ``gates``, at every refresh.
-        cost_share: Expected share of the attention's cost at the end, and what was aimed at.
+        cost_share: Expected share of the cost of what is gated at the end, and what was aimed at.
         best: The validated choice that is kept, and what the others scored.
     """
 
-    kept: dict[str, list[int]]
-    start: dict[str, list[int]]
+    choice: Choice
+    start: Choice
     trained: Trained
     gates: dict[str, list[float]]
     trajectory: list[list[float]]
@@ -63,7 +64,25 @@ class LearnedHeads:
         return self.trained.as_dict() | {
             "gates": self.gates, "cost_share": self.cost_share[0], "target_share": self.cost_share[1], "history": self.trained.history,
             "trajectory": self.trajectory, "validation": self.best.losses, "kept_of_step": self.best.step,
+            **({} if self.choice.sizes is None else {"sizes": self.choice.sizes}),
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GatedFFNs:
+    """FFNs whose sizes are gated along with the heads.
+
+    Attributes:
+        parts: What is gated.
+        start: Sizes to start from.
+        target: Share of the dense cost of heads and FFNs together.
+        multiple: Sizes are multiples of it.
+    """
+
+    parts: list[FFNPart]
+    start: Sizes
+    target: float
+    multiple: int
 
 
 @dataclass(frozen=True)
@@ -97,35 +116,44 @@ class TrainingRun:
         target: float,
         prior: Sequence[float],
         compensation: Compensation,
+        ffn: GatedFFNs | None = None,
     ) -> LearnedHeads:
         """Train gates on ``sites`` under ``target`` of their dense cost, starting from ``prior``, a percentile per unit.
 
-        With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into its weights; otherwise it is unchanged.
+        With ``ffn`` its sizes train along, and the target is its own. With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into
+        its weights; otherwise it is unchanged.
         """
         options, model = self.options, vlm.model
         gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target))
-        start = binarise(gates, costs, target)
+        start = Choice(binarise(gates, costs, target))
+        sizes = FFNGates([] if ffn is None else ffn.parts, None if ffn is None else ffn.start)
+        multiple, target = (1, target) if ffn is None else (ffn.multiple, ffn.target)
+        towers: set[TowerName] = {gated.tower for gated in (*sites, *sizes.parts)}
         extra: dict[str, Any] = {}
         wrapper = None
         with frozen(model):
             if options.gate_lora:
                 assert vlm.architecture is not None
-                wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed, {site.tower for site in sites})
+                wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed, towers)
                 extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
-            elif not self._spreads and all(site.tower == "text" for site in sites):
+            elif not self._spreads and towers == {"text"}:
                 extra = {"cache": VisionCache(model)}
             # While a copy is spread, the model itself waits in the host's memory: all that computes is where the copy is.
-            with self._spread(vlm, vlm) as working, gates.to(working.device).attached(working.model):
+            with (
+                self._spread(vlm, vlm) as working,
+                gates.to(working.device).attached(working.model),
+                sizes.to(working.device).attached(working.model),
+            ):
                 stage = GateStage(
                     working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
-                    agree=self.processes.agree, seed=self.seed, autocast=self._autocast(working), **extra,
+                    agree=self.processes.agree, seed=self.seed, ffn=sizes, multiple=multiple, autocast=self._autocast(working), **extra,
                 )  # fmt: skip
                 trained = self._train(stage, working, options.gate_images_per_step)
         if wrapper is not None:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
         expected = trained.history[-1]["cost"] if trained.history else 1.0
-        return LearnedHeads(stage.kept, start, trained, values, stage.trajectory, (expected, target), stage.best)
+        return LearnedHeads(stage.best.choice, start, trained, values, stage.trajectory, (expected, target), stage.best)
 
     def best_cut(self, cut: Callable[[str], VLM], names: Sequence[str]) -> tuple[str, dict[str, tuple[float, ...]]]:
         """The name whose cut model answers most validation questions, or as many with less cross-entropy; and the figures of all.
