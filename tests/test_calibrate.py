@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infoprune.calibrate import Moments, all_finite, calibrate
+from infoprune.calibrate import Moments, calibrate
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.packing import answer_logits, batches
+from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 
 
 def test_moments_equal_the_direct_ones_and_are_safe_in_float64():
@@ -134,6 +135,59 @@ def test_one_value_that_is_not_finite_is_seen(value, dtype):
     assert all_finite(values) and all_finite(values[:0])
     values[3, 20] = value
     assert not all_finite(values)
+
+
+@torch.no_grad()
+def test_tokens_are_known_by_their_image(vlm, questions):
+    """The tokens that are said to be a row's are those that the row has alone; only towers that see tiles do not know."""
+    seen = []
+    first = {site.tower: site for site in reversed(vlm.architecture.ffn) if site.layer == 0}
+    for site in first.values():
+        taken = vlm.model.get_submodule(f"{site.path}.{site.names.up}").register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        for batch, _ in batches(vlm.encoder, questions, images_per_batch=3):
+            seen.clear()
+            answer_logits(vlm.model, batch)
+            tokens = unpadded(site, seen[0], batch.valid)
+            rows = rows_of_tokens(site, len(tokens), batch)
+            if rows is None:  # all tiles in one list
+                assert site.tower == "vision" and len(batch.inputs["pixel_values"]) != len(batch.valid)
+                continue
+            for row in range(len(batch.valid)):
+                alone = {name: one_row(name, value, batch, row) for name, value in batch.inputs.items()}
+                seen.clear()
+                vlm.model(**alone)
+                own = unpadded(site, seen[0], batch.valid[row : row + 1])
+                torch.testing.assert_close(tokens[rows == row], own, atol=1e-4, rtol=1e-4)
+        taken.remove()
+
+
+def one_row(name, value, batch, row):
+    """A row's part of an input of the model."""
+    grid, rows = batch.inputs.get("image_grid_thw"), len(batch.valid)
+    if grid is not None and name == "pixel_values":
+        return value.split(grid.prod(-1).tolist())[row]
+    if name == "position_ids" and value.ndim == 3:
+        return value[:, row : row + 1]
+    per = len(value) // rows
+    return value[row * per : (row + 1) * per]
+
+
+def test_weights_are_relative_to_their_image():
+    weights, rows = torch.tensor([1.0, 3.0, 10.0, 30.0, 20.0, 0.0]), torch.tensor([0, 0, 1, 1, 1, 2])
+    assert by_image(weights, rows).tolist() == pytest.approx([0.5, 1.5, 0.5, 1.5, 1.0, 0.0])
+    assert by_image(1e-20 * weights, rows).tolist() == pytest.approx([0.5, 1.5, 0.5, 1.5, 1.0, 0.0])
+    assert float(by_image(weights, None).mean()) == pytest.approx(1) and not by_image(torch.zeros(3), None).any()
+
+
+def test_images_count_alike_however_sure_the_model_is_of_its_answers(gqa_vlm, questions):
+    statistics = run(gqa_vlm, questions, 3)
+    found = list(batches(gqa_vlm.encoder, questions, images_per_batch=3))
+    for site in (*gqa_vlm.architecture.attention, *gqa_vlm.architecture.ffn):
+        for weights, (batch, _) in zip(statistics.sites[site.path].token_weights, found, strict=True):
+            rows = rows_of_tokens(site, len(weights), batch)
+            means = torch.stack([weights[rows == row].mean() for row in range(len(batch.valid))])
+            torch.testing.assert_close(means, torch.ones_like(means))
+            assert weights.std() > 0
 
 
 def test_no_data_is_refused(gqa_vlm):

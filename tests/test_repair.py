@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from infoprune.calibrate import calibrate, stream_name, unpadded
+from infoprune.calibrate import calibrate, stream_name
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.packing import answer_logits, batches
 from infoprune.repair import _add_, _capture, _LayerRepair, _LeastSquares, _readers, _stacks, cut_and_repair_, evened
 from infoprune.surgery import apply_
+from infoprune.tokens import unpadded
 from test_families import plan_of
 
 

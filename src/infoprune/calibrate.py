@@ -3,7 +3,9 @@
 The task side of the bottleneck enters twice. Gradients of the log-likelihood at a block's output give the metric
 F = E[g g^T], in which a small change costs 1/2 tr(F Cov) nats. And tokens differ in how much the answer depends on them: under
 ``weighting="relevance"`` each token counts with |g|^2, one step of the power iteration for the nearest Kronecker factorisation of
-E[x x^T (x) g g^T] (Van Loan & Pitsianis 1993), where plain moments assume that x and g are independent.
+E[x x^T (x) g g^T] (Van Loan & Pitsianis 1993), where plain moments assume that x and g are independent. Between images |g|^2 says
+how unsure the model is of its answers, by orders of magnitude, and next to nothing is left of those that it is sure of; a compressed model
+can fail there as anywhere. So weights are relative to their mean over the image.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from infoprune.freeze import frozen
 from infoprune.memory import trim_heap
 from infoprune.moments import DiagonalMoments, Moments, exact_sum
 from infoprune.packing import PackedBatch, answer_logits
+from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 
 Weighting = Literal["uniform", "relevance"]
 TokenClass = Literal["image", "text", "all"]
@@ -119,7 +122,7 @@ def calibrate(
         model: The dense model; used in eval mode and restored.
         architecture: Its sites.
         batches: Batches from :mod:`infoprune.packing`; padding is excluded.
-        weighting: ``relevance`` weights tokens by |g|^2 at the site's output and needs gradients.
+        weighting: ``relevance`` weights tokens by |g|^2 at the site's output, relative to the image's mean, and needs gradients.
         gradients: Also gather gradient moments.
         branches: Also gather the gate's and the up projection's gradients apart.
         magnitudes: Also gather mean absolute inputs of the FFNs' linears.
@@ -180,17 +183,6 @@ class _Options:
 def stream_name(kwargs: dict[str, Any]) -> str:
     """What a layer that is called by keywords calls the residual stream."""
     return "hidden_states" if "hidden_states" in kwargs else "hidden_state"
-
-
-def unpadded(site: Site, values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """(n, dimension) from (rows, length, dimension) or (rows length, dimension), without padding; vision towers see whole images."""
-    flat = values.reshape(-1, values.shape[-1])
-    return flat[valid.flatten()] if site.tower == "text" and len(flat) == valid.numel() else flat
-
-
-def all_finite(values: torch.Tensor) -> bool:
-    """No NaN and no infinity in ``values``; reads them once and writes nothing as large."""
-    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
@@ -362,8 +354,11 @@ class _Collector:
         if expected > 1:
             self._pending[site.path, tap] = (site, tokens, total, expected - 1)
             return
-        relevance = self.options.weighting == "relevance"
-        self._add(site, tap, tokens, total + RELEVANCE_FLOOR * total.mean() if relevance else None)
+        assert self._batch is not None
+        weights = None
+        if self.options.weighting == "relevance":
+            weights = by_image(total + RELEVANCE_FLOOR * total.mean(), rows_of_tokens(site, len(tokens), self._batch))
+        self._add(site, tap, tokens, weights)
 
     def _add(self, site: Site, tap: str, tokens: torch.Tensor, weights: torch.Tensor | None) -> None:
         assert self._batch is not None

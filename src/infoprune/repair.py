@@ -33,12 +33,13 @@ import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.calibrate import Statistics, stream_name, unpadded
+from infoprune.calibrate import Statistics, stream_name
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.modeling_infoprune import Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
 from infoprune.surgery import cut_ffn_, prune_heads_
+from infoprune.tokens import unpadded
 
 RIDGE = 0.05
 # What tokens count beside their relevance, in means of that. Relevance is a few tokens' (a hundredth of them have most of it): what it
