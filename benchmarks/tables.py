@@ -15,6 +15,7 @@ from arena_tables import ARENA_TABLES
 from cost_tables import COST_TABLES
 from pictures import draw_arena, draw_certificate, draw_curve, draw_gates
 from result_tables import RESULTS, ROOT, drop, load, source, table
+from training_tables import TRAINING_TABLES
 
 PARTS = ("vision", "prefill", "decode", "end_to_end")
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "families.md")
@@ -124,72 +125,6 @@ def heads() -> str:
 def tail() -> str:
     found = load("tail")
     return f"{len(found['rows'])} linears, worst relative difference {found['meta']['worst_relative_difference']:.1e}." + source("tail")
-
-
-HEADS_OF = {"training-free": "training-free heads", "trained": "trained heads"}
-
-
-def headline() -> str:
-    rows = [r for r in load("headline")["rows"] if r.get("part") == "curve" and "error" not in r]
-    rows.sort(key=lambda r: (-r["budget"], r["name"]))
-    cells = []
-    for r in rows:
-        low, high = r["drop_ci95"]
-        speed = [f"{r['speedup_' + part]:.2f}x" for part in ("prefill", "decode", "end_to_end")] if "speedup_prefill" in r else ["", "", ""]
-        minutes = sum(stage["seconds"] for stage in r["training"].values()) / 60
-        beyond = f"{r['beyond']['accuracy']:.1f}%, {r['beyond']['kl_nats']:.2f}" if "beyond" in r else ""
-        cells.append([f"{1 / r['flops_ratio']:.2f}x, {HEADS_OF[r['name']]}", f"{r['params'] / 1e6:.1f} M", f"{r['accuracy']:.2f}%",
-                      f"{r['drop_points']:.2f} [{low:.2f}, {high:.2f}]", f"{r['kl_nats']:.4f}", beyond, *speed,
-                      f"{minutes:.0f} min"])  # fmt: skip
-    header = ["fewer FLOPs", "parameters", "accuracy", "drop, points [95%]", "KL, nats", "beyond the task: accuracy, KL"]
-    dense = next((r["beyond"] for r in rows if "beyond" in r), None)
-    told = "" if dense is None else (
-        f"\n\nBeyond the task: {dense['num_questions']} questions in other words about altered images "
-        f"(`benchmarks/shifted.py`); the dense model answers {dense['dense_accuracy']:.1f}% of them."
-    )  # fmt: skip
-    return table([*header, "prefill", "decode step", "end to end", "training"], cells) + told + source("headline")
-
-
-def arms() -> str:
-    return _groups("arms", "heads")
-
-
-def terms() -> str:
-    return _groups("terms", "objective")
-
-
-def _groups(file: str, title: str) -> str:
-    """Rows with the same name and budget together, whatever their seeds."""
-    rows = [r for r in load(file)["rows"] if "error" not in r]
-    cells = []
-    for budget, name in dict.fromkeys((row["budget"], row["name"]) for row in rows):
-        found = [row for row in rows if (row["budget"], row["name"]) == (budget, name)]
-        line = [f"{1 / budget:.3g}x", name, str(len(found))]
-        for key, form in (("accuracy", "{:.2f}%"), ("drop_points", "{:.2f}"), ("kl_nats", "{:.4f}")):
-            values = [row[key] for row in found]
-            spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-            line.append(form.format(sum(values) / len(values)) + spread)
-        cells.append(line)
-    questions = ", ".join(dict.fromkeys(f"{row['num_questions']:,}" for row in rows))
-    header = ["fewer FLOPs", title, "seeds", "accuracy", "drop, points", "KL, nats"]
-    return table(header, cells) + f"\n\n{questions} test questions." + source(file)
-
-
-def training_speed() -> str:
-    found = load("training_speed")
-    meta = found["meta"]
-    cells = [
-        [r["method"].partition(":")[2], f"{r['questions_per_second']:.1f}", f"{r['flops_per_question'] / 1e9:.1f}",
-         f"{r['bound_questions_per_second']:.0f}", f"{r['share_of_bound']:.0%}"]
-        for r in found["rows"]
-    ]  # fmt: skip
-    packing = meta["packing_speedup"]
-    text = (
-        f"\n\nMatrix products of {meta['precision']} reach {meta['peak_flops'] / 1e12:.2f} TFLOP/s here. Packing the questions of an image "
-    )
-    text += f"into one row makes an update {packing['median']:.1f} times faster ({packing['min']:.1f} to {packing['max']:.1f})."
-    header = ["stage", "questions a second", "GFLOPs a question", "bound, questions a second", "share of the bound"]
-    return table(header, cells) + text + source("training_speed")
 
 
 def prefill() -> str:
@@ -354,8 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "heads": heads,
     "tail": tail,
 }
-TABLES |= {"headline": headline, "arms": arms, "terms": terms, "training_speed": training_speed, "prefill": prefill, "generate": generate}
-TABLES |= {"runner": runner, "crash": crash} | ARENA_TABLES | COST_TABLES
+TABLES |= {"prefill": prefill, "generate": generate, "runner": runner, "crash": crash} | ARENA_TABLES | COST_TABLES | TRAINING_TABLES
 
 FILES = dict.fromkeys(ARENA_TABLES, "arena") | {
     "rare": "rare",
