@@ -42,6 +42,19 @@ def test_pipeline(small, questions):
 
 
 @torch.no_grad()
+def test_loading_and_answering_warn_of_nothing(small, caplog):
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()
+    logging.get_logger("transformers.integrations.heterogeneity.configuration_utils").warning("this one is heard")
+    folder, inputs, _ = small
+    model = loaded(folder)
+    assert model.config.get_text_config(decoder=True).is_heterogeneous
+    model.generate(**inputs, max_new_tokens=2)
+    assert "this one is heard" in caplog.text and "per-layer" not in caplog.text
+
+
+@torch.no_grad()
 def test_device_map_dtype_and_base_model(small):
     folder, inputs, logits = small
     assert torch.equal(loaded(folder, device_map="auto")(**inputs).logits, logits)

@@ -6,6 +6,7 @@ This one file is what the library runs and what is copied into every checkpoint,
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,18 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
 
 PREFIX = "InfoPrune"
+PER_LAYER = "Reading global config value for per-layer attribute"
+
+
+def _not_per_layer(record: logging.LogRecord) -> bool:
+    """Whether a message is not Transformers' warning that stock code reads one value where layers differ.
+
+    Here that is as it should be: stock modules are made alike, and then take on the plan's shapes.
+    """
+    return not str(record.msg).startswith(PER_LAYER)
+
+
+logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(_not_per_layer)
 
 
 class LowRankLinear(nn.Module):
