@@ -93,7 +93,7 @@ def compress(
     options, training = _options_of(options, training, given)
     dense_architecture(vlm)
     check_trackers(training.trackers)
-    check_gates(options, training)
+    check_gated_ffns(options, training)
     if options.max_drop is not None:
         if training.recovery != "none":
             raise BudgetError(UNTRAINED)
@@ -124,7 +124,7 @@ def compress(
         return replace(cut, training=cut.training | {"recovery": report}, seconds=seconds)
 
 
-def check_gates(options: CompressionOptions, training: TrainingOptions) -> None:
+def check_gated_ffns(options: CompressionOptions, training: TrainingOptions) -> None:
     """Whether FFNs can have gates, where that is asked for.
 
     Raises:

@@ -16,9 +16,7 @@ linear cheaper share the last step, which leaves it dense.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +31,7 @@ from infoprune.options import CompressionOptions
 from infoprune.plan import FFNDecision, max_rank
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, factorizations_of
-from infoprune.training.gates import hard_concrete
+from infoprune.training.gates import Gates, hard_concrete, uniform_draws
 
 STEEPNESS = 60.0  # an edge is then soft over some 7% of the order, and a rate of 0.3 moves it by 0.5% a step
 NEURONS = "keep_neurons"
@@ -113,13 +111,13 @@ class FFNPart:
         return self.steps if size >= self.steps else min(max(size // multiple, 1) * multiple, self.steps)
 
 
-class FFNGates(nn.Module):
+class FFNGates(Gates):
     """One location per part of every gated FFN.
 
     Attributes:
         parts: What is gated.
         location: (parts,) l.
-        values: Gates in force, one (n,) per part; ``None``: all open, the dense model.
+        values: One (n,) per part.
     """
 
     def __init__(self, parts: Sequence[FFNPart], sizes: Mapping[str, Mapping[str, int]] | None = None) -> None:
@@ -127,7 +125,6 @@ class FFNGates(nn.Module):
         self.parts = list(parts)
         starts = [(sizes or {}).get(part.path, {}).get(part.names[0], part.steps) / part.steps for part in parts]
         self.location = nn.Parameter(STEEPNESS * torch.tensor(starts, dtype=torch.float32))
-        self.values: list[torch.Tensor] | None = None
 
     @property
     def dense(self) -> float:
@@ -148,8 +145,7 @@ class FFNGates(nn.Module):
 
     def sample_(self, seed: str) -> None:
         """Draw gates and put them in force; the same ``seed`` draws the same ones."""
-        generator = torch.Generator().manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
-        uniform = torch.rand(len(self.parts), generator=generator).clamp(1e-6, 1 - 1e-6).to(self.location.device)
+        uniform = uniform_draws(seed, self.location)
         self.values = [
             hard_concrete(location - STEEPNESS * part.places(part.step), u)
             for part, location, u in zip(self.parts, self.location, uniform, strict=True)
@@ -159,30 +155,15 @@ class FFNGates(nn.Module):
         """Put gates at exactly 0 and 1 in force."""
         self.values = [(part.step < sizes.get(part.path, {}).get(part.names[0], part.steps)).to(self.location.dtype) for part in self.parts]
 
-    @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[FFNGates]:
-        """Gate ``model`` for the time of the block; nothing stays behind."""
-        with ExitStack() as stack:
-            for number, part in enumerate(self.parts):
+    def hooks(self, model: nn.Module) -> Iterator[Callable[[], None]]:
+        """Put the gates on; see :class:`Gates`."""
+        for number, part in enumerate(self.parts):
 
-                def gate(number: int = number) -> torch.Tensor | None:
-                    return None if self.values is None else self.values[number]
+            def gate(number: int = number) -> torch.Tensor | None:
+                return None if self.values is None else self.values[number]
 
-                for linear in part.linears:
-                    stack.callback(linear.attach(model, gate))
-            try:
-                yield self
-            finally:
-                self.values = None
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """The dense model, for the teacher's forward pass."""
-        held, self.values = self.values, None
-        try:
-            yield
-        finally:
-            self.values = held
+            for linear in part.linears:
+                yield linear.attach(model, gate)
 
     def within(self, budget: float, multiple: int) -> Sizes:
         """Sizes within ``budget`` FLOPs that are as near to the locations as one shift of all of them allows.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -78,44 +78,25 @@ def start_locations(percentiles: torch.Tensor, spread: float, costs: Costs, targ
     return (centred + root_scalar(excess, bracket=(-far, far), xtol=1e-9).root).float()
 
 
-class HeadGates(nn.Module):
-    """One gate per unit of every gated block.
+class Gates(nn.Module):
+    """Gates that can be put on a model and taken off.
 
     Attributes:
-        sites: The gated blocks.
-        log_alpha: (units of all blocks,) locations, one parameter so that the optimiser has one tensor to step.
-        values: The gates in force, by path; ``None``: all open, the dense model.
+        values: The gates in force; ``None``: all open, the dense model.
     """
 
-    def __init__(self, sites: list[AttentionSite], initial: float | torch.Tensor = 0.0) -> None:
-        super().__init__()
-        self.sites = sites
-        self.log_alpha = nn.Parameter(torch.zeros(sum(site.num_units for site in sites)) + initial)
-        self.values: dict[str, torch.Tensor] | None = None
-        self._compensation: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    values: Any = None
 
-    def by_site(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Split a (units of all blocks,) tensor by block."""
-        return {site.path: part for site, part in zip(self.sites, flat.split([s.num_units for s in self.sites]), strict=True)}
-
-    def sample_(self, seed: str) -> dict[str, torch.Tensor]:
-        """Draw gates and put them in force; the same ``seed`` draws the same ones, whatever was drawn before."""
-        generator = torch.Generator().manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
-        uniform = torch.rand(self.log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(self.log_alpha.device)
-        self.values = self.by_site(hard_concrete(self.log_alpha, uniform))
-        return self.values
-
-    def compensate_(self, path: str, coefficient: torch.Tensor, mean: torch.Tensor) -> None:
-        """Set C (columns, columns) and m (columns,) of one block; see the module's docstring."""
-        self._compensation[path] = coefficient.to(self.log_alpha), mean.to(self.log_alpha)
+    def hooks(self, model: nn.Module) -> Iterator[Callable[[], None]]:
+        """Put the gates on, one after the other; gives what takes each off."""
+        raise NotImplementedError
 
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[HeadGates]:
+    def attached(self, model: nn.Module) -> Iterator[Gates]:
         """Gate ``model`` for the time of the block; nothing stays behind."""
         with ExitStack() as stack:
-            for site in self.sites:
-                linear = model.get_submodule(f"{site.path}.{site.names.out}")
-                stack.callback(linear.register_forward_pre_hook(self._hook(site)).remove)
+            for remove in self.hooks(model):
+                stack.callback(remove)
             try:
                 yield self
             finally:
@@ -129,6 +110,46 @@ class HeadGates(nn.Module):
             yield
         finally:
             self.values = held
+
+
+def uniform_draws(seed: str, like: torch.Tensor) -> torch.Tensor:
+    """As many draws from (0, 1) as ``like`` has entries; the same ``seed`` draws the same ones, whatever was drawn before."""
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+    return torch.rand(like.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(like.device)
+
+
+class HeadGates(Gates):
+    """One gate per unit of every gated block.
+
+    Attributes:
+        sites: The gated blocks.
+        log_alpha: (units of all blocks,) locations, one parameter so that the optimiser has one tensor to step.
+        values: (units,) by path.
+    """
+
+    def __init__(self, sites: list[AttentionSite], initial: float | torch.Tensor = 0.0) -> None:
+        super().__init__()
+        self.sites = sites
+        self.log_alpha = nn.Parameter(torch.zeros(sum(site.num_units for site in sites)) + initial)
+        self._compensation: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def by_site(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Split a (units of all blocks,) tensor by block."""
+        return {site.path: part for site, part in zip(self.sites, flat.split([s.num_units for s in self.sites]), strict=True)}
+
+    def sample_(self, seed: str) -> dict[str, torch.Tensor]:
+        """Draw gates and put them in force; the same ``seed`` draws the same ones, whatever was drawn before."""
+        self.values = self.by_site(hard_concrete(self.log_alpha, uniform_draws(seed, self.log_alpha)))
+        return self.values
+
+    def compensate_(self, path: str, coefficient: torch.Tensor, mean: torch.Tensor) -> None:
+        """Set C (columns, columns) and m (columns,) of one block; see the module's docstring."""
+        self._compensation[path] = coefficient.to(self.log_alpha), mean.to(self.log_alpha)
+
+    def hooks(self, model: nn.Module) -> Iterator[Callable[[], None]]:
+        """Put the gates on; see :class:`Gates`."""
+        for site in self.sites:
+            yield model.get_submodule(f"{site.path}.{site.names.out}").register_forward_pre_hook(self._hook(site)).remove
 
     def _hook(self, site: AttentionSite) -> Any:
         def gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
