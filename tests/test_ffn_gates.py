@@ -22,7 +22,7 @@ from infoprune.training.ffn_gates import STEEPNESS, FFNGates, FFNPart, ffn_parts
 from infoprune.training.gates import HeadGates
 from infoprune.training.heads import Choice, check_agreement, masked_logits
 from infoprune.training.options import TrainingOptions
-from test_training import KINDS, QUICK, weights
+from test_training import KINDS, QUICK, stopped_once, weights
 
 GATED = QUICK | {"gate_ffn": True}
 STRUCTURES = [
@@ -210,22 +210,9 @@ def test_sizes_move_where_they_are_needed(gqa_vlm, questions):
 
 
 def test_interrupted_gates_end_with_the_same_weights(gqa_vlm, questions, tmp_path, monkeypatch):
-    from infoprune.training import loop
-
     options = GATED | {"ffn": "low-rank", "gate_rate": 2.0}
     whole = infoprune.compress(gqa_vlm, questions, **options)
-    real = loop._update
-
-    def stopping(stage, stream, encoder, device, step, *rest):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(stage, stream, encoder, device, step, *rest)
-
-    monkeypatch.setattr(loop, "_update", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options)
-    monkeypatch.setattr(loop, "_update", real)
-    resumed = infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options)
+    resumed = stopped_once(monkeypatch, ("gates", 5), lambda: infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options))
     expected, found = weights(whole), weights(resumed)
     assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
     assert resumed.training["heads"]["sizes"] == whole.training["heads"]["sizes"]

@@ -559,13 +559,11 @@ def weights(result):
     return {name: p.detach().clone() for name, p in result.vlm.model.named_parameters()}
 
 
-@pytest.mark.parametrize("moment", [("gates", 3), ("gates", 4), ("recovery", 3), ("recovery", 5)])
-def test_interrupted_training_ends_with_the_same_weights(gqa_vlm, questions, tmp_path, monkeypatch, moment):
+def stopped_once(monkeypatch, moment, run):
+    """What ``run`` gives when it is called again after it was stopped at a stage's step."""
     from infoprune.training import loop
 
-    options = QUICK | {"recovery": "full"}
-    whole = infoprune.compress(gqa_vlm, questions, **options)
-    real, name, at = loop._update, *moment
+    real, (name, at) = loop._update, moment
 
     def stopping(stage, stream, encoder, device, step, *rest):
         if stage.name == name and step == at:
@@ -574,9 +572,16 @@ def test_interrupted_training_ends_with_the_same_weights(gqa_vlm, questions, tmp
 
     monkeypatch.setattr(loop, "_update", stopping)
     with pytest.raises(KeyboardInterrupt):
-        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options)
+        run()
     monkeypatch.setattr(loop, "_update", real)
-    resumed = infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options)
+    return run()
+
+
+@pytest.mark.parametrize("moment", [("gates", 3), ("gates", 4), ("recovery", 3), ("recovery", 5)])
+def test_interrupted_training_ends_with_the_same_weights(gqa_vlm, questions, tmp_path, monkeypatch, moment):
+    options = QUICK | {"recovery": "full"}
+    whole = infoprune.compress(gqa_vlm, questions, **options)
+    resumed = stopped_once(monkeypatch, moment, lambda: infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options))
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(expected[n], found[n]) for n in expected)
     assert len(resumed.training["recovery"]["history"]) == options["recovery_steps"]
@@ -584,7 +589,7 @@ def test_interrupted_training_ends_with_the_same_weights(gqa_vlm, questions, tmp
 
 @pytest.mark.parametrize("at", [3, 4, 7])
 def test_training_that_collapses_goes_back(gqa_vlm, questions, tmp_path, monkeypatch, at):
-    from infoprune.training import loop, recovery
+    from infoprune.training import recovery
 
     monkeypatch.setattr(recovery, "COLLAPSE", (0.0, 0.0))  # a model of random weights has nothing to lose: always
     notes = []
@@ -594,19 +599,8 @@ def test_training_that_collapses_goes_back(gqa_vlm, questions, tmp_path, monkeyp
     report = whole.training["recovery"]
     assert report["went_back"] == [3, 6] and len(report["history"]) == 9
     assert sum("lost its way" in note for note in notes) == len(report["went_back"])
-    real = loop._update
-
-    def stopping(stage, stream, encoder, device, step, *rest):
-        if step == at:
-            raise KeyboardInterrupt
-        return real(stage, stream, encoder, device, step, *rest)
-
-    monkeypatch.setattr(loop, "_update", stopping)
     once = options | {"checkpoint_every": 1}
-    with pytest.raises(KeyboardInterrupt):
-        infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **once)
-    monkeypatch.setattr(loop, "_update", real)
-    resumed = infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **once)
+    resumed = stopped_once(monkeypatch, ("recovery", at), lambda: infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **once))
     assert resumed.training["recovery"]["went_back"] == report["went_back"]
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(expected[n], found[n]) for n in expected)

@@ -4,8 +4,8 @@ The task side of the bottleneck enters twice. Gradients of the log-likelihood at
 F = E[g g^T], in which a small change costs 1/2 tr(F Cov) nats. And tokens differ in how much the answer depends on them: under
 ``weighting="relevance"`` each token counts with |g|^2, one step of the power iteration for the nearest Kronecker factorisation of
 E[x x^T (x) g g^T] (Van Loan & Pitsianis 1993), where plain moments assume that x and g are independent. Between images |g|^2 says
-how unsure the model is of its answers, by orders of magnitude, and next to nothing is left of those that it is sure of; a compressed model
-can fail there as anywhere. So weights are relative to their mean over the image.
+how unsure the model is of its answers (at the logits it is 1 - sum p^2 in the mean) and vanishes where it is sure; a compressed model can
+fail there as anywhere. So weights are relative to their mean over the image.
 """
 
 from __future__ import annotations
@@ -211,12 +211,13 @@ class _Collector:
         self.layers: dict[str, DiagonalMoments] = {}
         self.options = options
         self._batch: PackedBatch | None = None
+        self._rows: dict[tuple[str, int], torch.Tensor | None] = {}  # of the batch's tokens, by tower and how many these are
         self._not_finite: str | None = None  # first site, in the order of the forward pass, with a value that is not finite
         # Values waiting for the gradient that weighs them: (site, tap) -> (site, values, gradient energy so far, energies to come).
         self._pending: dict[tuple[str, str], tuple[Site, torch.Tensor, torch.Tensor | float, int]] = {}
 
     def begin(self, batch: PackedBatch) -> None:
-        self._batch = batch
+        self._batch, self._rows = batch, {}
 
     def finish(self) -> None:
         # What no gradient reached has no influence on the answer (e.g. layers after the one whose features are used): its metric is
@@ -354,11 +355,17 @@ class _Collector:
         if expected > 1:
             self._pending[site.path, tap] = (site, tokens, total, expected - 1)
             return
-        assert self._batch is not None
         weights = None
         if self.options.weighting == "relevance":
-            weights = by_image(total + RELEVANCE_FLOOR * total.mean(), rows_of_tokens(site, len(tokens), self._batch))
+            weights = by_image(total + RELEVANCE_FLOOR * total.mean(), self._rows_of(site, len(tokens)))
         self._add(site, tap, tokens, weights)
+
+    def _rows_of(self, site: Site, count: int) -> torch.Tensor | None:
+        assert self._batch is not None
+        key = site.tower, count
+        if key not in self._rows:
+            self._rows[key] = rows_of_tokens(site, count, self._batch)
+        return self._rows[key]
 
     def _add(self, site: Site, tap: str, tokens: torch.Tensor, weights: torch.Tensor | None) -> None:
         assert self._batch is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -78,7 +79,7 @@ def start_locations(percentiles: torch.Tensor, spread: float, costs: Costs, targ
     return (centred + root_scalar(excess, bracket=(-far, far), xtol=1e-9).root).float()
 
 
-class Gates(nn.Module):
+class Gates(nn.Module, ABC):
     """Gates that can be put on a model and taken off.
 
     Attributes:
@@ -87,9 +88,9 @@ class Gates(nn.Module):
 
     values: Any = None
 
+    @abstractmethod
     def hooks(self, model: nn.Module) -> Iterator[Callable[[], None]]:
         """Put the gates on, one after the other; gives what takes each off."""
-        raise NotImplementedError
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[Gates]:
