@@ -1,6 +1,6 @@
 """Gates on FFN sizes along with the heads': the models cut by what they learn, beside the training-free allocation they start from.
 
-    python benchmarks/ffn_gates.py [--shares S ...] [--steps N] [--seeds N ...]
+    python benchmarks/ffn_gates.py [--shares S ...] [--steps N] [--seeds N ...] [--ffn width]
 
 One compression with ``heads=trained`` and ``gate_ffn`` per share and seed; its report has all that is told here: cross-entropy of the
 dense model with gates at 0 and 1 over training, and accuracy and cross-entropy of the three models that are cut and refitted, with the
@@ -27,15 +27,16 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the dense model's FLOPs")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--ffn", default="low-rank", choices=["low-rank", "width"], help="whose sizes are learned")
     args = parser.parse_args()
     dense = infoprune.load("demo", notify=log)
     path = RESULTS / "ffn_gates.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for seed, share in ((seed, share) for seed in args.seeds for share in args.shares):
-        if any((row["budget"], row["seed"], row["steps"]) == (share, seed, args.steps) for row in rows):
+        if any((row["budget"], row["seed"], row["steps"], row["ffn"]) == (share, seed, args.steps, args.ffn) for row in rows):
             continue
         result = infoprune.compress(
-            dense, "easy-vqa:train", flops=share, seed=seed, heads="trained", gate_ffn=True, gate_steps=args.steps,
+            dense, "easy-vqa:train", flops=share, seed=seed, heads="trained", ffn=args.ffn, gate_ffn=True, gate_steps=args.steps,
             evaluate_every=max(args.steps // 4, 1), validation="easy-vqa:validation", validation_questions=VALIDATION,
             progress=BarProgress(),
         )  # fmt: skip

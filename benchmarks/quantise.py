@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     dense = infoprune.load("demo", notify=log)
     examples = whole_images("test", args.questions)
-    result = infoprune.compress(dense, "easy-vqa:train", flops=args.share)
+    result = infoprune.compress(dense, "easy-vqa:train", flops=args.share, ffn="low-rank")
     log("compressed")
     with tempfile.TemporaryDirectory() as scratch:
         folder = infoprune.save(result.vlm, Path(scratch) / "small", probe=result.probe)

@@ -77,15 +77,15 @@ def ffn_gates() -> str:
     found = load("ffn_gates")
     names = {"start": "training-free", "trained heads": "heads learned, FFNs allocated", "trained": "heads and FFN sizes learned"}
     cells = []
-    for row in sorted(found["rows"], key=lambda row: (-row["budget"], row["seed"])):
+    for row in sorted(found["rows"], key=lambda row: (-row["budget"], row["ffn"], row["seed"])):
         for name, told in names.items():
             if name in row["cut"]:
                 figures = row["cut"][name]
                 kept = "kept" if row["kept"] == name else ""
-                cells.append([f"`--flops {row['budget']:g}`", str(row["seed"]), told, f"{figures['accuracy']:.1f}%",
+                cells.append([f"`--flops {row['budget']:g}`", row["ffn"], str(row["seed"]), told, f"{figures['accuracy']:.1f}%",
                               f"{figures['cross_entropy']:.4f}", kept])  # fmt: skip
     text = f"\n\n{found['meta']['num_questions']} validation questions, on which the three were chosen between; no recovery."
-    return table(["", "seed", "what is learned", "accuracy", "cross-entropy, nats", ""], cells) + text + source("ffn_gates")
+    return table(["", "FFNs", "seed", "what is learned", "accuracy", "cross-entropy, nats", ""], cells) + text + source("ffn_gates")
 
 
 TRAINING_TABLES: dict[str, Callable[[], str]] = {

@@ -188,9 +188,9 @@ def test_repair_refits_narrowed_ffns(questions, centred):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "low-rank"), ({"flops": 0.44}, "width"), ({"heads": "none"}, "width"), ({"heads": "none", "flops": 0.6}, "low-rank"),
-     ({"flops": 0.31}, "width"), ({"flops": None, "speedup": 4.0}, "width"),
-     ({"flops": None, "max_drop": 1.0}, None), ({"flops": None, "max_drop": 1.0, "shares": (0.8, 0.5)}, "low-rank"),
+    [({}, "width"), ({"flops": 0.55}, "low-rank"), ({"heads": "none"}, "width"), ({"heads": "none", "flops": 0.6}, "low-rank"),
+     ({"flops": 0.31}, "width"), ({"flops": None, "speedup": 2.0}, "width"), ({"flops": None, "speedup": 1.5}, "low-rank"),
+     ({"flops": None, "max_drop": 1.0}, None), ({"flops": None, "max_drop": 1.0, "shares": (0.8, 0.6)}, "low-rank"),
      ({"flops": None, "max_drop": 1.0, "shares": (0.3,)}, "width"), ({"flops": None, "max_drop": 1.0, "neurons": "fluctuation"}, "width"),
      ({"flops": 0.2, "ffn": "low-rank"}, "low-rank"), ({"ks": 0.1, "flops": None}, "low-rank"), ({"ffn": "none"}, "none"),
      ({"structure": "separate", "flops": 0.2}, "low-rank"), ({"shrinkage": 0.0, "flops": 0.2}, "low-rank"),

@@ -27,10 +27,9 @@ RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.r
 BUDGETS = ("flops", "speedup", "ks", "max_drop")
 CERTIFY_METRICS = (EXACT, *MODES)
 SHRINKAGE = 0.3  # see ``benchmarks/selection.py``
-# On validation questions of the task low rank loses less at half of the FLOPs, fewer neurons at 0.4 in the mean of three samples (by one of
-# them; ``benchmarks/selection.py``).
-WIDTH_BELOW = 0.45
-WIDTH_BELOW_ALONE = 0.55  # where heads stay and FFNs bear the whole cut
+# On validation questions low rank loses less at 0.6 of the FLOPs; fewer neurons hardly more on the task and less beyond it at half, where
+# they are faster by a tenth, and far less at 0.31 (``benchmarks/selection.py``).
+WIDTH_BELOW = 0.55
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -91,9 +90,8 @@ class CompressionOptions:
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
         ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``width`` where ``neurons`` are chosen, or
-            less than :data:`WIDTH_BELOW` of the cost may remain (with heads ``none`` :data:`WIDTH_BELOW_ALONE`) and no other option is
-            about ranks; else ``low-rank``. It stays ``None`` where the shares of a path (``max_drop``) differ in this; :meth:`at` settles
-            it. See ``benchmarks/selection.py``.
+            less than :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks; else ``low-rank``. It stays ``None``
+            where the shares of a path (``max_drop``) differ in this; :meth:`at` settles it. See ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
@@ -216,8 +214,7 @@ class CompressionOptions:
         if self.neurons != ENERGY:
             return WIDTH
         plain = (self.structure, self.whitening, self.shrinkage, self.layers) == ("joint", "full", SHRINKAGE, NONE)
-        border = WIDTH_BELOW_ALONE if self.heads == NONE else WIDTH_BELOW
-        return WIDTH if plain and self.allocation not in RANK_RULES and share < border else LOW_RANK
+        return WIDTH if plain and self.allocation not in RANK_RULES and share < WIDTH_BELOW else LOW_RANK
 
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
