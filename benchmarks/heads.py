@@ -28,7 +28,7 @@ def main() -> None:
     vlm = infoprune.load("demo", notify=log)
     assert vlm.architecture is not None
     examples = whole_images("test", QUESTIONS)
-    needed = CompressionOptions(flops=1.0, heads=TAYLOR)
+    needed = CompressionOptions(flops=1.0, heads=TAYLOR, ffn="none")
     statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", needed)
     saliencies = weight_saliencies(vlm.model, vlm.architecture, inputs)
     for path, site in statistics.sites.items():

@@ -26,7 +26,7 @@ RANK_SHARE = 0.25
 def main() -> None:
     vlm = infoprune.load("demo", notify=log)
     assert vlm.architecture is not None
-    options = CompressionOptions(flops=1.0, weighting="uniform", ffn_metric="identity", heads="none")
+    options = CompressionOptions(flops=1.0, weighting="uniform", ffn_metric="identity", heads="none", ffn="low-rank")
     statistics, inputs = calibration_statistics(vlm, "easy-vqa:train", options)
     log("calibrated")
     errors: dict[tuple[str, str], list[float]] = {}

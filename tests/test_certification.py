@@ -277,20 +277,17 @@ def test_an_unreachable_share_ends_the_path(taught, many):
     assert [step.share for step in result.certificate.path] == [0.9]
 
 
-def test_ffns_along_a_path_are_cut_as_each_share_alone_would_have_it(taught, many):
-    """Factors where much remains, fewer neurons below the border: the same plan, and the same model, as without a path."""
-    asked = options(shares=(0.8, 0.38, 0.36))
-    assert asked.ffn is None
+@pytest.mark.parametrize("structure", ["width", "low-rank"])
+def test_each_plan_of_a_path_is_what_its_share_alone_gives(taught, many, structure):
+    asked = options(shares=(0.8, 0.38), ffn=structure)
     calibration = split_data(taught, many, asked).calibration
     path = certification_path.plan_path(taught, calibration, "examples", asked, Clock())
-    for index, (share, structure) in enumerate(((0.8, "low-rank"), (0.38, "width"), (0.36, "width"))):
-        alone = infoprune.compress(taught, calibration, flops=share, rank_multiple=2, examples=12)
+    for index, share in enumerate(asked.shares):
+        alone = infoprune.compress(taught, calibration, flops=share, ffn=structure, rank_multiple=2, examples=12)
         assert path.plans[index] == alone.vlm.plan
         assert path.plans[index].method["ffn"] == structure
         assert path.decisions[index].predicted_loss == pytest.approx(alone.predicted_loss)
         torch.testing.assert_close(path.cut(index).model(**path.probe).logits, alone.vlm.model(**path.probe).logits)
-    explicit = options(shares=(0.8, 0.38), ffn="low-rank")
-    assert [explicit.at(share).ffn for share in explicit.shares] == ["low-rank", "low-rank"]
 
 
 # --- differences -------------------------------------------------------------------------------------------------------------------

@@ -27,9 +27,6 @@ RANK_RULES = ("tolerance", "effective-rank")  # allocations of :mod:`infoprune.r
 BUDGETS = ("flops", "speedup", "ks", "max_drop")
 CERTIFY_METRICS = (EXACT, *MODES)
 SHRINKAGE = 0.3  # see ``benchmarks/selection.py``
-# On validation questions low rank loses less at 0.6 of the FLOPs; fewer neurons hardly more on the task and less beyond it at half, where
-# they are faster by a tenth, and far less at 0.31 (``benchmarks/selection.py``).
-WIDTH_BELOW = 0.55
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.31, 0.27, 0.23, 0.2)
 UNTRAINED = (
     "Only training-free compression searches for a certified plan: each plan of the path would have to be trained. Compress with flops, "
@@ -89,9 +86,9 @@ class CompressionOptions:
         shares: The path that ``max_drop`` goes along: shares of the dense FLOPs, from mild to aggressive.
         heads: Head criterion (``infoprune.criteria.heads.CRITERIA``), ``trained`` (gates under the information-bottleneck objective,
             see :class:`infoprune.training.options.TrainingOptions`) or ``none``.
-        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None``: ``width`` where ``neurons`` are chosen, or
-            less than :data:`WIDTH_BELOW` of the cost may remain and no other option is about ranks; else ``low-rank``. It stays ``None``
-            where the shares of a path (``max_drop``) differ in this; :meth:`at` settles it. See ``benchmarks/selection.py``.
+        ffn: ``low-rank`` (factorised linears), ``width`` (fewer neurons) or ``none``; ``None`` becomes ``width`` unless an option is about
+            ranks (``ks``, ``structure``, ``whitening``, ``shrinkage``, rules for ranks) or layers: then ``low-rank``. See
+            ``benchmarks/selection.py``.
         neurons: Which neurons ``width`` keeps: a criterion of :data:`infoprune.criteria.neurons.RANKINGS`.
         layers: ``block-influence`` drops whole layers and cuts nothing else (:mod:`infoprune.depth`); ``none``.
         towers: Which towers may be cut.
@@ -157,8 +154,7 @@ class CompressionOptions:
             )
         self._check_certificate()
         if self.ffn is None:
-            usual = {self._usual_ffn(share) for share in self._aims}
-            object.__setattr__(self, "ffn", usual.pop() if len(usual) == 1 else None)
+            object.__setattr__(self, "ffn", self._usual_ffn)
         for name, value in (("flops", self.flops), ("ks", self.ks)):
             if value is not None and not 0 < value <= 1:
                 raise BudgetError(f"{name} must be above 0 and at most 1, not {value}.")
@@ -181,7 +177,7 @@ class CompressionOptions:
         }
         for name, known in choices.items():
             value = getattr(self, name)
-            if value not in known and not (name == "ffn" and value is None):
+            if value not in known:
                 raise InfoPruneError(f"Unknown {name} '{value}'. Known: {', '.join(known)}.")
         self._check_structures()
         if isinstance(self.towers, str):
@@ -202,19 +198,11 @@ class CompressionOptions:
             raise InfoPruneError(f"top_k must be at least 2, not {self.top_k}: one token alone leaves nothing uncertain.")
 
     @property
-    def _aims(self) -> tuple[float, ...]:
-        """Shares of the cost that are to remain: those of a path, or the one; all of it where a tolerance decides."""
-        if self.max_drop is not None:
-            return self.shares
-        if self.speedup is not None:
-            return (1 / max(self.speedup, 1),)
-        return (1.0 if self.flops is None else self.flops,)
-
-    def _usual_ffn(self, share: float) -> Literal["low-rank", "width"]:
+    def _usual_ffn(self) -> Literal["low-rank", "width"]:
         if self.neurons != ENERGY:
             return WIDTH
         plain = (self.structure, self.whitening, self.shrinkage, self.layers) == ("joint", "full", SHRINKAGE, NONE)
-        return WIDTH if plain and self.allocation not in RANK_RULES and share < WIDTH_BELOW else LOW_RANK
+        return WIDTH if plain and self.ks is None and self.allocation not in RANK_RULES else LOW_RANK
 
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
@@ -253,7 +241,7 @@ class CompressionOptions:
             raise BudgetError(UNTRAINED)
 
     def at(self, share: float) -> CompressionOptions:
-        """The same with a FLOPs share as the budget, and nothing to certify; FFNs as that share has them unless ``ffn`` is given."""
+        """The same with a FLOPs share as the budget, and nothing to certify."""
         budget = dict.fromkeys((*BUDGETS, "certify", "certify_images", "certify_per_image", "certify_metric"))
         return replace(self, **(budget | {"flops": share}))
 
@@ -287,7 +275,7 @@ class CompressionOptions:
             gradients=self.ffn_metric == "task" or self.weighting == "relevance",
             branches=self.structure != "joint" and self.ffn_metric == "task",
             magnitudes=self.ffn != NONE and self.whitening == "diagonal",
-            neurons=self.ffn in (WIDTH, None),
+            neurons=self.ffn == WIDTH,
             layers=whole_layers,
             sensitivities=self.heads == TAYLOR,
             saliencies=not whole_layers and (self.heads == GROUPED_TAYLOR or (self.ffn == WIDTH and self.neurons == NEURON_TAYLOR)),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from infoprune.architecture import AttentionSite
 from infoprune.calibrate import Statistics
 from infoprune.certification.certificate import Measured
 from infoprune.certification.data import CertificationSplit
@@ -24,12 +23,12 @@ from infoprune.evaluation.metrics import EXACT, score_answers
 from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.record import weights_digest
 from infoprune.model import VLM
-from infoprune.options import NONE, CompressionOptions
+from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
 from infoprune.site_costs import FlopCosts
-from infoprune.solve import SolvedSite, solve_sites
+from infoprune.solve import solve_sites
 from infoprune.steps import (
     apply_decisions,
     calibration_record,
@@ -76,14 +75,16 @@ def plan_path(
     clock.lap("calibrate")
     probe, dense_flops, workload = measure(vlm, calibration)
     record = calibration_record(vlm, source, calibration, options)
-    solved = _solve_structures(vlm, statistics, options, progress)
+    assert vlm.architecture is not None
+    with progress.task("scoring heads and ranks", len(vlm.architecture.attention) + len(vlm.architecture.ffn)) as advance:
+        solved = solve_sites(vlm.model, vlm.architecture, statistics, options, lambda: advance(1))
     shares: list[float] = []
     decisions: list[Decisions] = []
     plans: list[CompressionPlan] = []
     for share in options.shares:
         own = options.at(share)
         try:
-            found = decide(solved[own.ffn], FlopCosts(workload), dense_flops.total, own)
+            found = decide(solved, FlopCosts(workload), dense_flops.total, own)
         except BudgetError as error:
             if not shares:
                 raise
@@ -94,24 +95,6 @@ def plan_path(
         plans.append(make_plan(vlm, found, own, record))
     clock.lap("decide")
     return PlannedPath(vlm, options, record, shares, decisions, plans, statistics, inputs, probe, dense_flops, workload)
-
-
-def _solve_structures(
-    vlm: VLM, statistics: Statistics, options: CompressionOptions, progress: Progress
-) -> dict[str | None, list[SolvedSite]]:
-    """Ways to cut every site, by what becomes of FFNs, of which a path may have two kinds; heads are scored once."""
-    assert vlm.architecture is not None
-    structures = {own.ffn: own for own in map(options.at, options.shares)}
-    solved: dict[str | None, list[SolvedSite]] = {}
-    heads: list[SolvedSite] = []
-    with progress.task("scoring heads and ranks", len(vlm.architecture.attention) + len(structures) * len(vlm.architecture.ffn)) as advance:
-        for structure, own in structures.items():
-            if solved:
-                own = replace(own, heads=NONE)
-            found = solve_sites(vlm.model, vlm.architecture, statistics, own, lambda: advance(1))
-            solved[structure] = heads + found
-            heads = heads or [item for item in found if isinstance(item.site, AttentionSite)]
-    return solved
 
 
 @dataclass(frozen=True)

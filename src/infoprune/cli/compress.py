@@ -64,7 +64,7 @@ def compress(
     heads: Annotated[Optional[str], typer.Option(help="Head criterion, 'trained' or 'none'. Default: information-loss.")] = None,
     ffn: Annotated[
         Optional[str],
-        typer.Option(help="'low-rank', 'width' (fewer neurons; the default below 0.55 of the cost) or 'none'."),
+        typer.Option(help="'width' (fewer neurons; the default), 'low-rank' (the default where an option is about ranks) or 'none'."),
     ] = None,
     neurons: Annotated[
         Optional[str], typer.Option(help="Which neurons stay: energy (default), fluctuation, taylor, magnitude, random.")

@@ -38,7 +38,7 @@ def examine(
         ``attention``: per block ``erank``, ``ks``, ``rate``, ``conditional_rate`` and ``loss_nats`` (per example, after
         compensation) of each unit; ``ffn``: per block and linear the normalised spectrum, its eRank and the rank at KS 0.1.
     """
-    options = CompressionOptions(flops=1.0, heads="none", examples=num_examples, rare=0.0, seed=seed, skip_bad=skip_bad)
+    options = CompressionOptions(flops=1.0, heads="none", ffn="low-rank", examples=num_examples, rare=0.0, seed=seed, skip_bad=skip_bad)
     statistics, _ = calibration_statistics(vlm, data, options, progress)
     architecture = vlm.architecture
     assert architecture is not None
