@@ -1,7 +1,7 @@
 """The arena: our default, its variants and the peers at equal FLOPs, on the demo model.
 
     python benchmarks/arena.py [--scopes heads ffn model] [--shares S ...] [--seeds N ...] [--methods NAME ...] [--questions N] [--no-times]
-        [--recover STEPS]
+        [--recover STEPS] [--examples N]
 
 A method is a set of the library's own options (``infoprune.peers``). In each scope a budget is a share of that scope's dense FLOPs: of the
 attention blocks, of the FFNs, or of the whole model; heads and FFNs of both towers are cut. All methods of a seed share one calibration
@@ -41,6 +41,7 @@ WORK = Path(__file__).parent / "work"
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31, 0.2)
 SEEDS = (0, 1, 2)
 QUESTIONS = 400
+EXAMPLES = CompressionOptions(flops=0.5).examples  # the default
 TOGETHER = 6  # models scored in one pass beside the dense one
 REPEATS = 12
 FLAGS = ("branches", "magnitudes", "neurons", "layers", "sensitivities", "saliencies")
@@ -89,11 +90,12 @@ class Entry:
 
 
 def entries(
-    scopes: Iterable[str], shares: Iterable[float], seeds: Iterable[int], methods: list[str] | None, shares_of: dict[str, float]
-) -> list[Entry]:
+    scopes: Iterable[str], shares: Iterable[float], seeds: Iterable[int], methods: list[str] | None, shares_of: dict[str, float],
+    examples: int,
+) -> list[Entry]:  # fmt: skip
     """All models, in an order that lets those with the same calibration follow each other.
 
-    ``shares_of`` is each scope's part of the dense FLOPs.
+    ``shares_of`` is each scope's part of the dense FLOPs, ``examples`` the number of calibration questions.
     """
     found = []
     for seed in seeds:
@@ -103,7 +105,8 @@ def entries(
                 if methods is None or method in methods:
                     for share in shares:
                         budget = 1 - (1 - share) * shares_of[scope]
-                        found.append(Entry(scope, method, share, seed, CompressionOptions(**(fields | {"flops": budget, "seed": seed}))))
+                        options = CompressionOptions(**(fields | {"flops": budget, "seed": seed, "examples": examples}))
+                        found.append(Entry(scope, method, share, seed, options))
     return found
 
 
@@ -293,11 +296,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--methods", nargs="+", default=None, help="default: all of the scope")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help=f"calibration questions (default: {EXAMPLES})")
     parser.add_argument("--no-times", action="store_true", help="where the machine is busy with other things")
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="of full recovery, the same for all (default: none)")
     args = parser.parse_args()
     arena = Arena(infoprune.load("demo", notify=log), args.questions, TEST, "arena", args.recover)
-    wanted = entries(args.scopes, args.shares, args.seeds, args.methods, arena.shares_of())
+    wanted = entries(args.scopes, args.shares, args.seeds, args.methods, arena.shares_of(), args.examples)
     arena.run(wanted, timed_seed=None if args.no_times else args.seeds[0])
 
 
