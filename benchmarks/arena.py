@@ -58,7 +58,6 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
         "infoprune:no task term": {"heads": "none", "ffn_metric": "identity", "weighting": "uniform"},
         "infoprune:uniform shares": {"heads": "none", "allocation": "uniform"},
         "infoprune:low-rank": {"heads": "none", "ffn": "low-rank"},
-        "infoprune:width": {"heads": "none", "ffn": "width"},
         "infoprune:low-rank, separate gate": {"heads": "none", "structure": "separate"},
         "infoprune:low-rank, no shrinkage": {"heads": "none", "shrinkage": 0.0},
     },
@@ -67,7 +66,6 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
         "infoprune:no repair": {"repair": False},
         "infoprune:no task term": {"ffn_metric": "identity", "weighting": "uniform"},
         "infoprune:low-rank": {"ffn": "low-rank"},
-        "infoprune:width": {"ffn": "width"},
         "infoprune:low-rank, no shrinkage": {"shrinkage": 0.0},
     },
 }
