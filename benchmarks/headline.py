@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import infoprune
-from common import RESULTS, commit, log, processor, whole_images, write
+from common import RESULTS, command, commit, log, processor, whole_images, write
 from infoprune.cli.console import BarProgress
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import prompt_inputs
@@ -136,7 +136,7 @@ def row_of(run: Run, model: infoprune.VLM, figures: dict[str, Any]) -> dict[str,
         **figures, "params": report["parameters"], "bytes_on_disk": bytes_on_disk(model), "seconds": report["seconds"],
         "flops": report["flops"], "dense_flops": report["dense_flops"], "training": stages,
         **({"gates": gates_of(run.folder, report)} if run.part == "curve" and run.name == "trained" else {}),
-        "folder": run.folder.name, "commit": (run.folder / "commit").read_text(),
+        "folder": run.folder.name, "commit": (run.folder / "commit").read_text(), "command": command(),
     }  # fmt: skip
 
 
