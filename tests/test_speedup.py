@@ -33,7 +33,7 @@ from infoprune.timing import measure as timing
 from infoprune.timing.measure import Subject, cost_table, merged, spaced
 from infoprune.timing.stopwatch import median_seconds
 from infoprune.timing.table import CostTable, Curve, Machine, Wanted, named_in, never_decreasing, read_table, write_table
-from infoprune.timing.works import PASS, STEP, calls_of
+from infoprune.timing.works import PASS, STEP, Between, calls_of
 from test_families import inputs_of, statistics_of
 
 # --- curves and tables -------------------------------------------------------------------------------------------------------------
@@ -197,6 +197,28 @@ def test_blocks_of_every_width_run_on_what_reaches_them(vlm, questions):
     assert not any(m._forward_pre_hooks for m in vlm.model.modules())
 
 
+@torch.no_grad()
+def test_what_is_between_linears_is_the_blocks_own(vlm, questions):
+    seen, hooks = {}, []
+    for site in vlm.architecture.ffn:
+        for role in ("up", "gate", "down") if site.gated else ("up", "down"):
+            name = f"{site.path}.{getattr(site.names, role)}"
+
+            def keep(module, args, output, key=(site.path, role)):
+                seen.setdefault(key, (args[0], output))
+
+            hooks.append(vlm.model.get_submodule(name).register_forward_hook(keep))
+    vlm.model(**inputs_of(vlm, questions))
+    for hook in hooks:
+        hook.remove()
+    for site in vlm.architecture.ffn:
+        up, neurons = seen[site.path, "up"][1], seen[site.path, "down"][0]
+        between = Between(vlm.model.get_submodule(site.path), up, site.gated)
+        found = between.activation(seen[site.path, "gate"][1]) * up if site.gated else between(up)
+        torch.testing.assert_close(found, neurons)
+        assert between(up).shape == up.shape
+
+
 # --- costs and decisions -----------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +284,29 @@ def test_what_is_decided_costs_what_is_predicted(gqa_vlm, questions, fields, mon
     if "allocation" not in fields:
         assert decisions.predicted_cost is not None and decisions.predicted_cost <= table.end_to_end / 1.3
     assert make_plan(gqa_vlm, decisions, faster).budget == {"speedup": 1.3}
+
+
+def test_fewer_neurons_save_what_is_between_the_linears(gqa_vlm, questions, monkeypatch, tmp_path):
+    def priced(ffn):
+        options = CompressionOptions(speedup=1.5, rank_multiple=2, ffn=ffn)
+        solved, probe, _, workload = solved_of(gqa_vlm, questions, options)
+        _, costs = made_up(
+            monkeypatch, tmp_path / ffn, gqa_vlm, solved, probe, workload, lambda name, size: 100.0 + size if "activation" in name else 1.0
+        )
+        return costs
+
+    def kept(site, width):
+        return FFNDecision(keep_neurons=tuple(range(width)), num_neurons=site.intermediate_size)
+
+    for site in gqa_vlm.architecture.ffn:
+        assert priced("low-rank").ffn(site, None) == sum(priced("low-rank").linears(site))  # ranks leave it as it is
+        costs = priced("width")
+        runs = costs.linears(site)[1]  # passes and steps, at one second a linear
+        for width in (2, site.intermediate_size):
+            found = costs.ffn(site, kept(site, width))
+            assert found == pytest.approx(runs * (site.num_inputs + 1 + 100.0 + width))
+        assert costs.ffn(site, None) == costs.ffn(site, kept(site, site.intermediate_size))
+        assert costs.ffn(site, kept(site, 0)) == 0
 
 
 def test_what_the_table_says_is_dear_goes(gqa_vlm, questions, monkeypatch, tmp_path):

@@ -60,16 +60,22 @@ class TimeCosts:
         return sum(run.times * self.table.curves[attention_name(site, run, self.workload)].at(kept) for run in runs)
 
     def ffn(self, site: FFNSite, decision: FFNDecision | None) -> float:
-        """Seconds of an FFN's linears under a decision; the activation between them is no part of it."""
+        """Seconds of an FFN's linears under a decision, and of what is between them where its width may change."""
         if decision is not None and decision.keep_neurons is not None:
             width = len(decision.keep_neurons)
-            return site.num_inputs * self._seconds(site, UP, width) + self._seconds(site, DOWN, width) if width else 0.0
+            return self._of_width(site, width) if width else 0.0
+        if decision is None:
+            return self._of_width(site, site.intermediate_size)
         ranks = {} if decision is None else decision.ranks
         down = self._linear(site, DOWN, ranks.get("down_rank"))
         if "joint_rank" in ranks:
             return down + self._seconds(site, JOINT, ranks["joint_rank"])
         inputs = ("up_rank", "gate_rank")[: site.num_inputs]
         return down + sum(self._linear(site, UP, ranks.get(name)) for name in inputs)
+
+    def _of_width(self, site: FFNSite, width: int) -> float:
+        between = self._seconds(site, BETWEEN, width) if self._holds(site, BETWEEN) else 0.0
+        return site.num_inputs * self._seconds(site, UP, width) + between + self._seconds(site, DOWN, width)
 
     def linears(self, site: FFNSite) -> tuple[float, float]:
         """Seconds of a dense FFN's input linears, and of its down projection."""
@@ -78,6 +84,9 @@ class TimeCosts:
     def _linear(self, site: FFNSite, role: str, rank: int | None) -> float:
         return self._seconds(site, role, site.intermediate_size) if rank is None else self._seconds(site, f"{role} factors", rank)
 
+    def _holds(self, site: FFNSite, form: str) -> bool:
+        return ffn_name(site, form, runs_of(site.tower, self.workload)[0]) in self.table.curves
+
     def _seconds(self, site: FFNSite, form: str, size: int) -> float:
         return sum(run.times * self.table.curves[ffn_name(site, form, run)].at(size) for run in runs_of(site.tower, self.workload))
 
@@ -85,6 +94,7 @@ class TimeCosts:
 # --- names of what a table holds ---------------------------------------------------------------------------------------------------
 
 UP, DOWN, JOINT = "up", "down", "gate and up factors"
+BETWEEN = "activation"  # of as many neurons, and the product with the gate; measured where neurons may go: ranks leave it as it is
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from infoprune.model import VLM
 from infoprune.modeling_infoprune import LowRankLinear
 from infoprune.plan import max_rank
 from infoprune.progress import SILENT, Progress
-from infoprune.site_costs import DOWN, JOINT, UP, Run, attention_name, ffn_name, runs_of
+from infoprune.site_costs import BETWEEN, DOWN, JOINT, UP, Run, attention_name, ffn_name, runs_of
 from infoprune.solve import SolvedSite
 from infoprune.timing.stopwatch import Work, median_seconds
 from infoprune.timing.table import CostTable, Curve, Machine, Wanted, read_table, write_table
-from infoprune.timing.works import PASS, STEP, BlockCall, calls_of, on_noise
+from infoprune.timing.works import PASS, STEP, Between, BlockCall, calls_of, on_noise
 
 POINTS = 8  # of a curve, at most
 REPEATS, WARMUP = 20, 2
@@ -153,6 +153,8 @@ def _linears(model: Any, item: SolvedSite, site: FFNSite, run: Run, multiple: in
         subject(UP, widths, lambda _: d, lambda size: nn.Linear(d, size, bias=up.bias is not None)),
         subject(DOWN, widths, lambda size: size, lambda size: nn.Linear(size, d, bias=down.bias is not None)),
     ]
+    if item.neurons is not None:
+        found.append(subject(BETWEEN, widths, lambda size: size, lambda _: Between(model.get_submodule(site.path), up.weight, site.gated)))
     factors: dict[str, tuple[str, int, Callable[[int], nn.Module]]] = {
         "up_rank": (f"{UP} factors", d, lambda rank: LowRankLinear(d, m, rank)),
         "down_rank": (f"{DOWN} factors", m, lambda rank: LowRankLinear(m, d, rank)),

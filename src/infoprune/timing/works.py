@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import Cache
 
 from infoprune.architecture import AttentionSite, FamilyDeclaration
@@ -19,6 +20,7 @@ from infoprune.evaluation.cost import decode_step
 from infoprune.modeling_infoprune import norm_before, shape_attention_
 from infoprune.timing.stopwatch import Work
 
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")  # as Transformers' FFNs call theirs
 PASS, STEP = "pass", "step"  # over the image or the prompt at once; over one further token
 
 
@@ -32,6 +34,21 @@ def on_noise(module: nn.Module, tokens: int, width: int) -> Work:
         return lambda: module(hidden)
 
     return prepare
+
+
+class Between(nn.Module):
+    """What an FFN does to its neurons between its linears, on what its input linears give."""
+
+    def __init__(self, ffn: nn.Module, like: torch.Tensor, gated: bool) -> None:
+        super().__init__()
+        found = (getattr(ffn, name, None) for name in ACTIVATIONS)
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = next((f for f in found if callable(f)), functional.gelu)
+        self.gated = gated
+        self.like = nn.Parameter(torch.empty(0, device=like.device, dtype=like.dtype), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The neurons' values, from as many inputs."""
+        return self.activation(hidden) * hidden if self.gated else self.activation(hidden)
 
 
 @dataclass(frozen=True)
