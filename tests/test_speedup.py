@@ -23,13 +23,15 @@ from infoprune.decide import decide
 from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, InfoPruneError
 from infoprune.evaluation.cost import attention_flops, ffn_flops, predicted_flops
+from infoprune.evaluation.latency import answering
 from infoprune.options import CompressionOptions
 from infoprune.plan import FFNDecision
-from infoprune.site_costs import FlopCosts, TimeCosts
+from infoprune.site_costs import FlopCosts, TimeCosts, attention_name, ffn_name, runs_of
 from infoprune.solve import solve_sites
 from infoprune.speedup import CORRECTIONS, Speed, reach
 from infoprune.steps import make_plan, measure
 from infoprune.timing import measure as timing
+from infoprune.timing.inside import FORMS, Inside
 from infoprune.timing.measure import Subject, cost_table, merged, spaced
 from infoprune.timing.stopwatch import median_seconds
 from infoprune.timing.table import CostTable, Curve, Machine, Wanted, named_in, never_decreasing, read_table, write_table
@@ -121,7 +123,7 @@ def test_tables_are_kept_and_found_again(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda text: "", lambda text: text[:-20], lambda text: text.replace('"version": 1', '"version": 2'), lambda text: "[1, 2]",
+    lambda text: "", lambda text: text[:-20], lambda text: text.replace('"version": 2', '"version": 3'), lambda text: "[1, 2]",
     lambda text: text.replace("0.1", "-0.1"), lambda text: text.replace("0.2", "0.05"), lambda text: text.replace("0.5", "NaN"),
     lambda text: text.replace('"version"', '"surprise": 1, "version"'), lambda text: text.replace('"a": {', '"b": {'),
     lambda text: text.replace('"threads": ', '"threads": 9'), lambda text: text.replace("0.1", '"0.1 s"'),
@@ -219,6 +221,41 @@ def test_what_is_between_linears_is_the_blocks_own(vlm, questions):
         assert between(up).shape == up.shape
 
 
+@torch.no_grad()
+def test_dense_sites_cost_what_they_take_inside_the_model(vlm, questions):
+    probe, sites = inputs_of(vlm, questions), [*vlm.architecture.attention, *vlm.architecture.ffn]
+    inside = Inside(vlm.model, sites)
+    answering(vlm.model, probe, 3)()  # models may put hooks of their own in place
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in vlm.model.modules())
+    for _ in range(3):
+        inside.work(lambda: answering(vlm.model, probe, 3))()()
+    assert {path for path, _ in inside.seconds} == {site.path for site in sites}
+    assert all(len(values) == 3 and min(values) > 0 for values in inside.seconds.values())
+    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in vlm.model.modules()) == hooks
+    *_, workload = measure(vlm, questions)
+    workload = dataclasses.replace(workload, answer_tokens=3)
+    curves = {}
+    for site in sites:
+        for run in runs_of(site.tower, workload):
+            if isinstance(site, AttentionSite):
+                curves[attention_name(site, run, workload)] = Curve(sizes=(site.num_units,), seconds=(1.0,))
+            else:
+                curves |= {ffn_name(site, form, run): Curve(sizes=(site.intermediate_size,), seconds=(1.0,)) for form in FORMS}
+    found, known = inside.brought(curves, workload), {}
+    assert found.keys() == curves.keys()
+    for site in sites:
+        for run in runs_of(site.tower, workload):
+            if (seconds := inside.of(site, run)) is None:  # an encoder's, in the steps of its decoder
+                continue
+            if isinstance(site, AttentionSite):
+                known.setdefault((attention_name(site, run, workload), 1), []).append(seconds)
+            else:
+                for form in FORMS:
+                    known.setdefault((ffn_name(site, form, run), site.num_inputs + 2), []).append(seconds)
+    for (name, parts), seconds in known.items():
+        assert found[name].seconds[0] == pytest.approx(sum(seconds) / len(seconds) / parts)
+
+
 # --- costs and decisions -----------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +268,7 @@ def solved_of(vlm, questions, options):
 def made_up(monkeypatch, tmp_path, vlm, solved, probe, workload, seconds, *, rest=0.0):
     """A table whose entries are ``seconds(name, size)``; all but the sites takes ``rest``."""
 
-    def invented(vlm, subjects, blocks, wanted, probe, progress):
+    def invented(vlm, subjects, sites, wanted, workload, probe, progress):
         curves = {s.name: Curve.through(s.sizes, [seconds(s.name, size) for size in s.sizes]) for s in subjects}
         return CostTable(wanted=wanted, end_to_end=1.0, curves=curves)
 

@@ -74,7 +74,7 @@ class TimeCosts:
         return down + sum(self._linear(site, UP, ranks.get(name)) for name in inputs)
 
     def _of_width(self, site: FFNSite, width: int) -> float:
-        between = self._seconds(site, BETWEEN, width) if self._holds(site, BETWEEN) else 0.0
+        between = self._seconds(site, BETWEEN, width) if self._may_narrow(site) else 0.0
         return site.num_inputs * self._seconds(site, UP, width) + between + self._seconds(site, DOWN, width)
 
     def linears(self, site: FFNSite) -> tuple[float, float]:
@@ -84,8 +84,8 @@ class TimeCosts:
     def _linear(self, site: FFNSite, role: str, rank: int | None) -> float:
         return self._seconds(site, role, site.intermediate_size) if rank is None else self._seconds(site, f"{role} factors", rank)
 
-    def _holds(self, site: FFNSite, form: str) -> bool:
-        return ffn_name(site, form, runs_of(site.tower, self.workload)[0]) in self.table.curves
+    def _may_narrow(self, site: FFNSite) -> bool:
+        return len(self.table.curves[ffn_name(site, BETWEEN, runs_of(site.tower, self.workload)[0])].sizes) > 1
 
     def _seconds(self, site: FFNSite, form: str, size: int) -> float:
         return sum(run.times * self.table.curves[ffn_name(site, form, run)].at(size) for run in runs_of(site.tower, self.workload))
@@ -94,7 +94,7 @@ class TimeCosts:
 # --- names of what a table holds ---------------------------------------------------------------------------------------------------
 
 UP, DOWN, JOINT = "up", "down", "gate and up factors"
-BETWEEN = "activation"  # of as many neurons, and the product with the gate; measured where neurons may go: ranks leave it as it is
+BETWEEN = "activation"  # of as many neurons, and the product with the gate; no cost where neurons stay: ranks leave it as it is
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from infoprune.plan import max_rank
 from infoprune.progress import SILENT, Progress
 from infoprune.site_costs import BETWEEN, DOWN, JOINT, UP, Run, attention_name, ffn_name, runs_of
 from infoprune.solve import SolvedSite
+from infoprune.timing.inside import Inside
 from infoprune.timing.stopwatch import Work, median_seconds
 from infoprune.timing.table import CostTable, Curve, Machine, Wanted, read_table, write_table
 from infoprune.timing.works import PASS, STEP, Between, BlockCall, calls_of, on_noise
@@ -56,8 +57,9 @@ def cost_table(
 ) -> CostTable:
     """What time the dense model takes on this machine, and its sites under the decisions that may be made about them.
 
-    Sites of the same shape are measured once. All is measured in the same rounds, the whole model's time included, and kept together:
-    a table is consistent in itself on a machine whose speed changes from hour to hour.
+    Sites of the same shape are measured once: alone, and dense ones inside the model, to which the curves are then brought
+    (:mod:`infoprune.timing.inside`). All is measured in the same rounds, the whole model's time included, and kept together: a table is
+    consistent in itself on a machine whose speed changes from hour to hour.
 
     Args:
         vlm: The dense model; nothing of it changes.
@@ -79,9 +81,7 @@ def cost_table(
     )
     found = read_table(folder, wanted)
     if found is None:
-        found = _measured(
-            vlm, list(subjects.values()), [s.site for s in solved if isinstance(s.site, AttentionSite)], wanted, probe, progress
-        )
+        found = _measured(vlm, list(subjects.values()), [item.site for item in solved], wanted, workload, probe, progress)
         write_table(folder, found)
     return found
 
@@ -97,10 +97,11 @@ def merged(subjects: Iterable[Subject]) -> dict[str, Subject]:
 
 
 def _measured(
-    vlm: VLM, subjects: Sequence[Subject], blocks: Sequence[AttentionSite], wanted: Wanted, probe: dict[str, torch.Tensor],
-    progress: Progress,
+    vlm: VLM, subjects: Sequence[Subject], sites: Sequence[AttentionSite | FFNSite], wanted: Wanted, workload: Workload,
+    probe: dict[str, torch.Tensor], progress: Progress,
 ) -> CostTable:  # fmt: skip
     assert vlm.architecture is not None
+    blocks = [site for site in sites if isinstance(site, AttentionSite)]
     calls = calls_of(vlm.model, blocks, probe, vlm.architecture.family if wanted.answer_tokens > 1 else None)
     works = [subject.work(size, calls) for subject in subjects for size in subject.sizes]
 
@@ -108,13 +109,14 @@ def _measured(
         vlm.model(**probe, use_cache=True, logits_to_keep=1)  # a model that is served finds its own weights and code in the caches
         return answering(vlm.model, probe, wanted.answer_tokens)
 
+    inside = Inside(vlm.model, sites)
     with progress.task("timing this machine", REPEATS + WARMUP) as advance:
-        end_to_end, *rest = median_seconds(
-            [answer, *works], vlm.device, repeats=REPEATS, warmup=WARMUP, limit=LIMIT, after_round=lambda: advance(1)
+        end_to_end, _, *rest = median_seconds(
+            [answer, inside.work(answer), *works], vlm.device, repeats=REPEATS, warmup=WARMUP, limit=LIMIT, after_round=lambda: advance(1)
         )
     seconds = iter(rest)
     curves = {subject.name: Curve.through(subject.sizes, [next(seconds) for _ in subject.sizes]) for subject in subjects}
-    return CostTable(wanted=wanted, end_to_end=end_to_end, curves=curves)
+    return CostTable(wanted=wanted, end_to_end=end_to_end, curves=inside.brought(curves, workload))
 
 
 def spaced(least: int, most: int, multiple: int = 1) -> tuple[int, ...]:
@@ -151,10 +153,9 @@ def _linears(model: Any, item: SolvedSite, site: FFNSite, run: Run, multiple: in
     widths = (m,) if item.neurons is None else tuple(dict.fromkeys((*spaced(multiple, m, multiple), m)))
     found = [
         subject(UP, widths, lambda _: d, lambda size: nn.Linear(d, size, bias=up.bias is not None)),
+        subject(BETWEEN, widths, lambda size: size, lambda _: Between(model.get_submodule(site.path), up.weight, site.gated)),
         subject(DOWN, widths, lambda size: size, lambda size: nn.Linear(size, d, bias=down.bias is not None)),
     ]
-    if item.neurons is not None:
-        found.append(subject(BETWEEN, widths, lambda size: size, lambda _: Between(model.get_submodule(site.path), up.weight, site.gated)))
     factors: dict[str, tuple[str, int, Callable[[int], nn.Module]]] = {
         "up_rank": (f"{UP} factors", d, lambda rank: LowRankLinear(d, m, rank)),
         "down_rank": (f"{DOWN} factors", m, lambda rank: LowRankLinear(m, d, rank)),

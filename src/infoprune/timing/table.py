@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from infoprune._version import __version__
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -52,6 +52,10 @@ class Curve(_Strict):
     def through(cls, sizes: Sequence[int], measured: Sequence[float]) -> Curve:
         """The never decreasing curve next to what was measured, in least squares: more work takes no less time, whatever noise says."""
         return cls(sizes=tuple(sizes), seconds=tuple(never_decreasing(measured)))
+
+    def scaled(self, factor: float) -> Curve:
+        """``factor`` times as many seconds."""
+        return Curve(sizes=self.sizes, seconds=tuple(factor * value for value in self.seconds))
 
     def at(self, size: int) -> float:
         """Seconds at ``size``."""
@@ -140,7 +144,7 @@ class CostTable(_Strict):
         curves: By name.
     """
 
-    version: Literal[1] = TABLE_VERSION
+    version: Literal[2] = TABLE_VERSION
     wanted: Wanted
     end_to_end: Seconds
     curves: dict[str, Curve]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,7 @@ class Between(nn.Module):
     def __init__(self, ffn: nn.Module, like: torch.Tensor, gated: bool) -> None:
         super().__init__()
         found = (getattr(ffn, name, None) for name in ACTIVATIONS)
-        self.activation: Callable[[torch.Tensor], torch.Tensor] = next((f for f in found if callable(f)), functional.gelu)
+        self.activation: Any = next((f for f in found if callable(f)), functional.gelu)
         self.gated = gated
         self.like = nn.Parameter(torch.empty(0, device=like.device, dtype=like.dtype), requires_grad=False)
 
