@@ -40,7 +40,17 @@ from infoprune.training.gates import HeadGates, deterministic_gate, hard_concret
 from infoprune.training.heads import BestGates, Choice, GateStage, binarise, check_agreement, masked_logits
 from infoprune.training.loop import Processes, one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, layer_weights, relative_groups, typical_magnitude
+from infoprune.training.recovery import (
+    Best,
+    RecoveryStage,
+    Validated,
+    add_lora,
+    cut_towers,
+    layer_weights,
+    relative_groups,
+    typical_magnitude,
+    validated,
+)
 from infoprune.training.run import TrainingRun, split
 from infoprune.training.structure import dense_structure, energy_forms, leave_one_out, stand_in, structure_of
 from test_families import inputs_of, statistics_of
@@ -618,12 +628,36 @@ def test_after_going_back_steps_are_half_as_large(gqa_vlm, questions, monkeypatc
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.mul_(2.0)
-    monkeypatch.setattr(stage, "validate", lambda step: (90.0, 0.115))
+    monkeypatch.setattr(stage, "validate", lambda step: Validated(90.0, 0.115, 1.0))
     assert not stage.end(1, {}) and not stage.went_back  # a little worse is noise
-    monkeypatch.setattr(stage, "validate", lambda step: (0.0, 0.125))
+    monkeypatch.setattr(stage, "validate", lambda step: Validated(0.0, 0.125, 1.0))
     assert not stage.end(3, {})
     assert stage.went_back == [4] and stage.learning_rate(4) == rate / 2
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+def test_the_best_weights_are_those_of_the_least_loss(gqa_vlm, questions):
+    best = Best()
+    assert best.update(Validated(99.8, 0.0067, 0.30), 40) and best.update(Validated(99.6, 0.0070, 0.11), 80)
+    assert not best.update(Validated(100.0, 0.0001, 0.12), 120) and (best.step, best.worse, best.accuracy) == (80, 1, 99.6)
+    student = gqa_vlm.copy()
+    parameters = layer_weights(student.model, gqa_vlm.architecture)
+    for weights in ({}, {"hidden_weight": 0.0}, {"hidden_weight": 0.0, "distillation_weight": 0.0}, {"cross_entropy_weight": 0.5}):
+        options = TrainingOptions(recovery="full", **weights)
+        stage = RecoveryStage(student, gqa_vlm, parameters, questions, options, autocast=False)
+        same = stage.validate(0)
+        accuracy, cross_entropy = validated(student, questions)
+        assert (same.accuracy, same.cross_entropy) == pytest.approx((accuracy, cross_entropy), rel=1e-4)
+        assert same.loss == pytest.approx(options.cross_entropy_weight * cross_entropy, rel=1e-4)  # nothing was cut: no distance
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.mul_(1.5)
+        changed = stage.validate(1)
+        further = changed.loss - options.cross_entropy_weight * changed.cross_entropy
+        assert (further > 1e-4) == bool(options.hidden_weight or options.distillation_weight)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.div_(1.5)
 
 
 def test_work_with_other_settings_is_not_mixed_up(gqa_vlm, questions, tmp_path):

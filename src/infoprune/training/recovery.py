@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,19 +56,33 @@ class Hidden:
                 handle.remove()
 
 
+@dataclass(frozen=True)
+class Validated:
+    """What a validation found: accuracy in percent, cross-entropy per answer token, and the loss, with all terms of training."""
+
+    accuracy: float
+    cross_entropy: float
+    loss: float
+
+
 @dataclass
 class Best:
-    """The best validation so far: accuracy first, then the lower cross-entropy."""
+    """The best validation so far: the one with the least loss.
+
+    Not the one with most right answers: models that answer nearly all of a task have answers to win or lose by chance alone, and may be
+    far from the dense model in everything else.
+    """
 
     accuracy: float = -1.0
     cross_entropy: float = float("inf")
+    loss: float = float("inf")
     step: int = -1
     worse: int = 0
 
-    def update(self, accuracy: float, cross_entropy: float, step: int) -> bool:
+    def update(self, found: Validated, step: int) -> bool:
         """Take a validation into account; whether it is the best."""
-        if (accuracy, -cross_entropy) > (self.accuracy, -self.cross_entropy):
-            self.accuracy, self.cross_entropy, self.step, self.worse = accuracy, cross_entropy, step, 0
+        if found.loss < self.loss:
+            self.accuracy, self.cross_entropy, self.loss, self.step, self.worse = *astuple(found), step, 0
             return True
         self.worse += 1
         return False
@@ -111,12 +126,16 @@ class RecoveryStage:
 
     def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
         """Cross-entropy, and distillation of logits and hidden states."""
-        o, images = self.options, [row[0].image for row in rows]
+        return self._terms(batch, [row[0].image for row in rows], totals)[0]
+
+    def _terms(self, batch: PackedBatch, images: Sequence[Path], totals: Totals) -> tuple[Terms, torch.Tensor]:
+        """The terms, and the student's logits."""
+        o = self.options
         with self._take(0) as seen:
             logits = answer_logits(self.student.model, batch if self.own_cache is None else self.own_cache.replace(batch, images))
         terms: Terms = {"cross_entropy": (o.cross_entropy_weight, objective.cross_entropy(logits, batch.targets) / totals.targets)}
         if not (o.distillation_weight or o.hidden_weight):
-            return terms
+            return terms, logits
         with torch.no_grad(), self._take(1) as known:
             known_images = batch if self.cache is None else self.cache.replace(batch, images)
             taught = answer_logits(self.teacher.model, known_images)
@@ -125,7 +144,7 @@ class RecoveryStage:
             terms["distillation"] = (o.distillation_weight, value / totals.targets)
         if o.hidden_weight:
             terms["hidden"] = (o.hidden_weight, objective.hidden_distance(seen, known, batch.valid) / totals.tokens)
-        return terms
+        return terms, logits
 
     @contextmanager
     def _take(self, which: int) -> Iterator[list[torch.Tensor]]:
@@ -143,10 +162,11 @@ class RecoveryStage:
         """Validate now and then; go back to the best weights from a collapse; stop when patience is at its end."""
         if (step + 1) % self.options.evaluate_every and step + 1 < self.steps:
             return False
-        values["validation_accuracy"], values["validation_cross_entropy"] = self.validate(step + 1)
+        found = self.validate(step + 1)
+        values |= {f"validation_{name}": value for name, value in asdict(found).items()}
         factor, beyond = COLLAPSE
-        if values["validation_cross_entropy"] > factor * self.best.cross_entropy + beyond and step + 1 < self.steps:
-            self._go_back_(step + 1, values["validation_cross_entropy"])
+        if found.cross_entropy > factor * self.best.cross_entropy + beyond and step + 1 < self.steps:
+            self._go_back_(step + 1, found.cross_entropy)
         return bool(self.options.patience) and self.best.worse >= self.options.patience
 
     def _go_back_(self, step: int, cross_entropy: float) -> None:
@@ -164,13 +184,27 @@ class RecoveryStage:
         )
 
     @torch.no_grad()
-    def validate(self, step: int) -> tuple[float, float]:
-        """Accuracy in percent and cross-entropy per answer token on the validation questions; keeps the best weights."""
-        found = validated(self.student, self.validation, autocast=self.autocast, cache=self.own_cache)
-        accuracy, cross_entropy = self.agree(*found)
-        if self.best.update(accuracy, cross_entropy, step):
+    def validate(self, step: int) -> Validated:
+        """Look at the validation questions; keeps the best weights."""
+        vlm = self.student
+        accuracy, targets, tokens = Accuracy(), 0, 0
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for batch, indices in batches(vlm.encoder, self.validation, share_prefix=can_share_prefix(vlm)):
+            images = images_of_rows(batch, [self.validation[index] for index in indices])
+            moved = batch.to(vlm.device)
+            with torch.autocast(vlm.device.type, torch.bfloat16, enabled=self.autocast):
+                terms, logits = self._terms(moved, images, Totals(1, 1))
+            accuracy.add(logits, moved)
+            targets, tokens = targets + len(moved.targets), tokens + int(moved.valid.sum())
+            for name, (weight, value) in terms.items():
+                sums[name], weights[name] = sums.get(name, 0.0) + float(value), weight
+        means = {name: sums[name] / (tokens if name == "hidden" else targets) for name in sums}
+        loss = sum(weight * means[name] for name, weight in weights.items())
+        found = Validated(*self.agree(accuracy.percent, means["cross_entropy"], loss))
+        if self.best.update(found, step):
             self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
-        return accuracy, cross_entropy
+        return found
 
     @torch.no_grad()
     def keep_best_(self) -> None:
@@ -188,22 +222,35 @@ class RecoveryStage:
         self.best_parameters = {name: as_part(value, self.parameters[name]) for name, value in tensors.items()}
 
 
+@dataclass
+class Accuracy:
+    """Right answers among those counted so far: teacher-forced, a question at a time."""
+
+    right: int = 0
+    total: int = 0
+
+    def add(self, logits: torch.Tensor, batch: PackedBatch) -> None:
+        """Count a batch by its logits (targets, vocabulary)."""
+        wrong = torch.zeros(batch.num_questions, device=logits.device)
+        wrong.index_add_(0, batch.question, (logits.argmax(-1) != batch.targets).float())
+        self.right, self.total = self.right + int((wrong == 0).sum()), self.total + batch.num_questions
+
+    @property
+    def percent(self) -> float:
+        """Percent."""
+        return 100 * self.right / self.total
+
+
 @torch.no_grad()
-def validated(vlm: VLM, questions: Sequence[Example], *, autocast: bool = False, cache: VisionCache | None = None) -> tuple[float, float]:
+def validated(vlm: VLM, questions: Sequence[Example]) -> tuple[float, float]:
     """Accuracy in percent and cross-entropy per answer token on ``questions``, teacher-forced."""
-    right = total = targets = 0
-    loss = 0.0
-    for batch, indices in batches(vlm.encoder, questions, share_prefix=can_share_prefix(vlm)):
+    accuracy, loss, targets = Accuracy(), 0.0, 0
+    for batch, _ in batches(vlm.encoder, questions, share_prefix=can_share_prefix(vlm)):
         moved = batch.to(vlm.device)
-        if cache is not None:
-            moved = cache.replace(moved, images_of_rows(batch, [questions[index] for index in indices]))
-        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=autocast):
-            logits = answer_logits(vlm.model, moved).float()
-        wrong = torch.zeros(moved.num_questions, device=logits.device)
-        wrong.index_add_(0, moved.question, (logits.argmax(-1) != moved.targets).float())
-        right, total = right + int((wrong == 0).sum()), total + moved.num_questions
+        logits = answer_logits(vlm.model, moved)
+        accuracy.add(logits, moved)
         loss, targets = loss + float(objective.cross_entropy(logits, moved.targets)), targets + len(moved.targets)
-    return 100 * right / total, loss / targets
+    return accuracy.percent, loss / targets
 
 
 def cut_towers(plan: CompressionPlan | None, architecture: Architecture) -> frozenset[TowerName]:
