@@ -190,14 +190,21 @@ def measure(file: str, wanted_runs: Sequence[Run], dense: infoprune.VLM, example
 
 def answer_beyond(rows: list[dict[str, Any]], dense: infoprune.VLM) -> None:
     """The curve's models on altered images and words that neither calibration nor recovery had."""
-    chosen = [row for row in rows if row.get("part") == "curve" and "beyond" not in row and (WORK / row["folder"]).is_dir()]
+    lacking = [row for row in rows if row.get("part") == "curve" and "wordings" not in row.get("beyond", {})]
+    chosen = [row for row in lacking if (WORK / row["folder"]).is_dir()]
     if not chosen:
         return
     examples = shifted(TEST, WORK / "shifted", BEYOND)
     reference, *scores = quality.score([dense, *(infoprune.load(WORK / row["folder"]) for row in chosen)], examples)
     for row, score in zip(chosen, scores, strict=True):
-        row["beyond"] = quality.comparison(reference, score, examples)
+        row["beyond"] = quality.comparison(reference, score, examples) | {"wordings": by_wording(reference, score, examples)}
         log(f"{row['folder']}: {score.accuracy:.2f}% of {reference.accuracy:.2f}% beyond the task, KL {score.kl_nats:.4f}")
+
+
+def by_wording(reference: quality.Quality, score: quality.Quality, examples: list) -> dict[str, list[float]]:
+    """Percent right of the dense and of another model, by how a question is put."""
+    asked = np.array([example.kinds["wording"] for example in examples])
+    return {way: [found.only(asked == way).accuracy for found in (reference, score)] for way in dict.fromkeys(asked.tolist())}
 
 
 def time_curve(rows: list[dict[str, Any]], dense: infoprune.VLM, examples: list) -> None:

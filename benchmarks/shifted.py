@@ -52,6 +52,11 @@ class Shift:
     is_shape: str
     is_color: str
 
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """The ways to ask, one of each on every image."""
+        return self.shape, self.color, self.is_shape, self.is_color
+
 
 VALIDATION = Shift(
     split="validation",
@@ -89,7 +94,10 @@ def shifted(shift: Shift, folder: Path, num_questions: int, seed: int = 0) -> li
         noise = np.random.default_rng([seed, len(found)])
         if not target.exists():
             shift.alter(Image.open(image).convert("RGB"), noise).save(target)
-        found += [Example(target, question, answer) for question, answer in asked(shift, shape, color, random_)]
+        found += [
+            Example(target, question, answer, kinds={"wording": wording})
+            for wording, (question, answer) in zip(shift.wordings, asked(shift, shape, color, random_), strict=True)
+        ]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from result_tables import load, source, table
 
@@ -25,9 +26,18 @@ def headline() -> str:
     dense = next((r["beyond"] for r in rows if "beyond" in r), None)
     told = "" if dense is None else (
         f"\n\nBeyond the task: {dense['num_questions']} questions in other words about altered images "
-        f"(`benchmarks/shifted.py`); the dense model answers {dense['dense_accuracy']:.1f}% of them."
+        f"(`benchmarks/shifted.py`); the dense model answers {dense['dense_accuracy']:.1f}% of them." + "".join(map(_by_wording, rows))
     )  # fmt: skip
     return table([*header, "prefill", "decode step", "end to end", "training"], cells) + told + source("headline")
+
+
+def _by_wording(row: dict[str, Any]) -> str:
+    """A sentence on the ways to ask, where they were told apart."""
+    found = row.get("beyond", {}).get("wordings")
+    if not found:
+        return ""
+    told = ", ".join(f'"{way}" {accuracy:.0f}% ({dense:.0f}%)' for way, (dense, accuracy) in found.items())
+    return f" {1 / row['flops_ratio']:.2f}x, {HEADS_OF[row['name']]}, by the way of asking (dense): {told}."
 
 
 def arms() -> str:
