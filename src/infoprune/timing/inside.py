@@ -74,7 +74,7 @@ class Inside:
             yield
 
     def of(self, site: AttentionSite | FFNSite, run: Run) -> float | None:
-        """Median seconds of a site in a run; ``None`` where there was no such call.
+        """Median seconds of a site in a run; ``None`` where there was no such call, or none that the clock can see.
 
         Language models are called once for the prompt and then for every token; a vision tower once for everything, or once per image.
         """
@@ -82,7 +82,7 @@ class Inside:
         if site.tower == "vision":
             return sum(calls.values()) or None
         found = [seconds for call, seconds in calls.items() if (call > 0) == run.step]
-        return statistics.fmean(found) if found else None
+        return statistics.fmean(found) or None if found else None
 
     def brought(self, curves: dict[str, Curve], workload: Workload) -> dict[str, Curve]:
         """``curves`` scaled such that dense sites take what they take inside the model; those of one name as in their mean."""
