@@ -7,9 +7,9 @@
 cut; trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs) under the same FFNs and recovery
 at 3.2x. The rows also answer questions beyond the task (``shifted.TEST``). ``arms``: trained, training-free and random heads under the
 same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
-``ablation``: each term of the gates' objective off, and no gates at all, at 3.2x, without recovery. Training stops early on the
-validation split; the test split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not committed), so a stopped run
-goes on where it was.
+``ablation``: each term of the gates' objective off, and no gates at all, at 3.2x, without recovery. The validation split
+decides which weights are kept; the test split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not
+committed), so a stopped run goes on where it was.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ class Between(nn.Module):
     def __init__(self, ffn: nn.Module, like: torch.Tensor, gated: bool) -> None:
         super().__init__()
         found = (getattr(ffn, name, None) for name in ACTIVATIONS)
+        # Under another name, and for its time alone, any will do: all work element by element, and the curve is brought to the block.
         self.activation: Any = next((f for f in found if callable(f)), functional.gelu)
         self.gated = gated
         self.like = nn.Parameter(torch.empty(0, device=like.device, dtype=like.dtype), requires_grad=False)
