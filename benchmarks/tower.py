@@ -39,7 +39,7 @@ try:
 except ImportError:
     raise SystemExit("This benchmark runs a peer that it does not bring along: pip install torch-pruning") from None
 
-SHARES, CALIBRATION, SEED = (0.75, 0.5, 0.31), 384, 0
+SHARES, CALIBRATION, SEED = (0.75, 0.5, 0.31), 768, 0
 TOWER, PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 SCORES = ("magnitude", "taylor")
 STRUCTURES = ("heads and neurons", "all widths")
