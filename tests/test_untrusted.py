@@ -17,12 +17,13 @@ from infoprune.checkpoint import check_output_folder, written_aside
 from infoprune.cli.console import plain
 from infoprune.data import load_examples
 from infoprune.data.images import identities, unreadable
-from infoprune.errors import CheckpointError, DataError, InfoPruneError, PlanError
+from infoprune.errors import CheckpointError, DataError, InfoPruneError, PlanError, UnsupportedModelError
 from infoprune.evaluation.quality import Quality, paired_drop
 from infoprune.evaluation.record import ANSWERS, RecordFile
 from infoprune.evaluation.runner import evaluate
 from infoprune.graphs import _stops
 from infoprune.model import load, prompt_encoder
+from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan
 from test_cli import run
 from tiny_models import TINY, WORDS, build
@@ -196,6 +197,36 @@ def test_answers_end_as_the_template_ends_them_if_generation_stops_there(questio
     assert WORDS.index(end) in _stops(vlm.__class__(vlm.model, vlm.processor, encoder, vlm.architecture, "x"))
     vlm.processor.chat_template = "{{ raise_exception('no answers here') }}"
     assert prompt_encoder(vlm.model, vlm.processor).end == 1
+
+
+@torch.no_grad()
+def test_questions_in_front_of_the_image_are_not_packed(questions, tmp_path):
+    vlm = build(TINY[1])
+    assert vlm.encoder.shares_prefix
+    vlm.processor.chat_template = (
+        "{% for m in messages %}{% for kind in ['text', 'image'] %}{% for c in m['content'] %}{% if c['type'] == kind %}"
+        "{{ c['text'] if kind == 'text' else ' <image> ' }}{% endif %}{% endfor %}{% endfor %}{% endfor %}is"
+    )
+    assert not vlm.encoder.shares_prefix
+    for batch, indices in batches(vlm.encoder, questions):
+        assert batch.num_questions == len(indices) == len(batch.inputs["input_ids"])
+        answer_logits(vlm.model, batch)
+    assert infoprune.compress(vlm, questions, flops=0.8, rank_multiple=2, examples=6).flops_ratio <= 0.8
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}", "TypeError"),  # of a model of texts
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "<image>"),
+        ("{% for m in messages %}<image>{% endfor %}", "lack the question"),
+        ("{% bad", "TemplateSyntaxError"),
+    ],
+)
+def test_chat_templates_that_take_no_image_are_refused(tmp_path, checkpoint, template, reason):
+    (checkpoint / "chat_template.jinja").write_text(template)
+    with pytest.raises(UnsupportedModelError, match=f"processor of .* {reason}|processor of .*{reason}.*list of images and texts"):
+        load(checkpoint)
 
 
 # --- images ------------------------------------------------------------------------------------------------------------------------

@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from infoprune.architecture import Architecture
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
-from infoprune.packing import PromptEncoder
+from infoprune.packing import QUESTION, PromptEncoder
 from infoprune.plan import CompressionPlan
 from infoprune.resolve import COMPRESSED, family_of, resolve, supported, towers_of
 
 DEMO = "demo"
-ANSWER = "infoprune"  # stands for an answer in a rendered conversation
+ANSWER = QUESTION  # stands for an answer in a rendered conversation
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
@@ -101,8 +102,10 @@ def load(
     if getattr(model.config, "image_token_id", None) is None:
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
     model = model.to(device).eval()
+    encoder = prompt_encoder(model, processor, prompt_suffix)
+    _check_prompts(encoder, source)
     revision = extract_commit_hash(cached_file(str(path), "config.json", **OPTIONAL), None)  # what a download's path says
-    return VLM(model, processor, prompt_encoder(model, processor, prompt_suffix), architecture, str(source), plan, stored, revision)
+    return VLM(model, processor, encoder, architecture, str(source), plan, stored, revision)
 
 
 def check_device(name: str) -> None:
@@ -143,6 +146,24 @@ def prompt_encoder(model: Any, processor: Any, prompt_suffix: str = "") -> Promp
     rope = getattr(model.model, family.positions) if family.positions else None
     eos = _end_of_answer(processor, model.get_submodule(family.decoder).generation_config.eos_token_id)
     return PromptEncoder(processor, model.config.image_token_id, prompt_suffix, family=family, rope=rope, eos=eos)
+
+
+def _check_prompts(encoder: PromptEncoder, source: str | Path) -> None:
+    """The processor must be able to put a question about an image into a prompt: its chat template may be of another model, or for texts."""
+    hint = (
+        "Its chat template must take messages whose content is a list of images and texts, as Transformers' processors have them; or save "
+        "the processor without one (chat_template = None), and questions are put as the family does without."
+    )
+    try:
+        prompt = encoder.prompt(QUESTION)
+        ids = encoder.inputs([prompt], [Image.new("RGB", (224, 224))])["input_ids"]
+    except Exception as error:  # templates and processors raise many kinds
+        raise UnsupportedModelError(
+            f"The processor of '{source}' can't put a question about an image into a prompt ({type(error).__name__}: {error}). {hint}"
+        ) from error
+    for lacks, what in ((QUESTION not in prompt, "the question"), (encoder.image_token_id not in ids, "the image")):
+        if lacks:
+            raise UnsupportedModelError(f"Prompts that the processor of '{source}' makes lack {what}. {hint}")
 
 
 def _end_of_answer(processor: Any, generation: int | list[int] | None) -> int | None:

@@ -25,6 +25,8 @@ from infoprune.errors import DataError
 # Inputs with one entry per token. All else that a processor returns belongs to the images.
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
+QUESTION = "infoprune"  # stands for a question in a rendered prompt
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -178,8 +180,11 @@ class PromptEncoder:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether questions on one image can share a row."""
-        return self.family is None or self.family.shares_prefix
+        """Whether questions on one image can share a row: where the family allows it, and the prompt has the image before the question."""
+        if self.family is not None and not self.family.shares_prefix:
+            return False
+        behind = [self.prompt(QUESTION, images=number).rpartition(QUESTION)[2] for number in (0, 1)]
+        return behind[0] == behind[1]
 
     @property
     def token_types(self) -> str | None:
