@@ -149,7 +149,7 @@ def prompt_encoder(model: Any, processor: Any, prompt_suffix: str = "") -> Promp
 
 
 def _check_prompts(encoder: PromptEncoder, source: str | Path) -> None:
-    """The processor must be able to put a question about an image into a prompt: its chat template may be of another model, or for texts."""
+    """The processor must be able to put a question about an image into a prompt; chat templates may be made for texts alone."""
     hint = (
         "Its chat template must take messages whose content is a list of images and texts, as Transformers' processors have them; or save "
         "the processor without one (chat_template = None), and questions are put as the family does without."
