@@ -5,7 +5,7 @@
 
 ``curve``: training-free heads, fewer neurons and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs, with more steps where more was
 cut; trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs) under the same FFNs and recovery
-at 3.2x. The rows also answer questions beyond the task (``shifted.TEST``). ``arms``: trained, training-free and random heads under the
+at 3.2x. The rows also answer questions beyond the task (``shifted.BROAD``). ``arms``: trained, training-free and random heads under the
 same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
 ``ablation``: each term of the gates' objective off, and no gates at all, at 3.2x, without recovery. The validation split
 decides which weights are kept; the test split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not
@@ -29,7 +29,7 @@ from infoprune.cli.console import BarProgress
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
-from shifted import TEST, shifted
+from shifted import BROAD, shifted
 
 WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.2, 0.125, 0.5)
@@ -40,7 +40,7 @@ ARMS = {"trained": "trained", "training-free": "information-loss", "random": "ra
 RECOVERY = {"recovery": "full", "recovery_rate": 1e-3}
 STEPS = {0.5: 80, 1 / 3.2: 200, 0.2: 250, 0.125: 450}  # of recovery, by the share of FLOPs that stays
 GATES_AT = 1 / 3.2
-BEYOND = 400  # questions on altered images
+BEYOND = 2000  # questions on altered images, in 20 ways to ask
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
 TOGETHER = 7  # models scored in one pass beside the dense one
 TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
@@ -190,11 +190,11 @@ def measure(file: str, wanted_runs: Sequence[Run], dense: infoprune.VLM, example
 
 def answer_beyond(rows: list[dict[str, Any]], dense: infoprune.VLM) -> None:
     """The curve's models on altered images and words that neither calibration nor recovery had."""
-    lacking = [row for row in rows if row.get("part") == "curve" and "wordings" not in row.get("beyond", {})]
+    lacking = [row for row in rows if row.get("part") == "curve" and row.get("beyond", {}).get("num_questions") != BEYOND]
     chosen = [row for row in lacking if (WORK / row["folder"]).is_dir()]
     if not chosen:
         return
-    examples = shifted(TEST, WORK / "shifted", BEYOND)
+    examples = shifted(BROAD, WORK / "shifted", BEYOND)
     reference, *scores = quality.score([dense, *(infoprune.load(WORK / row["folder"]) for row in chosen)], examples)
     for row, score in zip(chosen, scores, strict=True):
         row["beyond"] = quality.comparison(reference, score, examples) | {"wordings": by_wording(reference, score, examples)}

@@ -2,14 +2,15 @@
 
 Images are altered and questions use wordings that easy-VQA does not have. What an image shows is read off the original answers, so only
 images are used whose shape and colour these tell. The dense model is less sure here, by design. There are two shifts with nothing in
-common: ``VALIDATION``, of validation images, may choose defaults; ``TEST``, of test images, is for what was chosen without it.
+common: ``VALIDATION``, of validation images, may choose defaults; ``TEST``, of test images, is for what was chosen without it. ``BROAD``
+is ``TEST`` with five ways to ask for one.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,37 +43,44 @@ class Shift:
     Attributes:
         split: Of easy-VQA.
         alter: What is done to an image, given randomness of its own.
-        shape, color: Questions about them; ``is_shape``, ``is_color`` with a place for a candidate.
+        shape, color: Ways to ask for them; ``is_shape``, ``is_color`` with a place for a candidate. As many of each.
     """
 
     split: str
     alter: Callable[[Image.Image, np.random.Generator], Image.Image]
-    shape: str
-    color: str
-    is_shape: str
-    is_color: str
+    shape: tuple[str, ...]
+    color: tuple[str, ...]
+    is_shape: tuple[str, ...]
+    is_color: tuple[str, ...]
 
     @property
     def wordings(self) -> tuple[str, ...]:
-        """The ways to ask, one of each on every image."""
-        return self.shape, self.color, self.is_shape, self.is_color
+        """The ways to ask, each once on every image."""
+        return tuple(way for ways in zip(self.shape, self.color, self.is_shape, self.is_color, strict=True) for way in ways)
 
 
 VALIDATION = Shift(
     split="validation",
     alter=dimmed,
-    shape="tell me what form this picture has.",
-    color="describe the color of this object.",
-    is_shape="could you find a {} here?",
-    is_color="was it drawn in {}?",
+    shape=("tell me what form this picture has.",),
+    color=("describe the color of this object.",),
+    is_shape=("could you find a {} here?",),
+    is_color=("was it drawn in {}?",),
 )
 TEST = Shift(
     split="test",
     alter=turned,
-    shape="which shape do you see?",
-    color="name the color of the shape.",
-    is_shape="is the shape a {}?",
-    is_color="is the shape {}?",
+    shape=("which shape do you see?",),
+    color=("name the color of the shape.",),
+    is_shape=("is the shape a {}?",),
+    is_color=("is the shape {}?",),
+)
+BROAD = replace(
+    TEST,
+    shape=(*TEST.shape, "what is drawn here?", "name the shape.", "what geometric form is this?", "what kind of shape is shown?"),
+    color=(*TEST.color, "which color is it?", "what is the object's color?", "how is the shape colored?", "what color do you see?"),
+    is_shape=(*TEST.is_shape, "do you see a {}?", "is this a {}?", "is a {} shown?", "does the picture show a {}?"),
+    is_color=(*TEST.is_color, "is it {}?", "is the object {} in color?", "do you see a {} object?", "is something {} here?"),
 )
 
 
@@ -114,12 +122,15 @@ def shown(split: str) -> dict[Path, tuple[str, str]]:
 
 def asked(shift: Shift, shape: str, color: str, random_: random.Random) -> list[tuple[str, str]]:
     """Questions on one image and their answers."""
-    other_shape = random_.choice([s for s in SHAPES if s != shape])
-    other_color = random_.choice([c for c in COLORS if c != color])
-    truth = random_.random() < 0.5
-    return [
-        (shift.shape, shape),
-        (shift.color, color),
-        (shift.is_shape.format(shape if truth else other_shape), "yes" if truth else "no"),
-        (shift.is_color.format(other_color if truth else color), "no" if truth else "yes"),
-    ]
+    found = []
+    for ask_shape, ask_color, is_shape, is_color in zip(shift.shape, shift.color, shift.is_shape, shift.is_color, strict=True):
+        other_shape = random_.choice([s for s in SHAPES if s != shape])
+        other_color = random_.choice([c for c in COLORS if c != color])
+        truth = random_.random() < 0.5
+        found += [
+            (ask_shape, shape),
+            (ask_color, color),
+            (is_shape.format(shape if truth else other_shape), "yes" if truth else "no"),
+            (is_color.format(other_color if truth else color), "no" if truth else "yes"),
+        ]
+    return found
