@@ -6,6 +6,7 @@ import torch
 from infoprune.calibrate import Moments, calibrate
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
+from infoprune.linalg import BLOCK
 from infoprune.packing import answer_logits, batches
 from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 
@@ -19,6 +20,20 @@ def test_moments_equal_the_direct_ones_and_are_safe_in_float64():
     torch.testing.assert_close(moments.mean, x.double().mean(0), rtol=1e-12, atol=0)
     torch.testing.assert_close(moments.covariance, torch.cov(x.double().T, correction=0), rtol=1e-5, atol=1e-9)
     assert moments.count == 1000
+
+
+@pytest.mark.parametrize("dimension", [1, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+def test_moments_of_vectors_longer_than_a_block_of_products(dimension):
+    torch.manual_seed(0)
+    vectors, weights = torch.randn(60, dimension) + 0.3, torch.rand(60)
+    moments = Moments(dimension)
+    for part in (slice(0, 25), slice(25, 60)):
+        moments.update(vectors[part], weights[part])
+    assert torch.equal(moments.second_moment, moments.second_moment.T)
+    expected = (vectors * weights[:, None]).double().T @ vectors.double() / weights.double().sum()
+    torch.testing.assert_close(moments.second_moment, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(moments.merge(moments).covariance, moments.covariance)
+    assert not Moments(dimension).second_moment.any()
 
 
 def test_weighted_moments_and_merge():

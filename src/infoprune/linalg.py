@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 RELATIVE_FLOOR = 1e-6
+BLOCK = 192  # rows of the blocks of symmetric products, of which those below the diagonal are not formed
 
 
 def cholesky_factor(matrix: torch.Tensor, *, floor: float = RELATIVE_FLOOR) -> torch.Tensor:
@@ -28,6 +29,27 @@ def row_products(matrix: torch.Tensor) -> torch.Tensor:
     """M M^T, (n, n) float64 from (n, m), formed in float32 or better: half the time of float64, for what need not be exact."""
     wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
     return (wide @ wide.T).double()
+
+
+def add_products_(total: torch.Tensor, weighted: torch.Tensor, vectors: torch.Tensor) -> None:
+    """Add sum_t w_t x_t x_t^T to ``total`` (n, n), on the CPU, where the blocks on and above the diagonal alone are of use.
+
+    Args:
+        total: Read it by :func:`mirrored_`.
+        weighted: (t, n) the w_t x_t.
+        vectors: (t, n) the x_t.
+    """
+    for start in range(0, len(total), BLOCK):
+        total[start : start + BLOCK, start:] += (weighted[:, start : start + BLOCK].T @ vectors[:, start:]).cpu()
+
+
+def mirrored_(total: torch.Tensor) -> torch.Tensor:
+    """What lies above the diagonal of ``total`` (n, n) put in place below it, in place."""
+    for start in range(0, len(total), BLOCK):
+        end = start + BLOCK
+        total[start:end, start:end] = total[start:end, start:end].triu() + total[start:end, start:end].triu(1).T
+        total[end:, start:end] = total[start:end, end:].T
+    return total
 
 
 def with_ridge(matrix: torch.Tensor, relative: float) -> torch.Tensor:

@@ -136,7 +136,7 @@ _OUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "projection_layer", "projectio
 _UP_PROJECTIONS, _DOWN_PROJECTIONS = ("up_proj", "fc1", "linear_fc1"), ("down_proj", "fc2", "linear_fc2")
 _GATE_PROJECTION = "gate_proj"
 _FUSED = "qkv"
-_ALONE = "proj"  # the output projection of blocks that return their output alone, the others a pair
+ALONE = "proj"  # the output projection of blocks that return their output alone, the others a pair
 _WIDE = "projection"  # that of blocks whose heads must fill the stream
 _NORMS_BEFORE = (
     "input_layernorm", "layer_norm1", "norm1", "attention_norm", "layernorm_before", "rms_norm1", "self_attn_layer_norm",
@@ -168,7 +168,7 @@ def shape_attention_(parent: nn.Module, name: str, keep: int, of: int, *, compen
     out_name = _name(attention, _OUT_PROJECTIONS)
     out = getattr(attention, out_name)
     if keep == 0:
-        constant = ConstantAttention(out.out_features, alone=out_name == _ALONE, bias=out.bias is not None or compensated)
+        constant = ConstantAttention(out.out_features, alone=out_name == ALONE, bias=out.bias is not None or compensated)
         setattr(parent, name, constant.to(device=out.weight.device, dtype=out.weight.dtype))
         if norm := norm_before(parent):
             setattr(parent, norm, nn.Identity())

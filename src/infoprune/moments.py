@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from infoprune.linalg import add_products_, mirrored_
+
 
 def exact_sum(values: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
     """Sum in float64, on the CPU; Apple's GPUs have no float64, so that there the values come first."""
@@ -42,7 +44,7 @@ class Moments:
         weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
         sums = vectors.sum(0) if weights is None else weights.to(vectors.dtype) @ vectors
         self._sum += sums.cpu()
-        self._outer += (weighted.T @ vectors).cpu()
+        add_products_(self._outer, weighted, vectors)
         self.count += len(vectors)
         self.weight += float(len(vectors) if weights is None else exact_sum(weights, 0))
 
@@ -64,7 +66,7 @@ class Moments:
     @property
     def second_moment(self) -> torch.Tensor:
         """E[x x^T], (dimension, dimension) float64."""
-        return self._outer / self.weight if self.weight > 0 else self._outer
+        return mirrored_(self._outer / self.weight if self.weight > 0 else self._outer.clone())
 
     @property
     def covariance(self) -> torch.Tensor:

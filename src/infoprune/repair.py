@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +35,8 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import Statistics, stream_name
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.modeling_infoprune import Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
+from infoprune.linalg import add_products_, mirrored_
+from infoprune.modeling_infoprune import ALONE, Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
 from infoprune.surgery import cut_ffn_, prune_heads_
@@ -203,17 +204,9 @@ class _LayerRepair:
     """One layer: run dense, cut and refit attention, cut and refit the FFN, run compressed."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        attention: AttentionSite,
-        ffn: FFNSite,
-        batches: Sequence[PackedBatch],
-        dense_kwargs: list[dict[str, Any]],
-        compressed_kwargs: list[dict[str, Any]],
-        statistics: Statistics,
-        ridge: float,
-        even: float,
-    ) -> None:
+        self, model: nn.Module, attention: AttentionSite, ffn: FFNSite, batches: Sequence[PackedBatch],
+        dense_kwargs: list[dict[str, Any]], compressed_kwargs: list[dict[str, Any]], statistics: Statistics, ridge: float, even: float,
+    ) -> None:  # fmt: skip
         self.model, self.attention, self.ffn, self.batches = model, attention, ffn, batches
         self.dense_kwargs, self.compressed_kwargs, self.statistics, self.ridge = dense_kwargs, compressed_kwargs, statistics, ridge
         self.layer, self.rescaled = _layer(model, attention), attention.names.rescaled
@@ -232,19 +225,18 @@ class _LayerRepair:
         if self.ffn.path in plan.ffn:
             cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
         if isinstance(_writer(self.model, self.ffn), Constant):
-            return after_dense, self._call_all(compressed)
-        seen = next(iter(inputs[self.ffn.path].values()))
+            return after_dense, self._call_all(compressed, writes)
         if drifted or self.attention.path in plan.heads:
-            seen = self._refit_readers(self.ffn, inputs[self.ffn.path], compressed)
+            self._refit_readers(self.ffn, inputs[self.ffn.path], compressed, writes)
         if self.ffn.path not in plan.ffn:
-            return after_dense, self._leave(compressed, writes, seen)
+            return after_dense, self._call_all(compressed, writes)
         if not self.rescaled:
             drift = [d + t - a for d, t, a in zip(drift, targets[self.attention.path], writes, strict=True)]
         with _reading(_last_linear(_writer(self.model, self.ffn))) as read:
-            left = self._leave(compressed, writes, seen)
+            left = self._call_all(compressed, writes)
         change = self._refit(self.ffn, read, targets[self.ffn.path], drift, after_dense)
         if self.rescaled:
-            return after_dense, self._call_all(compressed)
+            return after_dense, self._call_all(compressed, writes)
         return after_dense, [h + change(z).view_as(h) for h, z in zip(left, read, strict=True)]  # no need to run it again
 
     def _run_dense(self, dense: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]], dict[str, _Inputs]]:
@@ -277,35 +269,43 @@ class _LayerRepair:
             self._refit(self.attention, read, targets[path], drift, streams)
         return [writer(z) for z in read]
 
-    def _call_all(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [self._call(h, kwargs) for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True)]
+    def _call_all(self, hidden: list[torch.Tensor], writes: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [self._call(h, kwargs, a) for h, kwargs, a in zip(hidden, self.compressed_kwargs, writes, strict=True)]
 
-    def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        output = self.layer(hidden, **kwargs)
+    def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any], writes: torch.Tensor | None = None) -> torch.Tensor:
+        """What the layer leaves. ``writes``: what its attention block writes, where that is known and the block need not run again."""
+        with nullcontext() if writes is None else self._writing(writes.view_as(hidden)):
+            output = self.layer(hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def _leave(self, hidden: list[torch.Tensor], writes: list[torch.Tensor], seen: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the layer leaves, per batch. Attention, which writes ``writes``, only runs again where its output is not added as it is."""
-        if self.rescaled or not self.ffn.names.ffn:
-            return self._call_all(hidden)
-        block = self.model.get_submodule(self.ffn.path)
-        return [h + a.view_as(h) + block(x).view_as(h) for h, a, x in zip(hidden, writes, seen, strict=True)]
+    @contextmanager
+    def _writing(self, writes: torch.Tensor) -> Iterator[None]:
+        """Inside the block, the attention block gives ``writes`` whatever it reads."""
+        block = self.model.get_submodule(self.attention.path)
+        before, given = block.__dict__.get("forward"), writes if self.attention.names.out == ALONE else (writes, None)
+        block.forward = lambda *args, **kwargs: given
+        try:
+            yield
+        finally:
+            _restore(block, before)
 
-    def _read(self, linear: nn.Module, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What a linear reads, per batch; the rest of the layer does not run."""
+    def _read(self, linear: nn.Module, hidden: list[torch.Tensor], writes: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """What a linear reads, per batch; the rest of the layer does not run, nor attention where ``writes`` tells what that writes."""
         with _reading(linear, stop=True) as held:
-            for h, kwargs in zip(hidden, self.compressed_kwargs, strict=True):
+            for h, kwargs, a in zip(hidden, self.compressed_kwargs, writes or [None] * len(hidden), strict=True):
                 with suppress(_Stop):
-                    self._call(h, kwargs)
+                    self._call(h, kwargs, a)
         return held
 
-    def _refit_readers(self, site: AttentionSite | FFNSite, inputs: _Inputs, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Refit the linears that read the stream to what they would have read (``inputs``, dense); gives what they do read."""
+    def _refit_readers(
+        self, site: AttentionSite | FFNSite, inputs: _Inputs, hidden: list[torch.Tensor], writes: list[torch.Tensor] | None = None
+    ) -> None:
+        """Refit the linears that read the stream to what they would have read (``inputs``, dense); ``writes`` as in :meth:`_read`."""
         readers = _readers(self.model, site)
         dense = next(iter(inputs.values()))
         # Keys and values of cross-attention read something else, which stays as it is.
         same = [r for name, r in readers.items() if name not in inputs or (inputs[name] and inputs[name][0] is dense[0])]
-        now = self._read(same[0], hidden)
+        now = self._read(same[0], hidden, writes)
         fit = _LeastSquares(site.hidden_size, site.hidden_size, intercept=all(r.bias is not None for r in same))
         weights = evened(self.statistics.sites[site.path].token_weights, self.even)  # a norm has made these inputs comparable
         for number, batch in enumerate(self.batches):
@@ -314,7 +314,6 @@ class _LayerRepair:
         change = fit.solve(self.ridge)
         for reader in same:
             _add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
-        return now
 
     def _refit(
         self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor],
@@ -383,14 +382,14 @@ class _LeastSquares:
         extended = torch.cat([z, torch.ones_like(z[:, :1])], 1) if self.intercept else z
         weighted = extended * weights[:, None].to(z)
         self.weight += float(weights.sum())
-        self.gram += (weighted.T @ extended).cpu()
+        add_products_(self.gram, weighted, extended)
         self.cross += (goal.float().T @ weighted).cpu()
 
     def solve(self, ridge: float) -> torch.Tensor:
         """(outputs, inputs), or (outputs, inputs + 1) with the intercept last; float64."""
         if self.weight <= 0:
             return torch.zeros_like(self.cross)
-        gram, cross = self.gram.div_(self.weight), self.cross.div_(self.weight)  # in place: they may be the largest matrices there are
+        gram, cross = mirrored_(self.gram.div_(self.weight)), self.cross.div_(self.weight)  # in place: none may be larger than these
         gram.diagonal()[: self.size].add_(ridge * float(gram.diagonal()[: self.size].mean()))  # the intercept is free
         gram.diagonal().add_(1e-12)
         return torch.linalg.solve(gram, cross.T).T
