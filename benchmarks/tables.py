@@ -296,6 +296,7 @@ FILES = dict.fromkeys(ARENA_TABLES, "arena") | {
     "selection": "selection",
     "refused": "families",
     "cost": "demo",
+    "headline_ways": "headline",
     "arms": "headline",
     "terms": "headline",
     "coverage": "certificate",
