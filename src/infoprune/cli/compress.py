@@ -107,7 +107,7 @@ def compress(
     ] = None,
     recovery_steps: Annotated[Optional[int], typer.Option(help="Updates of recovery (default 200).")] = None,
     recovery_rate: Annotated[
-        Optional[float], typer.Option(help="Peak learning rate of recovery (default: full 5e-4 of each tensor's magnitude, lora 1e-4).")
+        Optional[float], typer.Option(help="Peak learning rate of recovery (default: full 1e-3 of each tensor's magnitude, lora 1e-4).")
     ] = None,
     images_per_step: Annotated[
         Optional[int], typer.Option(help="Images of one update of recovery, with all their questions (default 8).")

@@ -11,7 +11,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 POSITIVE = """gate_steps gate_rate gate_images_per_step gate_lora_rate refresh multiplier_rate recovery_steps recovery_rate lora_rank
     images_per_step questions_per_image validation_questions evaluate_every checkpoint_every distillation_temperature"""
 NOT_NEGATIVE = "gate_prior gate_lora cross_entropy_weight distillation_weight hidden_weight rate_weight ks_weight patience"
-RATES = {"full": 5e-4, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
+RATES = {"full": 1e-3, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
 
 
 @dataclass(frozen=True)
