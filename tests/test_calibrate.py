@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
+from infoprune import CompressionOptions, memory
 from infoprune.calibrate import Moments, calibrate
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
+from infoprune.layers import differentiate_from_first_layers, kept_for_backward, recompute_layers
 from infoprune.linalg import BLOCK
 from infoprune.packing import answer_logits, batches
+from infoprune.progress import SILENT
+from infoprune.steps import packed_batches, statistics_of
 from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 
 
@@ -114,6 +120,67 @@ def test_gradients_equal_autograd(gqa_vlm, questions):
     for tap, gradient in (("x", statistics.input_gradient), ("y", statistics.output_gradient)):
         g = held[tap].grad[batch.valid].double()
         torch.testing.assert_close(gradient.second_moment, g.T @ g / len(g), rtol=1e-3, atol=1e-9)
+
+
+def test_layers_that_run_again_for_the_backward_pass_tell_the_same(vlm, questions):
+    options = {"branches": True, "magnitudes": True, "neurons": True, "layers": True}
+    kept, again = (run(vlm, questions, 3, recompute=recompute, **options) for recompute in (False, True))
+    assert kept.similarity == again.similarity
+    for path, site in kept.sites.items():
+        other = again.sites[path]
+        for name in ("output_gradient", "input_gradient", "branch_gradients", "by_class", "magnitudes", "token_weights"):
+            for a, b in zip(tensors(getattr(site, name)), tensors(getattr(other, name)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+        if site.neurons is not None:
+            torch.testing.assert_close(site.neurons.variance, other.neurons.variance)
+    assert not any("forward" in module.__dict__ for module in vlm.model.modules())
+
+
+def tensors(value):
+    """All of them in a tree of statistics."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Moments):
+        return [value.second_moment, value.mean, torch.tensor(value.count)]
+    children = value.values() if isinstance(value, dict) else value or []
+    return [tensor for child in children for tensor in tensors(child)]
+
+
+def test_what_a_backward_pass_needs_is_known_before(vlm, questions):
+    one, two = (next(iter(batches(vlm.encoder, questions, images_per_batch=rows)))[0] for rows in (1, 2))
+    model, architecture = vlm.model.requires_grad_(False), vlm.architecture
+    needs = [kept_for_backward(model, architecture, batch) for batch in (one, two)]
+    assert 1.3 * needs[0] < needs[1] < 3 * needs[0]
+    held, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def hold(tensor):
+        if (storage := tensor.untyped_storage()).data_ptr() not in weights:
+            held[storage.data_ptr()] = tensor
+        return tensor
+
+    with ExitStack() as stack, torch.enable_grad():
+        differentiate_from_first_layers(model, architecture, stack)
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            answer_logits(model, one)
+    really = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert really <= needs[0] <= 1.5 * really  # what two layers share counts for both
+    model.requires_grad_(True)
+    assert kept_for_backward(model, architecture, one) > needs[0]
+
+
+def test_batches_are_as_large_as_memory_is_meant_to_hold(gqa_vlm, questions, monkeypatch):
+    images = len({q.image for q in questions})
+    assert len(packed_batches(gqa_vlm, questions)) == -(-images // 4)
+    plain = statistics_of(gqa_vlm, packed_batches(gqa_vlm, questions), CompressionOptions(flops=0.5).needs, SILENT)
+    monkeypatch.setattr(memory, "ACTIVATIONS", 10)
+    ran = []
+    monkeypatch.setattr("infoprune.calibrate.recompute_layers", lambda *args: ran.append(recompute_layers(*args)))
+    inputs = packed_batches(gqa_vlm, questions)
+    assert len(inputs) == images and all(p.requires_grad for p in gqa_vlm.model.parameters())
+    found = statistics_of(gqa_vlm, inputs, CompressionOptions(flops=0.5).needs, SILENT)
+    assert ran
+    for path, site in plain.sites.items():
+        assert site.pooled("input").count == found.sites[path].pooled("input").count
 
 
 def test_magnitudes_are_of_what_the_linears_read(gqa_vlm, questions):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from infoprune.calibrate import calibrate, stream_name
+from infoprune.calibrate import calibrate
 from infoprune.criteria.ffn import FFNOptions
+from infoprune.layers import stream_name
+from infoprune.least_squares import LeastSquares
 from infoprune.packing import answer_logits, batches
-from infoprune.repair import _add_, _capture, _LayerRepair, _LeastSquares, _readers, _stacks, cut_and_repair_, evened
+from infoprune.repair import _add_, _capture, _LayerRepair, _readers, _stacks, cut_and_repair_, evened
 from infoprune.surgery import apply_
 from infoprune.tokens import unpadded
 from test_families import plan_of
@@ -193,12 +195,30 @@ def test_nothing_before_the_first_cut_changes(vlm, questions):
     assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith(f"{last.path}."))
 
 
+@torch.no_grad()
+def test_a_stack_with_more_tokens_than_may_be_kept_is_repaired_on_some(vlm, questions, monkeypatch):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=2)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs)
+    other = vlm.copy()
+    first = copy.deepcopy(statistics)
+    for site in first.sites.values():
+        del site.token_weights[1:]
+    told, plan = [], plan_of(vlm)
+    cut_and_repair_(other.model, vlm.architecture, plan, first, inputs[:1], FFNOptions())
+    monkeypatch.setattr("infoprune.repair.STREAM_BYTES", 1)
+    cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions(), notify=told.append)
+    assert told and all(f"1 of {len(inputs)}" in text for text in told)
+    for (name, a), b in zip(vlm.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_least_squares_of_half_precision_sums_in_float32():
     generator = torch.Generator().manual_seed(0)
     z, goal = (torch.randn(5000, 8, generator=generator).bfloat16() + 1 for _ in range(2))
     found = []
     for read in (z, z.float()):
-        fit = _LeastSquares(8, 8, intercept=True)
+        fit = LeastSquares(8, 8, intercept=True)
         fit.update(read, goal.to(read), torch.full((5000,), 1e-9))  # relevance weights may be too small for float16
         found.append(fit.solve(0.0))
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
@@ -211,7 +231,7 @@ def test_least_squares_equals_the_direct_solution_and_ridge_keeps_the_weights(bi
     truth = nn.Linear(6, 4, bias=bias)
     goal = truth(z).detach()
     found = nn.Linear(6, 4, bias=bias)
-    fit = _LeastSquares(6, 4, intercept=bias)
+    fit = LeastSquares(6, 4, intercept=bias)
     with torch.no_grad():
         for part in (slice(start, start + 50) for start in range(0, 200, 50)):
             fit.update(z[part], goal[part] - found(z[part]), w[part])
@@ -219,7 +239,7 @@ def test_least_squares_equals_the_direct_solution_and_ridge_keeps_the_weights(bi
         torch.testing.assert_close(found.weight, truth.weight, atol=1e-4, rtol=1e-4)
         stiff = nn.Linear(6, 4, bias=bias)
         before = stiff.weight.clone()
-        fit = _LeastSquares(6, 4, intercept=bias)
+        fit = LeastSquares(6, 4, intercept=bias)
         fit.update(z, goal - stiff(z), w)
         _add_(stiff, fit.solve(1e9))
         torch.testing.assert_close(stiff.weight, before, atol=1e-5, rtol=0)

@@ -729,6 +729,28 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, amx, 
     assert wants_bfloat16("bf16", device) and not wants_bfloat16("fp32", device)
 
 
+def test_an_update_in_parts_is_the_same_update(vlm, questions, monkeypatch):
+    from infoprune.training import loop
+
+    sizes, real = [], loop.pack_rows
+
+    def watched(encoder, rows, device):
+        sizes.append(len(rows))
+        return real(encoder, rows, device)
+
+    monkeypatch.setattr(loop, "pack_rows", watched)
+    runs = []
+    for most in (8, 1):
+        monkeypatch.setattr("infoprune.training.run.rows_that_fit", lambda vlm, architecture, rows, most, fitting=most: min(most, fitting))
+        sizes.clear()
+        runs.append(infoprune.compress(vlm, questions, **QUICK, recovery="full", recovery_rate=1e-3).training)
+        assert set(sizes) == {min(most, 2)}
+    for stage in ("heads", "recovery"):
+        whole, parts = (run[stage]["history"] for run in runs)
+        for name in ("cross_entropy", "distillation"):
+            assert [values[name] for values in parts] == pytest.approx([values[name] for values in whole], rel=1e-2, abs=1e-3)
+
+
 @pytest.mark.parametrize("recovery", ["full", "lora"])
 def test_towers_that_may_not_be_cut_are_not_trained(vlm, questions, recovery, monkeypatch):
     family, caches, real = vlm.architecture.family, [], RecoveryStage.__init__

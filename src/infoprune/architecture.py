@@ -195,6 +195,11 @@ class Architecture:
     ffn: tuple[FFNSite, ...]
     image_token_id: int
 
+    @property
+    def layers(self) -> list[str]:
+        """Paths of the layers of both towers."""
+        return list(dict.fromkeys(site.path.rpartition(".")[0] for site in (*self.attention, *self.ffn)))
+
     def site(self, path: str) -> AttentionSite | FFNSite:
         """The site at a module path.
 

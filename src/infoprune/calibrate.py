@@ -10,8 +10,8 @@ fail there as anywhere. So weights are relative to their mean over the image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.freeze import frozen
+from infoprune.layers import differentiate_from_first_layers, recompute_layers, stream_name
 from infoprune.memory import trim_heap
 from infoprune.moments import DiagonalMoments, Moments, exact_sum
 from infoprune.packing import PackedBatch, answer_logits
@@ -112,6 +113,7 @@ def calibrate(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
+    recompute: bool = False,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> Statistics:
     """Run the model over ``batches`` once and gather the moments of all sites.
@@ -131,6 +133,7 @@ def calibrate(
         layers: Also compare what each layer reads with what it leaves.
         temperature, top_k: See :func:`infoprune.fisher.fisher_sample`.
         seed: Seed of the gradient noise.
+        recompute: Keep of each layer what it reads, and run it once more in the backward pass: a third more time, a fraction of the memory.
         progress: Called with the number of questions after each batch.
 
     Raises:
@@ -150,6 +153,8 @@ def calibrate(
                     collector.attach_layer(model, site, stack)
             if gradients:
                 differentiate_from_first_layers(model, architecture, stack)
+            if gradients and recompute:
+                recompute_layers(model, architecture, stack, collector.second_time)
             for number, batch in enumerate(batches):
                 if number % RELEASE_EVERY == 0:
                     trim_heap()
@@ -180,29 +185,6 @@ class _Options:
     neurons: bool
 
 
-def stream_name(kwargs: dict[str, Any]) -> str:
-    """What a layer that is called by keywords calls the residual stream."""
-    return "hidden_states" if "hidden_states" in kwargs else "hidden_state"
-
-
-def differentiate_from_first_layers(model: nn.Module, architecture: Architecture, stack: ExitStack) -> None:
-    """Start the graph at the inputs of each tower's first layer while ``stack`` is open: parameters are frozen."""
-
-    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def leaf(x: torch.Tensor) -> torch.Tensor:
-            return x if x.requires_grad else x.detach().requires_grad_(True)
-
-        if args:
-            return (leaf(args[0]), *args[1:]), kwargs
-        name = stream_name(kwargs)
-        return args, kwargs | {name: leaf(kwargs[name])}
-
-    for site in architecture.attention:
-        if site.layer == 0:
-            layer = model.get_submodule(site.path.rpartition(".")[0])
-            stack.callback(layer.register_forward_pre_hook(start, with_kwargs=True).remove)
-
-
 class _Collector:
     """Hooks that feed moments; holds what the current batch still needs until its backward pass has run."""
 
@@ -211,6 +193,7 @@ class _Collector:
         self.layers: dict[str, DiagonalMoments] = {}
         self.options = options
         self._batch: PackedBatch | None = None
+        self._again = False  # a layer runs a second time, for its backward pass: there is nothing new to see
         self._rows: dict[tuple[str, int], torch.Tensor | None] = {}  # of the batch's tokens, by tower and how many these are
         self._not_finite: str | None = None  # first site, in the order of the forward pass, with a value that is not finite
         # Values waiting for the gradient that weighs them: (site, tap) -> (site, values, gradient energy so far, energies to come).
@@ -218,6 +201,15 @@ class _Collector:
 
     def begin(self, batch: PackedBatch) -> None:
         self._batch, self._rows = batch, {}
+
+    @contextmanager
+    def second_time(self) -> Iterator[None]:
+        """A layer runs again inside the block."""
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
 
     def finish(self) -> None:
         # What no gradient reached has no influence on the answer (e.g. layers after the one whose features are used): its metric is
@@ -289,6 +281,8 @@ class _Collector:
         """A projection onto the residual stream: moments of its input or output, weighted by the gradient at its output."""
 
         def after(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if self._again:
+                return
             for tap, values in taps.items():
                 self._hold(site, tap, values(args, output), expected=1)
             if self.options.gradients:
@@ -304,6 +298,8 @@ class _Collector:
         stack.callback(module.register_forward_hook(after).remove)
 
     def _ffn_input(self, site: FFNSite, values: torch.Tensor) -> torch.Tensor:
+        if self._again:
+            return values
         self._hold(site, "input", values, expected=site.num_inputs)
         if not self.options.gradients:
             return values
@@ -320,6 +316,9 @@ class _Collector:
         return values
 
     def _ffn_branch(self, site: FFNSite, name: str, linear: Any, args: Any, output: torch.Tensor) -> None:
+        if self._again:
+            return
+
         def on_gradient(gradient: torch.Tensor) -> None:
             tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
             energy = tokens.square().sum(1)
@@ -332,6 +331,8 @@ class _Collector:
         output.register_hook(on_gradient)
 
     def _add_magnitude(self, site: FFNSite, tap: str, _: nn.Module, args: Any) -> None:
+        if self._again:
+            return
         found = exact_sum(self._tokens(site, args[0]).abs(), 0)
         sums = self.sites[site.path].magnitudes
         sums[tap] = sums[tap] + found if tap in sums else found

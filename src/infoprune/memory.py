@@ -1,10 +1,52 @@
-"""Giving freed memory back to the system."""
+"""How much memory a backward pass needs, and giving freed memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+ACTIVATIONS = 4 * 2**30  # bytes that a forward pass may keep for its backward pass, where there is a choice
+
+
+def saved_bytes(model: nn.Module, parts: Iterable[nn.Module], run: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, weights apart; nothing of them is kept here.
+
+    Args:
+        model: What runs.
+        parts: Its layers. What one of them keeps is held until the next one starts, so that what is kept twice counts once.
+        run: The forward pass, with gradients.
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, torch.Tensor] = {}
+    total = 0
+
+    def count(*_: Any) -> None:
+        nonlocal total
+        total += sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+        held.clear()
+
+    nothing = torch.empty(0)
+
+    def hold(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            held.setdefault(place, tensor)
+        return nothing
+
+    with ExitStack() as stack:
+        for part in parts:
+            stack.callback(part.register_forward_pre_hook(count).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(hold, lambda kept: kept))
+        run()
+    count()
+    return total
 
 
 def release_memory() -> None:

@@ -33,9 +33,10 @@ import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.calibrate import Statistics, stream_name
+from infoprune.calibrate import Statistics
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.linalg import add_products_, mirrored_
+from infoprune.layers import restore_forward, stream_name
+from infoprune.least_squares import LeastSquares
 from infoprune.modeling_infoprune import ALONE, Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
@@ -46,6 +47,8 @@ RIDGE = 0.05
 # What tokens count beside their relevance, in means of that. Relevance is a few tokens' (a hundredth of them have most of it): what it
 # leaves out, the questions of calibration did not need, and others may.
 EVEN = 1.0
+# Of the residual stream before a stack of layers, over all batches; about eight tensors as large are kept at a time.
+STREAM_BYTES = 2**30
 LEAST_ENERGY = 0.01  # of the median: below that a token's stream is as good as nothing, and relative errors say nothing
 _Inputs = dict[str, list[torch.Tensor]]  # what each of a block's input linears read in the dense model, per batch, by its name
 
@@ -86,6 +89,7 @@ def cut_and_repair_(
     ridge: float = RIDGE,
     even: float = EVEN,
     progress: Callable[[], None] = lambda: None,
+    notify: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Cut ``model`` by ``plan`` in place, with sequential least-squares repair.
 
@@ -94,11 +98,13 @@ def cut_and_repair_(
         architecture: Its sites.
         plan: What to keep.
         statistics: Moments of the dense model, with the token weights of the same batches.
-        batches: The calibration batches, in the same order.
+        batches: The calibration batches, in the same order. A stack of layers is repaired on as many of them as keep its stream below
+            :data:`STREAM_BYTES`.
         options: The FFN method.
         ridge: rho relative to the mean diagonal of E[x' x'^T] or E[z z^T].
         even: What is added to the tokens' calibration weights in the mean, in means of the block's.
         progress: Called after each layer.
+        notify: Called with one line for people where not all batches are used.
 
     Raises:
         PlanError: The plan does not fit the model; nothing was changed.
@@ -107,9 +113,10 @@ def cut_and_repair_(
     was_training = model.training
     model.eval()
     stacks = _stacks(architecture)
-    untouched = [[_capture(model, layers, batch) for batch in batches] for layers in stacks]
+    untouched = [_captured(model, layers, batches, notify) for layers in stacks]
     for layers, first in zip(stacks, untouched, strict=True):
-        current = first if layers is stacks[0] else [_capture(model, layers, batch) for batch in batches]
+        used = batches[: len(first)]
+        current = first if layers is stacks[0] else [_capture(model, layers, batch) for batch in used]
         dense, compressed = ([stream.hidden for stream in streams] for streams in (first, current))
         for number, (attention, ffn) in enumerate(layers):
             dense, compressed = (
@@ -117,7 +124,7 @@ def cut_and_repair_(
                 for streams, hidden in ((first, dense), (current, compressed))
             )
             dense_kwargs, compressed_kwargs = ([s.kwargs[number] for s in streams] for streams in (first, current))
-            worker = _LayerRepair(model, attention, ffn, batches, dense_kwargs, compressed_kwargs, statistics, ridge, even)
+            worker = _LayerRepair(model, attention, ffn, used, dense_kwargs, compressed_kwargs, statistics, ridge, even)
             dense, compressed = worker.run(dense, compressed, plan, options)
             progress()
     model.train(was_training)
@@ -127,6 +134,23 @@ def _stacks(architecture: Architecture) -> list[list[tuple[AttentionSite, FFNSit
     """The blocks of each list of layers, in the order of the forward pass."""
     layers = zip(architecture.attention, architecture.ffn, strict=True)
     return [list(stack) for _, stack in itertools.groupby(layers, key=lambda blocks: blocks[0].stack)]
+
+
+def _captured(
+    model: nn.Module, layers: Sequence[tuple[AttentionSite, FFNSite]], batches: Sequence[PackedBatch], notify: Callable[[str], None]
+) -> list[_Stream]:
+    """The streams of the first batches, of as many as may be kept: a least squares needs many more tokens than dimensions, not all."""
+    found, kept = [], 0
+    for batch in batches:
+        found.append(_capture(model, layers, batch))
+        kept += found[-1].hidden.nbytes
+        if kept >= STREAM_BYTES and len(found) < len(batches):
+            where = layers[0][0].path.partition(f".{layers[0][0].names.layers}")[0]
+            notify(
+                f"'{where}' is repaired on {len(found)} of {len(batches)} calibration batches, whose activations are all that may be kept"
+            )
+            break
+    return found
 
 
 def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], batch: PackedBatch) -> _Stream:
@@ -147,19 +171,12 @@ def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], b
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(_restore, layer, layer.__dict__.get("forward"))
+            stack.callback(restore_forward, layer, layer.__dict__.get("forward"))
             layer.forward = forward
         with suppress(_Stop):
             answer_logits(model, batch)
     added = [None] + [None if now is before else now - before for before, now in itertools.pairwise(read)]
     return _Stream(read[0], kwargs, added)
-
-
-def _restore(layer: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del layer.forward
-    else:
-        layer.forward = forward
 
 
 def _layer(model: nn.Module, site: AttentionSite) -> nn.Module:
@@ -287,7 +304,7 @@ class _LayerRepair:
         try:
             yield
         finally:
-            _restore(block, before)
+            restore_forward(block, before)
 
     def _read(self, linear: nn.Module, hidden: list[torch.Tensor], writes: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """What a linear reads, per batch; the rest of the layer does not run, nor attention where ``writes`` tells what that writes."""
@@ -296,6 +313,9 @@ class _LayerRepair:
                 with suppress(_Stop):
                     self._call(h, kwargs, a)
         return held
+
+    def _token_weights(self, site: AttentionSite | FFNSite) -> list[torch.Tensor]:
+        return self.statistics.sites[site.path].token_weights[: len(self.batches)]
 
     def _refit_readers(
         self, site: AttentionSite | FFNSite, inputs: _Inputs, hidden: list[torch.Tensor], writes: list[torch.Tensor] | None = None
@@ -306,8 +326,8 @@ class _LayerRepair:
         # Keys and values of cross-attention read something else, which stays as it is.
         same = [r for name, r in readers.items() if name not in inputs or (inputs[name] and inputs[name][0] is dense[0])]
         now = self._read(same[0], hidden, writes)
-        fit = _LeastSquares(site.hidden_size, site.hidden_size, intercept=all(r.bias is not None for r in same))
-        weights = evened(self.statistics.sites[site.path].token_weights, self.even)  # a norm has made these inputs comparable
+        fit = LeastSquares(site.hidden_size, site.hidden_size, intercept=all(r.bias is not None for r in same))
+        weights = evened(self._token_weights(site), self.even)  # a norm has made these inputs comparable
         for number, batch in enumerate(self.batches):
             x, seen = (unpadded(site, values[number], batch.valid) for values in (dense, now))
             fit.update(seen, x.float() - seen, weights[number])
@@ -321,11 +341,11 @@ class _LayerRepair:
     ) -> Callable[[torch.Tensor], torch.Tensor]:  # fmt: skip
         """Refit the block's last linear; gives how its output changed, by what it reads. ``streams``: what the dense block left."""
         linear = _last_linear(_writer(self.model, site))
-        fit = _LeastSquares(linear.in_features, linear.out_features, intercept=linear.bias is not None)
+        fit = LeastSquares(linear.in_features, linear.out_features, intercept=linear.bias is not None)
         energies = None  # what is rescaled before it is added is not in the stream's units
         if not self.rescaled:
             energies = [unpadded(site, h, b.valid).float().square().sum(1) for h, b in zip(streams, self.batches, strict=True)]
-        weights = evened(self.statistics.sites[site.path].token_weights, self.even, energies)
+        weights = evened(self._token_weights(site), self.even, energies)
         for number, batch in enumerate(self.batches):
             z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
             error = target.float() + off - linear(z)  # a small difference of large values
@@ -365,31 +385,3 @@ def _add_(linear: Any, change: torch.Tensor) -> Callable[[torch.Tensor], torch.T
     if bias is not None:
         linear.bias.add_(bias)
     return partial(nn.functional.linear, weight=weight, bias=bias)
-
-
-class _LeastSquares:
-    """Weighted least squares for a linear map, and an intercept where there may be one, that is small where data say little."""
-
-    def __init__(self, inputs: int, outputs: int, *, intercept: bool) -> None:
-        self.size, self.intercept = inputs, intercept
-        self.weight = 0.0
-        self.gram = torch.zeros(inputs + intercept, inputs + intercept, dtype=torch.float64)
-        self.cross = torch.zeros(outputs, inputs + intercept, dtype=torch.float64)
-
-    def update(self, z: torch.Tensor, goal: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add what is read (n, inputs) and what should come of it (n, outputs), with weights (n,)."""
-        z = z.float()  # sums over tokens need more than half precision
-        extended = torch.cat([z, torch.ones_like(z[:, :1])], 1) if self.intercept else z
-        weighted = extended * weights[:, None].to(z)
-        self.weight += float(weights.sum())
-        add_products_(self.gram, weighted, extended)
-        self.cross += (goal.float().T @ weighted).cpu()
-
-    def solve(self, ridge: float) -> torch.Tensor:
-        """(outputs, inputs), or (outputs, inputs + 1) with the intercept last; float64."""
-        if self.weight <= 0:
-            return torch.zeros_like(self.cross)
-        gram, cross = mirrored_(self.gram.div_(self.weight)), self.cross.div_(self.weight)  # in place: none may be larger than these
-        gram.diagonal()[: self.size].add_(ridge * float(gram.diagonal()[: self.size].mean()))  # the intercept is free
-        gram.diagonal().add_(1e-12)
-        return torch.linalg.solve(gram, cross.T).T

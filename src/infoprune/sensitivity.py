@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite
-from infoprune.calibrate import differentiate_from_first_layers
 from infoprune.freeze import frozen
+from infoprune.layers import differentiate_from_first_layers
 from infoprune.moments import exact_sum
 from infoprune.packing import PackedBatch, answer_logits
 

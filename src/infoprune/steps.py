@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from infoprune import memory
 from infoprune._version import __version__
 from infoprune.architecture import Architecture
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.certification.certificate import Certificate
 from infoprune.data import Example, load_examples
+from infoprune.data.images import num_pixels
 from infoprune.decisions import Decisions
 from infoprune.errors import DataError, PlanError, UnsupportedModelError
 from infoprune.evaluation.cost import (
@@ -26,9 +29,11 @@ from infoprune.evaluation.cost import (
     typical_example,
 )
 from infoprune.evaluation.quality import can_share_prefix
+from infoprune.freeze import frozen
+from infoprune.layers import kept_for_backward
 from infoprune.model import VLM
 from infoprune.options import NONE, WIDTH, CompressionOptions, Needs
-from infoprune.packing import PackedBatch, batches
+from infoprune.packing import PackedBatch, batches, pack
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.rare import sample_with_rare
@@ -39,7 +44,8 @@ from infoprune.speedup import Speed
 from infoprune.surgery import apply_, ffn_options
 
 QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
-ROWS_PER_BATCH = 4  # bounds the memory of activations kept for the backward pass
+ROWS_PER_BATCH = 4  # at most; fewer where activations are large
+LOOKED_AT = 256  # images whose sizes are read to know how large activations are
 
 
 def predicted_name(plan: CompressionPlan | None) -> str:
@@ -228,7 +234,9 @@ def cut_(vlm: VLM, plan: CompressionPlan, statistics: Statistics, inputs: Sequen
             apply_(vlm.model, architecture, plan, statistics, progress=lambda: advance(1))
         return
     with progress.task("cutting and repairing", len(architecture.attention)) as advance:
-        cut_and_repair_(vlm.model, architecture, plan, statistics, inputs, ffn_options(plan), progress=lambda: advance(1))
+        cut_and_repair_(
+            vlm.model, architecture, plan, statistics, inputs, ffn_options(plan), progress=lambda: advance(1), notify=progress.note
+        )
 
 
 def checked_flops(cut: VLM, plan: CompressionPlan, probe: dict[str, torch.Tensor], workload: Workload, dense: Flops) -> Flops:
@@ -259,19 +267,34 @@ def dense_architecture(vlm: VLM) -> Architecture:
 
 
 def packed_batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
-    """Calibration batches on the model's device."""
+    """Calibration batches on the model's device, of as many images as a backward pass may keep the activations of."""
     share = can_share_prefix(vlm)
-    found = batches(vlm.encoder, examples, images_per_batch=ROWS_PER_BATCH, share_prefix=share)
-    return [batch.to(vlm.device) for batch, _ in found]
+    rows = [list(row) for _, row in itertools.groupby(examples, key=lambda e: e.image)] if share else [[example] for example in examples]
+    with frozen(vlm.model):
+        fitting = rows_that_fit(vlm, dense_architecture(vlm), rows, ROWS_PER_BATCH)
+    return [batch.to(vlm.device) for batch, _ in batches(vlm.encoder, examples, images_per_batch=fitting, share_prefix=share)]
+
+
+def rows_that_fit(vlm: VLM, architecture: Architecture, rows: Sequence[Sequence[Example]], most: int) -> int:
+    """How many rows of a batch, from one to ``most``, keep no more than :data:`infoprune.memory.ACTIVATIONS` for a backward pass.
+
+    Told by a forward pass over the row with the largest image among the first :data:`LOOKED_AT`. ``architecture`` is the dense model's.
+    """
+    largest = max(rows[:LOOKED_AT], key=lambda row: num_pixels(row[0].image))
+    kept = kept_for_backward(vlm.model, architecture, pack(vlm.encoder, [largest]).to(vlm.device))
+    return max(1, min(most, memory.ACTIVATIONS // max(kept, 1)))
 
 
 def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], needs: Needs, progress: Progress) -> Statistics:
     """Moments of a dense model over ``inputs``, and what else of ``needs`` is taken from them: all that cutting asks for."""
-    questions = sum(batch.num_questions for batch in inputs)
+    questions, architecture = sum(batch.num_questions for batch in inputs), dense_architecture(vlm)
+    with frozen(vlm.model):
+        largest = max(inputs, key=lambda batch: sum(value.numel() for value in batch.inputs.values()))
+        recompute = kept_for_backward(vlm.model, architecture, largest) > memory.ACTIVATIONS
     with progress.task("calibrating", questions) as advance:
-        found = calibrate(vlm.model, dense_architecture(vlm), inputs, **needs.moments, progress=advance)
+        found = calibrate(vlm.model, architecture, inputs, **needs.moments, recompute=recompute, progress=advance)
     if needs.saliencies:
         with progress.task("gradients of weights", questions) as advance:
-            for path, saliency in weight_saliencies(vlm.model, dense_architecture(vlm), inputs, advance).items():
+            for path, saliency in weight_saliencies(vlm.model, architecture, inputs, advance).items():
                 found.sites[path].saliency = saliency
     return found

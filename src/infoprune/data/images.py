@@ -83,6 +83,16 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"Cannot read the image {path}: {error}. Check that the path is right and the file is whole.") from error
 
 
+def num_pixels(path: Path) -> int:
+    """Of the image, by its header.
+
+    Raises:
+        DataError: See :func:`opened`.
+    """
+    with opened(path) as image:
+        return image.width * image.height
+
+
 def unreadable(paths: Iterable[Path]) -> dict[Path, str]:
     """Which of the images can't be read to their ends, and why."""
 

@@ -15,8 +15,8 @@ from torch.nn import functional
 from transformers import Cache
 
 from infoprune.architecture import AttentionSite, FamilyDeclaration
-from infoprune.calibrate import stream_name
 from infoprune.evaluation.cost import decode_step
+from infoprune.layers import stream_name
 from infoprune.modeling_infoprune import norm_before, shape_attention_
 from infoprune.timing.stopwatch import Work
 

@@ -25,6 +25,7 @@ from infoprune.training.sharding import as_part, whole
 from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, optimizer_updates, restore_optimizer_, save_state
 
 CLIP_NORM = 1.0
+ROWS_PER_FORWARD = 8  # at most
 NOT_STARTED = "The experiment tracker could not be started: {} Install it, or leave out --tracker."
 Terms = dict[str, tuple[float, torch.Tensor]]  # by name: coefficient and value
 
@@ -203,7 +204,7 @@ def train(
     progress: Progress,
     work: WorkFolder | None = None,
     checkpoint_every: int = 50,
-    rows_per_forward: int = 8,
+    rows_per_forward: int = ROWS_PER_FORWARD,
     steps_before: int = 0,
 ) -> Trained:
     """Train ``stage`` to its end, from where its state in ``work`` stopped.

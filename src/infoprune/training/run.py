@@ -22,16 +22,16 @@ from infoprune.model import VLM, load
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import Compensation
 from infoprune.progress import Progress
-from infoprune.steps import fingerprint
+from infoprune.steps import fingerprint, rows_that_fit
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.ffn_gates import FFNGates, FFNPart, Sizes
 from infoprune.training.gates import HeadGates, deterministic_gate, start_locations
 from infoprune.training.heads import BestGates, Choice, GateStage, binarise
-from infoprune.training.loop import Processes, Trained, train, wants_bfloat16
+from infoprune.training.loop import ROWS_PER_FORWARD, Processes, Trained, train, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, fixed_features, layer_weights, validated
-from infoprune.training.sharding import layer_paths, spread
+from infoprune.training.sharding import spread
 from infoprune.training.state import WorkFolder
 
 CUT = "cut"
@@ -148,7 +148,7 @@ class TrainingRun:
                     working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
                     agree=self.processes.agree, seed=self.seed, ffn=sizes, multiple=multiple, autocast=self._autocast(working), **extra,
                 )  # fmt: skip
-                trained = self._train(stage, working, options.gate_images_per_step)
+                trained = self._train(stage, working, vlm, options.gate_images_per_step)
         if wrapper is not None:
             wrapper.merge_and_unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
@@ -189,7 +189,7 @@ class TrainingRun:
                     learner, known, parameters, self.validation, options, autocast=self._autocast(learner), cache=cache,
                     own_cache=VisionCache(student.model) if fixed else None, notify=self.progress.note, agree=self.processes.agree,
                 )  # fmt: skip
-                trained = self._train(stage, learner, options.images_per_step, steps_before)
+                trained = self._train(stage, learner, teacher, options.images_per_step, steps_before)
                 stage.keep_best_()
         if wrapper is not None:
             wrapper.merge_and_unload()
@@ -257,7 +257,7 @@ class TrainingRun:
             return
         assert dense.architecture is not None
         device = vlm.device
-        with spread(vlm.model, layer_paths(dense.architecture), device) as model:
+        with spread(vlm.model, dense.architecture.layers, device) as model:
             yield replace(vlm, model=model)
 
     def _validation(self, vlm: VLM) -> Iterator[tuple[PackedBatch, list[Path]]]:
@@ -268,12 +268,16 @@ class TrainingRun:
     def _autocast(self, vlm: VLM) -> bool:
         return wants_bfloat16(self.options.precision, vlm.device)
 
-    def _train(self, stage: Any, vlm: VLM, images_per_step: int, steps_before: int = 0) -> Trained:
+    def _train(self, stage: Any, vlm: VLM, dense: VLM, images_per_step: int, steps_before: int = 0) -> Trained:
+        """Train ``stage`` on ``vlm``, which may be compressed, in forward passes of as many rows as memory is meant to hold."""
         rows = rows_of(self.examples, self.options.questions_per_image, share_prefix=can_share_prefix(vlm))
+        assert dense.architecture is not None
+        # A model that is spread is spread for want of memory, and does not tell what it keeps.
+        fitting = 1 if self._spreads else rows_that_fit(vlm, dense.architecture, rows, ROWS_PER_FORWARD)
         return train(
             stage, Stream(rows, images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),
             processes=self.processes, progress=self.progress, work=self.work, checkpoint_every=self.options.checkpoint_every,
-            steps_before=steps_before,
+            rows_per_forward=fitting, steps_before=steps_before,
         )  # fmt: skip
 
 

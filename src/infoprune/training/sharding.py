@@ -16,8 +16,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from infoprune.architecture import Architecture
-
 
 @contextmanager
 def spread(model: nn.Module, layers: Sequence[str], device: torch.device) -> Iterator[nn.Module]:
@@ -48,11 +46,6 @@ def spread(model: nn.Module, layers: Sequence[str], device: torch.device) -> Ite
                     targets[name].copy_(whole(parameter))
     finally:
         model.to(device)
-
-
-def layer_paths(architecture: Architecture) -> list[str]:
-    """The layers of both towers."""
-    return list(dict.fromkeys(site.path.rpartition(".")[0] for site in (*architecture.attention, *architecture.ffn)))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
