@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,10 @@ def test_batches_are_as_large_as_memory_is_meant_to_hold(gqa_vlm, questions, mon
     assert ran
     for path, site in plain.sites.items():
         assert site.pooled("input").count == found.sites[path].pooled("input").count
+    ran.clear()
+    monkeypatch.setattr("infoprune.steps.kept_for_backward", lambda *args: pytest.fail("there is no backward pass to measure"))
+    forward = replace(CompressionOptions(flops=0.5).needs, gradients=False, weighting="uniform")
+    assert statistics_of(gqa_vlm, inputs, forward, SILENT).num_examples == len(questions) and not ran
 
 
 def test_magnitudes_are_of_what_the_linears_read(gqa_vlm, questions):

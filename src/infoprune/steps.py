@@ -288,9 +288,11 @@ def rows_that_fit(vlm: VLM, architecture: Architecture, rows: Sequence[Sequence[
 def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], needs: Needs, progress: Progress) -> Statistics:
     """Moments of a dense model over ``inputs``, and what else of ``needs`` is taken from them: all that cutting asks for."""
     questions, architecture = sum(batch.num_questions for batch in inputs), dense_architecture(vlm)
-    with frozen(vlm.model):
+    recompute = False
+    if needs.gradients:
         largest = max(inputs, key=lambda batch: sum(value.numel() for value in batch.inputs.values()))
-        recompute = kept_for_backward(vlm.model, architecture, largest) > memory.ACTIVATIONS
+        with frozen(vlm.model):
+            recompute = kept_for_backward(vlm.model, architecture, largest) > memory.ACTIVATIONS
     with progress.task("calibrating", questions) as advance:
         found = calibrate(vlm.model, architecture, inputs, **needs.moments, recompute=recompute, progress=advance)
     if needs.saliencies:
