@@ -24,12 +24,12 @@ from typing import Any
 import infoprune
 from common import RESULTS, command, commit, log, many_images, processor, write
 from infoprune.calibrate import Statistics
+from infoprune.calibration_batches import CalibrationBatches
 from infoprune.data import Example
 from infoprune.decide import decide
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import attention_flops, ffn_flops, num_parameters, predicted_flops
 from infoprune.options import CompressionOptions, Needs
-from infoprune.packing import PackedBatch
 from infoprune.peers import PEERS
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import SolvedSite, solve_sites
@@ -140,9 +140,9 @@ class Calibrations:
     def __init__(self, dense: infoprune.VLM, wanted: Sequence[Entry]) -> None:
         self.dense, self.needs = dense, together(wanted)
         self.key: tuple[Needs, int, float] | None = None
-        self.found: tuple[Statistics, list[PackedBatch], float] | None = None
+        self.found: tuple[Statistics, CalibrationBatches, float] | None = None
 
-    def of(self, options: CompressionOptions) -> tuple[Statistics, list[PackedBatch], float]:
+    def of(self, options: CompressionOptions) -> tuple[Statistics, CalibrationBatches, float]:
         """Statistics, the batches they are of, and the seconds that they took."""
         key = shared(options.needs), options.examples, options.rare
         if self.found is None or key != self.key:

@@ -21,6 +21,7 @@ import infoprune
 from common import log, write
 from infoprune.architecture import AttentionSite
 from infoprune.calibrate import fisher_sample
+from infoprune.calibration_batches import CalibrationBatches
 from infoprune.decide import decide
 from infoprune.freeze import frozen
 from infoprune.options import CompressionOptions
@@ -28,7 +29,7 @@ from infoprune.packing import PackedBatch, answer_logits
 from infoprune.progress import SILENT
 from infoprune.site_costs import FlopCosts
 from infoprune.solve import solve_sites
-from infoprune.steps import apply_decisions, calibration_examples, measure, packed_batches, statistics_of
+from infoprune.steps import apply_decisions, calibration_examples, measure, statistics_of
 
 
 def main() -> None:
@@ -40,8 +41,9 @@ def main() -> None:
     assert dense.architecture is not None
     options = CompressionOptions(flops=args.share, examples=args.examples)
     examples = calibration_examples(dense, "easy-vqa:train", options)
-    inputs = packed_batches(dense, examples)
-    statistics_of(dense, inputs[:1], options.needs, SILENT)  # warm-up
+    inputs = CalibrationBatches(dense, examples)
+    statistics_of(dense, CalibrationBatches(dense, examples[:12]), options.needs, SILENT)  # warm-up
+    list(inputs)  # images are prepared before the clock starts
     passes = seconds(lambda: forward_and_backward(dense, inputs))
     log(f"forward and backward: {passes:.1f} s")
     start = time.perf_counter()

@@ -24,12 +24,13 @@ from torch import nn
 import infoprune
 from arena import WORK
 from common import log, many_images, processor, write
+from infoprune.calibration_batches import CalibrationBatches
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import Flops, count_flops, num_parameters
 from infoprune.freeze import frozen
 from infoprune.options import CompressionOptions
 from infoprune.packing import answer_logits
-from infoprune.steps import calibration_examples, measure, packed_batches
+from infoprune.steps import calibration_examples, measure
 from infoprune.training import objective
 from recovering import recovered
 from shifted import TEST, shifted
@@ -63,7 +64,7 @@ class Features(nn.Module):
 def gradients(dense: infoprune.VLM) -> dict[str, torch.Tensor]:
     """Of the answers' mean cross-entropy on the calibration questions, by parameter of tower and projector."""
     model = dense.model
-    batches = packed_batches(
+    batches = CalibrationBatches(
         dense, calibration_examples(dense, "easy-vqa:train", CompressionOptions(flops=1.0, examples=CALIBRATION, seed=SEED, rare=0.0))
     )
     targets = sum(len(batch.targets) for batch in batches)

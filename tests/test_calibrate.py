@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infoprune import CompressionOptions, memory
+from infoprune import CompressionOptions, compress, memory
 from infoprune.calibrate import Moments, calibrate
+from infoprune.calibration_batches import CalibrationBatches
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.layers import differentiate_from_first_layers, kept_for_backward, recompute_layers
 from infoprune.linalg import BLOCK
-from infoprune.packing import answer_logits, batches
+from infoprune.packing import answer_logits, batches, pack
 from infoprune.progress import SILENT
-from infoprune.steps import packed_batches, statistics_of
+from infoprune.steps import statistics_of
 from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 
 
@@ -171,21 +172,48 @@ def test_what_a_backward_pass_needs_is_known_before(vlm, questions):
 
 def test_batches_are_as_large_as_memory_is_meant_to_hold(gqa_vlm, questions, monkeypatch):
     images = len({q.image for q in questions})
-    assert len(packed_batches(gqa_vlm, questions)) == -(-images // 4)
-    plain = statistics_of(gqa_vlm, packed_batches(gqa_vlm, questions), CompressionOptions(flops=0.5).needs, SILENT)
+    assert len(CalibrationBatches(gqa_vlm, questions)) == -(-images // 4)
+    plain = statistics_of(gqa_vlm, CalibrationBatches(gqa_vlm, questions), CompressionOptions(flops=0.5).needs, SILENT)
     monkeypatch.setattr(memory, "ACTIVATIONS", 10)
     ran = []
     monkeypatch.setattr("infoprune.calibrate.recompute_layers", lambda *args: ran.append(recompute_layers(*args)))
-    inputs = packed_batches(gqa_vlm, questions)
+    inputs = CalibrationBatches(gqa_vlm, questions)
     assert len(inputs) == images and all(p.requires_grad for p in gqa_vlm.model.parameters())
     found = statistics_of(gqa_vlm, inputs, CompressionOptions(flops=0.5).needs, SILENT)
     assert ran
     for path, site in plain.sites.items():
         assert site.pooled("input").count == found.sites[path].pooled("input").count
     ran.clear()
-    monkeypatch.setattr("infoprune.steps.kept_for_backward", lambda *args: pytest.fail("there is no backward pass to measure"))
     forward = replace(CompressionOptions(flops=0.5).needs, gradients=False, weighting="uniform")
     assert statistics_of(gqa_vlm, inputs, forward, SILENT).num_examples == len(questions) and not ran
+
+
+def test_no_more_of_the_sample_stays_in_memory_than_may(gqa_vlm, questions, monkeypatch):
+    size = {name: value.nbytes for name, value in CalibrationBatches(gqa_vlm, questions[:1])[0].inputs.items()}
+    monkeypatch.setattr("infoprune.calibration_batches.ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(memory, "INPUTS", int(2.5 * sum(size.values())))
+    prepared = []
+    monkeypatch.setattr("infoprune.calibration_batches.pack", lambda encoder, groups: prepared.append(groups) or pack(encoder, groups))
+    inputs, again = CalibrationBatches(gqa_vlm, questions), len({q.image for q in questions}) - 2
+    prepared.clear()  # of what measures activations
+    first, second = list(inputs), list(inputs)
+    assert len(prepared) == len(inputs) + again and inputs[0] is first[0] and inputs[-1] is not first[-1]
+    for a, b, plain in zip(first, second, batches(gqa_vlm.encoder, questions, images_per_batch=1, share_prefix=True), strict=True):
+        assert all(torch.equal(a.inputs[name], b.inputs[name]) and torch.equal(a.inputs[name], v) for name, v in plain[0].inputs.items())
+    assert [len(chosen) for chosen in (inputs[:2], inputs[1:], inputs[:1])] == [2, len(inputs) - 1, 1]
+    with pytest.raises(IndexError):
+        inputs[len(inputs)]
+
+
+def test_repair_needs_no_images_once_the_streams_are_there(gqa_vlm, questions, monkeypatch):
+    options = CompressionOptions(flops=0.6, examples=len(questions))
+    monkeypatch.setattr(memory, "INPUTS", 0)
+    inputs = CalibrationBatches(gqa_vlm, questions)
+    prepared = []
+    monkeypatch.setattr("infoprune.calibration_batches.pack", lambda encoder, groups: prepared.append(groups) or pack(encoder, groups))
+    small = compress(gqa_vlm, questions, options=options)
+    passes = 4  # calibration, the streams of both towers, and the language model's again behind the cut tower
+    assert small.flops_ratio < 0.61 and len(prepared) == 1 + passes * len(inputs)
 
 
 def test_magnitudes_are_of_what_the_linears_read(gqa_vlm, questions):

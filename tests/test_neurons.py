@@ -140,10 +140,11 @@ def test_ranked_and_uniform_widths_keep_to_the_budget_in_multiples():
 
 
 @pytest.mark.parametrize("tiny", TINY[1:3], ids=lambda tiny: tiny.name)  # grouped and multi-query heads
-def test_saliencies_equal_weights_times_gradients(tiny, questions):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saliencies_equal_weights_times_gradients(tiny, recompute, questions):
     vlm = build(tiny)
     inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=2)]
-    found = weight_saliencies(vlm.model, vlm.architecture, inputs)
+    found = weight_saliencies(vlm.model, vlm.architecture, inputs, recompute=recompute)
     assert all(p.grad is None and p.requires_grad for p in vlm.model.parameters())
     losses = [nn.functional.cross_entropy(answer_logits(vlm.model, b), b.targets, reduction="sum") for b in inputs]
     (sum(losses) / sum(len(b.targets) for b in inputs)).backward()

@@ -14,6 +14,7 @@ import torch
 from infoprune._version import __version__
 from infoprune.architecture import AttentionSite
 from infoprune.calibrate import Statistics
+from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example
 from infoprune.decide import decide
@@ -23,9 +24,9 @@ from infoprune.evaluation.cost import Flops, Workload, count_flops, num_paramete
 from infoprune.evaluation.record import weights_digest
 from infoprune.learned import attention_share, unit_percentiles, with_choice
 from infoprune.memory import release_memory
-from infoprune.model import VLM, precision_name
+from infoprune.model import VLM, dense_architecture, precision_name
 from infoprune.options import NONE, TRAINED, UNTRAINED, CompressionOptions
-from infoprune.packing import PackedBatch, answer_logits
+from infoprune.packing import answer_logits
 from infoprune.plan import CompressionPlan, FFNDecision
 from infoprune.progress import SILENT, Clock, Progress
 from infoprune.site_costs import FlopCosts
@@ -39,13 +40,11 @@ from infoprune.steps import (
     calibration_record,
     checked_flops,
     cut_,
-    dense_architecture,
     example_pool,
     fingerprint,
     images_state,
     make_plan,
     measure,
-    packed_batches,
     predicted_name,
     statistics_of,
 )
@@ -257,7 +256,7 @@ def _cut_free(
 
 
 def _train_heads(
-    target: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: Sequence[PackedBatch],
+    target: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: CalibrationBatches,
     workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor], options: CompressionOptions, run: TrainingRun, clock: Clock,
 ) -> tuple[Decisions, Statistics, dict[str, Any]]:  # fmt: skip
     """Decisions with learned heads, and where asked FFN sizes, starting from ``decisions``; the moments after that, figures for the report.
@@ -318,7 +317,7 @@ def _learn_heads(
 
 
 def _check_gates(
-    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: Sequence[PackedBatch],
+    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: CalibrationBatches,
     options: CompressionOptions, parts: list[FFNPart],
 ) -> float:  # fmt: skip
     """The gated model with gates at 0 and 1 answers like the model that is cut so, without refit; see ``heads.check_agreement``.
@@ -369,7 +368,7 @@ def apply_plan(
         progress.note(f"Warning: {source} has other questions now than the plan was decided on; the weights will differ.")
     if record is not None and record.prompt_suffix != vlm.encoder.suffix:
         progress.note(f"Warning: the plan was decided on questions followed by {record.prompt_suffix!r}, not {vlm.encoder.suffix!r}.")
-    inputs = packed_batches(vlm, examples)
+    inputs = CalibrationBatches(vlm, examples)
     cut_(vlm, plan, statistics_of(vlm, inputs, options.needs, progress), inputs, progress)
     return replace(vlm, plan=plan)
 

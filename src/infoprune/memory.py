@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 ACTIVATIONS = 4 * 2**30  # bytes that a forward pass may keep for its backward pass, where there is a choice
+INPUTS = 2**30  # bytes of prepared images and masks that wait in memory for the next pass over them
 
 
 def saved_bytes(model: nn.Module, parts: Iterable[nn.Module], run: Callable[[], Any]) -> int:

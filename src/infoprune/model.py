@@ -61,6 +61,19 @@ class VLM:
         return replace(self, model=copy.deepcopy(self.model))
 
 
+def dense_architecture(vlm: VLM) -> Architecture:
+    """Its sites.
+
+    Raises:
+        UnsupportedModelError: The model is compressed already.
+    """
+    if vlm.architecture is None:
+        raise UnsupportedModelError(
+            f"'{vlm.model_id}' is already compressed. Compress the original model instead, with the smaller budget."
+        )
+    return vlm.architecture
+
+
 def load(
     source: str | Path,
     *,

@@ -12,7 +12,7 @@ import copy
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,10 @@ class PackedBatch:
     def valid(self) -> torch.Tensor:
         """(rows, length) boolean, false on padding."""
         return self.segments >= 0
+
+    def without_inputs(self) -> PackedBatch:
+        """The same tokens without what a model is given: no images, no masks."""
+        return replace(self, inputs={})
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on ``device``."""

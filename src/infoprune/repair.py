@@ -65,11 +65,13 @@ class _Stream:
         hidden: What the first layer reads.
         kwargs: What else each layer is called with.
         added: What the model adds to the stream before each layer, where it adds anything (image features of a lower level, for example).
+        tokens: The batch, without what the model was given.
     """
 
     hidden: torch.Tensor
     kwargs: list[dict[str, Any]]
     added: list[torch.Tensor | None]
+    tokens: PackedBatch
 
     def before(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the layer reads, given what the layer before it left."""
@@ -115,8 +117,8 @@ def cut_and_repair_(
     stacks = _stacks(architecture)
     untouched = [_captured(model, layers, batches, notify) for layers in stacks]
     for layers, first in zip(stacks, untouched, strict=True):
-        used = batches[: len(first)]
-        current = first if layers is stacks[0] else [_capture(model, layers, batch) for batch in used]
+        used = [stream.tokens for stream in first]
+        current = first if layers is stacks[0] else [_capture(model, layers, batch) for batch in itertools.islice(batches, len(first))]
         dense, compressed = ([stream.hidden for stream in streams] for streams in (first, current))
         for number, (attention, ffn) in enumerate(layers):
             dense, compressed = (
@@ -176,7 +178,7 @@ def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], b
         with suppress(_Stop):
             answer_logits(model, batch)
     added = [None] + [None if now is before else now - before for before, now in itertools.pairwise(read)]
-    return _Stream(read[0], kwargs, added)
+    return _Stream(read[0], kwargs, added, batch.without_inputs())
 
 
 def _layer(model: nn.Module, site: AttentionSite) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
 from infoprune.freeze import frozen
+from infoprune.layers import recompute_layers
 from infoprune.moments import exact_sum
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.surgery import kept_places
@@ -20,6 +22,8 @@ def weight_saliencies(
     model: nn.Module,
     architecture: Architecture,
     batches: Iterable[PackedBatch],
+    *,
+    recompute: bool = False,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> dict[str, torch.Tensor]:
     """Grouped first-order Taylor of every site (LLM-Pruner: Ma, Fang & Wang, arXiv 2305.11627; element-wise, first order).
@@ -33,6 +37,7 @@ def weight_saliencies(
         model: The dense model; used in eval mode and restored, without gradients.
         architecture: Its sites.
         batches: Calibration batches with reference answers.
+        recompute: Run each layer again in the backward pass instead of keeping its activations.
         progress: Called with the number of questions after each batch.
 
     Returns:
@@ -46,7 +51,9 @@ def weight_saliencies(
     training, targets = model.training, 0
     model.eval()
     try:
-        with frozen(model), torch.enable_grad():
+        with ExitStack() as stack, frozen(model), torch.enable_grad():
+            if recompute:
+                recompute_layers(model, architecture, stack, nullcontext)
             for weight in (weight for named in weights.values() for weight in named.values()):
                 weight.requires_grad_(True)
                 weight.grad = None

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from infoprune import memory
 from infoprune._version import __version__
-from infoprune.architecture import Architecture
 from infoprune.calibrate import Statistics, calibrate
+from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.certificate import Certificate
 from infoprune.data import Example, load_examples
-from infoprune.data.images import num_pixels
 from infoprune.decisions import Decisions
-from infoprune.errors import DataError, PlanError, UnsupportedModelError
+from infoprune.errors import DataError, PlanError
 from infoprune.evaluation.cost import (
     Flops,
     Workload,
@@ -29,11 +26,9 @@ from infoprune.evaluation.cost import (
     typical_example,
 )
 from infoprune.evaluation.quality import can_share_prefix
-from infoprune.freeze import frozen
-from infoprune.layers import kept_for_backward
-from infoprune.model import VLM
+from infoprune.model import VLM, dense_architecture
 from infoprune.options import NONE, WIDTH, CompressionOptions, Needs
-from infoprune.packing import PackedBatch, batches, pack
+from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
 from infoprune.rare import sample_with_rare
@@ -44,8 +39,6 @@ from infoprune.speedup import Speed
 from infoprune.surgery import apply_, ffn_options
 
 QUESTIONS_PER_IMAGE = 3  # of calibration; see ``benchmarks/selection.py``
-ROWS_PER_BATCH = 4  # at most; fewer where activations are large
-LOOKED_AT = 256  # images whose sizes are read to know how large activations are
 
 
 def predicted_name(plan: CompressionPlan | None) -> str:
@@ -132,15 +125,15 @@ def calibration_examples(
 
 def calibration_statistics(
     vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
-) -> tuple[Statistics, list[PackedBatch]]:
+) -> tuple[Statistics, CalibrationBatches]:
     """Moments of a dense model over the calibration sample, and the batches they came from."""
     examples = calibration_examples(vlm, data, options, progress)
     return calibrated(vlm, examples, options.needs, progress)
 
 
-def calibrated(vlm: VLM, examples: Sequence[Example], needs: Needs, progress: Progress = SILENT) -> tuple[Statistics, list[PackedBatch]]:
+def calibrated(vlm: VLM, examples: Sequence[Example], needs: Needs, progress: Progress = SILENT) -> tuple[Statistics, CalibrationBatches]:
     """Statistics of a dense model over ``examples``, with all that deciding needs, and the batches of their moments."""
-    inputs = packed_batches(vlm, examples)
+    inputs = CalibrationBatches(vlm, examples)
     statistics = statistics_of(vlm, inputs, needs, progress)
     if needs.sensitivities:
         # One backward pass per question: over the row that it is in, not over several.
@@ -253,50 +246,15 @@ def checked_flops(cut: VLM, plan: CompressionPlan, probe: dict[str, torch.Tensor
     return flops
 
 
-def dense_architecture(vlm: VLM) -> Architecture:
-    """Its sites.
-
-    Raises:
-        UnsupportedModelError: The model is compressed already.
-    """
-    if vlm.architecture is None:
-        raise UnsupportedModelError(
-            f"'{vlm.model_id}' is already compressed. Compress the original model instead, with the smaller budget."
-        )
-    return vlm.architecture
-
-
-def packed_batches(vlm: VLM, examples: Sequence[Example]) -> list[PackedBatch]:
-    """Calibration batches on the model's device, of as many images as a backward pass may keep the activations of."""
-    share = can_share_prefix(vlm)
-    rows = [list(row) for _, row in itertools.groupby(examples, key=lambda e: e.image)] if share else [[example] for example in examples]
-    with frozen(vlm.model):
-        fitting = rows_that_fit(vlm, dense_architecture(vlm), rows, ROWS_PER_BATCH)
-    return [batch.to(vlm.device) for batch, _ in batches(vlm.encoder, examples, images_per_batch=fitting, share_prefix=share)]
-
-
-def rows_that_fit(vlm: VLM, architecture: Architecture, rows: Sequence[Sequence[Example]], most: int) -> int:
-    """How many rows of a batch, from one to ``most``, keep no more than :data:`infoprune.memory.ACTIVATIONS` for a backward pass.
-
-    Told by a forward pass over the row with the largest image among the first :data:`LOOKED_AT`. ``architecture`` is the dense model's.
-    """
-    largest = max(rows[:LOOKED_AT], key=lambda row: num_pixels(row[0].image))
-    kept = kept_for_backward(vlm.model, architecture, pack(vlm.encoder, [largest]).to(vlm.device))
-    return max(1, min(most, memory.ACTIVATIONS // max(kept, 1)))
-
-
-def statistics_of(vlm: VLM, inputs: Sequence[PackedBatch], needs: Needs, progress: Progress) -> Statistics:
+def statistics_of(vlm: VLM, inputs: CalibrationBatches, needs: Needs, progress: Progress) -> Statistics:
     """Moments of a dense model over ``inputs``, and what else of ``needs`` is taken from them: all that cutting asks for."""
-    questions, architecture = sum(batch.num_questions for batch in inputs), dense_architecture(vlm)
-    recompute = False
-    if needs.gradients:
-        largest = max(inputs, key=lambda batch: sum(value.numel() for value in batch.inputs.values()))
-        with frozen(vlm.model):
-            recompute = kept_for_backward(vlm.model, architecture, largest) > memory.ACTIVATIONS
-    with progress.task("calibrating", questions) as advance:
-        found = calibrate(vlm.model, architecture, inputs, **needs.moments, recompute=recompute, progress=advance)
+    architecture, recompute = dense_architecture(vlm), inputs.recompute
+    with progress.task("calibrating", inputs.num_questions) as advance:
+        found = calibrate(
+            vlm.model, architecture, inputs, **needs.moments, recompute=recompute and needs.gradients, progress=advance
+        )  # fmt: skip
     if needs.saliencies:
-        with progress.task("gradients of weights", questions) as advance:
-            for path, saliency in weight_saliencies(vlm.model, architecture, inputs, advance).items():
+        with progress.task("gradients of weights", inputs.num_questions) as advance:
+            for path, saliency in weight_saliencies(vlm.model, architecture, inputs, recompute=recompute, progress=advance).items():
                 found.sites[path].saliency = saliency
     return found

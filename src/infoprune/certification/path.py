@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from infoprune.calibrate import Statistics
+from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.certificate import Measured
 from infoprune.certification.data import CertificationSplit
 from infoprune.data import Example
@@ -24,7 +25,6 @@ from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.record import weights_digest
 from infoprune.model import VLM
 from infoprune.options import CompressionOptions
-from infoprune.packing import PackedBatch
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
 from infoprune.site_costs import FlopCosts
@@ -52,7 +52,7 @@ class PlannedPath:
     decisions: list[Decisions]
     plans: list[CompressionPlan]
     statistics: Statistics
-    inputs: list[PackedBatch]
+    inputs: CalibrationBatches
     probe: dict[str, torch.Tensor]
     dense_flops: Flops
     workload: Workload

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from infoprune.architecture import AttentionSite, TowerName
+from infoprune.calibration_batches import rows_that_fit
 from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
 from infoprune.data import Example, load_examples, parse_spec, same_images, subset
@@ -22,7 +23,7 @@ from infoprune.model import VLM, load
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import Compensation
 from infoprune.progress import Progress
-from infoprune.steps import fingerprint, rows_that_fit
+from infoprune.steps import fingerprint
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.ffn_gates import FFNGates, FFNPart, Sizes
