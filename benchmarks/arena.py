@@ -44,7 +44,7 @@ QUESTIONS = 400
 EXAMPLES = CompressionOptions(flops=0.5).examples  # the default
 TOGETHER = 6  # models scored in one pass beside the dense one
 REPEATS = 12
-FLAGS = ("branches", "magnitudes", "neurons", "layers", "sensitivities", "saliencies")
+FLAGS = ("branches", "magnitudes", "factors", "neurons", "layers", "sensitivities", "saliencies")
 OURS: dict[str, dict[str, dict[str, Any]]] = {
     "heads": {
         "infoprune": {"ffn": "none"},

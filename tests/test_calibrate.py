@@ -182,7 +182,7 @@ def test_batches_are_as_large_as_memory_is_meant_to_hold(gqa_vlm, questions, mon
     found = statistics_of(gqa_vlm, inputs, CompressionOptions(flops=0.5).needs, SILENT)
     assert ran
     for path, site in plain.sites.items():
-        assert site.pooled("input").count == found.sites[path].pooled("input").count
+        assert site.count == found.sites[path].count > 0
     ran.clear()
     forward = replace(CompressionOptions(flops=0.5).needs, gradients=False, weighting="uniform")
     assert statistics_of(gqa_vlm, inputs, forward, SILENT).num_examples == len(questions) and not ran

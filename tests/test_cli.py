@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import pytest
 import yaml
 
 
-def run(*arguments, status=0):
-    done = subprocess.run([sys.executable, "-m", "infoprune", *map(str, arguments)], capture_output=True, text=True)
+def run(*arguments, status=0, env=None):
+    command = [sys.executable, "-m", "infoprune", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     assert done.returncode == status, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     return done
@@ -131,8 +133,15 @@ def test_errors_are_one_message(checkpoint, jsonl, tmp_path):
     assert "No data" in run("evaluate", checkpoint, "--data", tmp_path / "none.jsonl", status=2).stderr
     assert "Cannot read the image" in run("ask", checkpoint, tmp_path / "no.png", "what ?", status=2).stderr
     assert "Cannot read the plan" in run("plan", "show", tmp_path / "no.json", status=2).stderr
+    plot = run("inspect", tmp_path / "nowhere", "--data", jsonl, "--plot", tmp_path / "no" / "x.png", status=2).stderr
+    assert "Cannot write the picture" in plot  # told before the model is loaded
     assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".x-*"))
+    odd = tmp_path / "odd.json"
+    odd.write_text('{"\\u001b]0;owned\\u0007": 1}')
+    assert "\x1b" not in run("plan", "show", odd, status=2).stderr
+    kept = run("compress", "demo", "--flops", 0.5, "-o", tmp_path / "y", status=2, env={"INFOPRUNE_CACHE": "/proc/nowhere"}).stderr
+    assert kept.startswith("error:") and "INFOPRUNE_CACHE" in kept
 
 
 def test_bad_records_are_counted_and_skipped_on_request(checkpoint, jsonl):

@@ -68,6 +68,17 @@ def test_keys_of_own_data_occur_once(tmp_path, name):
         load_examples(str(tmp_path / name))
 
 
+def test_what_is_skipped_is_counted_in_questions(tmp_path):
+    for name in ("good.png", "bad.png"):
+        picture(tmp_path / name)
+    (tmp_path / "bad.png").write_bytes((tmp_path / "bad.png").read_bytes()[:50])
+    records = [{"image": image, "question": f"q{n}", "answer": "a"} for image in ("good.png", "bad.png") for n in range(3)]
+    twice = '{"image": "good.png", "question": "q", "answer": "red", "answer": "blue"}'
+    (tmp_path / "own.jsonl").write_text("\n".join([*map(json.dumps, records), twice]))
+    loaded = load_counted(str(tmp_path / "own.jsonl"), skip_bad=True)
+    assert [e.question for e in loaded.examples] == ["q0", "q1", "q2"] and loaded.skipped == 4
+
+
 def test_reading_many_images_is_told(tmp_path, monkeypatch):
     write(tmp_path / "val_balanced_questions.json", {"1": gqa_question(), "2": gqa_question(imageId="n2")})
     for name in ("n1", "n2"):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 import infoprune
 from infoprune.data import subset
@@ -13,6 +16,7 @@ from infoprune.evaluation.generation import generate_answers
 from infoprune.evaluation.metrics import score_answers
 from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.runner import evaluate
+from infoprune.packing import PromptEncoder
 from infoprune.progress import SILENT
 from infoprune.training.options import TrainingOptions
 from infoprune.training.run import split
@@ -89,6 +93,45 @@ def test_kl_of_a_model_with_itself_is_zero(gqa_vlm, questions):
     dense, same = score([gqa_vlm, gqa_vlm], questions)
     assert same.kl_nats == pytest.approx(0, abs=1e-6)
     assert (dense.correct == same.correct).all()
+
+
+@pytest.mark.parametrize("ending", ["ASSISTANT:", "ASSISTANT: ", "ASSISTANT:\n"])
+def test_answers_follow_the_prompt_as_they_would_in_one_text(gqa_vlm, questions, ending):
+    """Llama 2's tokenizers put a space before whatever they read."""
+    words = ["<unk>", "<eos>", "<pad>", "<image>", "▁", "▁▁", "\n", *"ASITN:whatcolur?ed", "re", "red", "▁red"]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    merges = [("▁", "▁"), ("r", "e"), ("re", "d"), ("▁", "red")]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", extra_special_tokens=["<image>"]
+    )
+    processor = copy.deepcopy(gqa_vlm.processor)
+    processor.tokenizer, processor.image_token_id = tokenizer, 3
+    processor.chat_template = "<image>{{ messages[0]['content'][1]['text'] }} " + ending.replace("\n", "{{ '\n' }}")
+    encoder = PromptEncoder(processor, 3, family=gqa_vlm.architecture.family)
+    question = replace(questions[0], question="what colour ?", answer="red")
+    found = encoder.encode(question, question.load_image())
+    assert tokenizer.convert_ids_to_tokens(found.answer) == ["▁red" if ending[-1] == ":" else "red", "<eos>"]
+    assert tokenizer.decode([*found.prompt, found.answer[0]]).endswith(f"{ending.rstrip(' ')}{' ' * (ending[-1] != chr(10))}red")
+
+
+def test_questions_lose_the_image_token_that_the_prompt_has(gqa_vlm, questions):
+    plain = replace(questions[0], question="what colour is the circle ?")
+    for text in ("<image>\nwhat colour is the circle ?", "what colour is the circle ? <image>"):
+        asked = replace(plain, question=text)
+        assert gqa_vlm.encoder.prompt_of(asked) == gqa_vlm.encoder.prompt_of(plain)
+        assert score([gqa_vlm], [asked])[0].accuracy == score([gqa_vlm], [plain])[0].accuracy
+
+
+def test_what_a_processor_can_not_take_is_told(gqa_vlm, questions, monkeypatch):
+    def thin(*args, **options):
+        raise ValueError("absolute aspect ratio must be smaller than 200")
+
+    monkeypatch.setattr(type(gqa_vlm.processor), "__call__", thin)
+    with pytest.raises(DataError, match=r"can't take .*pixels \(ValueError: absolute aspect ratio"):
+        score([gqa_vlm], questions[:1])
 
 
 def test_paired_interval_covers_the_drop_and_respects_clusters(tmp_path):

@@ -157,6 +157,17 @@ def test_a_draw_is_a_size_with_a_soft_edge():
     assert not all(torch.equal(a, b) for a, b in zip(held, gates.sample_("b") or gates.values, strict=True))
 
 
+def test_heads_and_ffns_draw_apart(gqa_vlm, questions, monkeypatch):
+    seeds = {}
+    for kind in (HeadGates, FFNGates):
+        real = kind.sample_
+        monkeypatch.setattr(
+            kind, "sample_", lambda self, seed, real=real, kind=kind: seeds.setdefault(kind, []).append(seed) or real(self, seed)
+        )
+    infoprune.compress(gqa_vlm, questions, **QUICK, ffn="width", gate_ffn=True)
+    assert seeds[HeadGates] and not {*seeds[HeadGates]} & {*seeds[FFNGates]}
+
+
 def test_sizes_that_were_started_from_come_back(gqa_vlm, questions):
     for fields in STRUCTURES[:4]:
         options, _, _, solved, dense, workload, parts = gated(gqa_vlm, questions, **fields)

@@ -11,6 +11,7 @@ from infoprune.architecture import FFNSite
 from infoprune.calibrate import calibrate
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.criteria.neurons import RANKINGS, Neurons, rank_neurons
+from infoprune.decide import decide
 from infoprune.errors import InfoPruneError, PlanError
 from infoprune.families.towers import LLAMA_STYLE
 from infoprune.moments import DiagonalMoments, Moments
@@ -19,7 +20,9 @@ from infoprune.packing import answer_logits, batches
 from infoprune.plan import ffn_parameters
 from infoprune.repair import cut_and_repair_
 from infoprune.saliency import weight_saliencies
-from infoprune.solve import SolvedSite
+from infoprune.site_costs import FlopCosts
+from infoprune.solve import SolvedSite, solve_sites
+from infoprune.steps import apply_decisions, measure
 from infoprune.surgery import apply_, kept_places
 from test_families import narrowing, plan_of
 from test_repair import stream
@@ -160,6 +163,22 @@ def test_saliencies_equal_weights_times_gradients(tiny, recompute, questions):
         linears = [getattr(block, name).weight for name in (*rows, site.names.out)]
         total = sum(float((w * w.grad).detach().abs().sum()) for w in linears)
         assert float(found[site.path].sum()) == pytest.approx(total, rel=1e-4)
+
+
+def test_narrow_ffns_need_no_moments_of_factors(vlm, questions):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=2)]
+    options = CompressionOptions(flops=0.6)
+    assert not options.needs.factors and CompressionOptions(flops=0.6, ffn="low-rank").needs.factors
+    found = []
+    for factors in (False, True):
+        statistics = calibrate(vlm.model, vlm.architecture, inputs, **options.needs.moments | {"factors": factors})
+        solved = solve_sites(vlm.model, vlm.architecture, statistics, options)
+        _, dense, workload = measure(vlm, questions)
+        decisions = decide(solved, FlopCosts(workload), dense.total, options)
+        found.append(apply_decisions(vlm, decisions, options, statistics, inputs).model.state_dict())
+        sites = [statistics.sites[site.path] for site in vlm.architecture.ffn]
+        assert all(("input" in site.by_class) == factors == (site.input_gradient is not None) for site in sites)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @torch.no_grad()

@@ -107,6 +107,12 @@ def test_an_option_may_be_left_open(recipe):
         read_recipe(recipe("gate_rate: null\n"))
 
 
+@pytest.mark.parametrize("text", ["output: 2026-13-45", "flops: 0.5\nflops: 0.3", "data: " + "[" * 3000])
+def test_what_yaml_can_not_read_is_told(recipe, text):
+    with pytest.raises(InfoPruneError, match=r"^Cannot read the recipe"):
+        read_recipe(recipe(text))
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

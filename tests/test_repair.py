@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import copy
 
 import pytest
@@ -193,6 +194,23 @@ def test_nothing_before_the_first_cut_changes(vlm, questions):
     cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
     after = vlm.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith(f"{last.path}."))
+
+
+@torch.no_grad()
+def test_layers_before_the_first_cut_run_once_a_batch(vlm, questions):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=3)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs)
+    last = vlm.architecture.ffn[-1]
+    plan = plan_of(vlm, heads=False)
+    plan = plan.model_copy(update={"ffn": {last.path: plan.ffn[last.path]}})
+    runs = collections.Counter()
+    for site in vlm.architecture.attention:
+        vlm.model.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: runs.update([path]))
+    cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
+    stacks = len(_stacks(vlm.architecture))  # each is captured in a pass through those before it
+    for site in vlm.architecture.attention[:-1]:
+        assert runs[site.path] <= (1 if site.tower == "text" else stacks) * len(inputs)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from infoprune.cli import evaluate as evaluate_verb
 from infoprune.cli.device import own_device
 from infoprune.compress import logs_folder
 from infoprune.criteria.heads import Block, Removal, block_of, compensate
-from infoprune.errors import CalibrationError, CheckpointError, DataError, InfoPruneError
+from infoprune.errors import BudgetError, CalibrationError, CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.learned import unit_percentiles
 from infoprune.packing import answer_logits, batches
@@ -51,7 +51,7 @@ from infoprune.training.recovery import (
     typical_magnitude,
     validated,
 )
-from infoprune.training.run import TrainingRun, split
+from infoprune.training.run import TrainingRun, _is_test, split
 from infoprune.training.structure import dense_structure, energy_forms, leave_one_out, stand_in, structure_of
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
@@ -670,6 +670,87 @@ def test_work_with_other_settings_is_not_mixed_up(gqa_vlm, questions, tmp_path):
     (tmp_path / "work" / "gates.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="damaged"):
         infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **QUICK)
+
+
+def test_other_validation_questions_are_other_work(gqa_vlm, questions, jsonl, tmp_path):
+    held = tmp_path / "held.jsonl"
+    lines = jsonl.read_text().splitlines()
+    given = QUICK | {"recovery": "full", "recovery_steps": 2, "validation": str(held)}
+    held.write_text("\n".join(_absolute(line, jsonl.parent) for line in lines[:4]))
+    infoprune.compress(gqa_vlm, questions[6:], work=tmp_path / "work", **given)
+    held.write_text("\n".join(_absolute(line, jsonl.parent, answer="blue circle") for line in lines[:4]))
+    with pytest.raises(CheckpointError, match=r"other settings \(validation questions\)"):
+        infoprune.compress(gqa_vlm, questions[6:], work=tmp_path / "work", **given)
+
+
+def _absolute(line, folder, **changed):
+    record = json.loads(line)
+    return json.dumps(record | {"image": str(folder / record["image"])} | changed)
+
+
+def test_a_resumed_run_goes_on_with_the_times_that_were_measured_first(gqa_vlm, questions, tmp_path, monkeypatch):
+    options = QUICK | {"gate_cost": "time", "attention_share": 0.5}
+    measured = []
+
+    def times(model, sites, probe, workload):
+        found = flop_costs(sites, workload)
+        measured.append(replace(found, unit=found.unit * (1 + 3 * len(measured) * torch.arange(len(found.unit)))))
+        return measured[-1]
+
+    monkeypatch.setattr(sys.modules["infoprune.compress"], "time_costs", times)
+    whole = infoprune.compress(gqa_vlm, questions, **options)
+    measured.clear()
+    resumed = stopped_once(monkeypatch, ("gates", 4), lambda: infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options))
+    assert len(measured) == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
+
+
+def test_heads_that_the_budget_has_no_room_for_are_left_out(gqa_vlm, questions, monkeypatch):
+    real, given = (
+        sys.modules["infoprune.compress"].decide,
+        QUICK | {"gate_steps": 4, "evaluate_every": 2, "gate_rate": 3.0, "gate_prior": 6.0},
+    )
+    choices = []
+
+    def no_room(solved, *rest):
+        if solved[0].fixed is not None:
+            choices.append([item.fixed for item in solved])
+            if len(choices) > 1 and choices[-1] != choices[0]:
+                raise BudgetError("out of reach")
+        return real(solved, *rest)
+
+    def update(self, choice, loss, step):
+        self.choice, self.loss, self.step = choice, loss, step
+
+    monkeypatch.setattr(BestGates, "update", update)
+    monkeypatch.setattr(sys.modules["infoprune.compress"], "decide", no_room)
+    found = infoprune.compress(gqa_vlm, questions, **given)
+    assert found.training["heads"]["kept"] == "start" and list(found.training["heads"]["cut"]) == ["start"]
+
+
+def test_without_a_head_that_can_go_none_are_trained(gqa_vlm, questions):
+    whole = replace(gqa_vlm.architecture, attention=[replace(s, min_units=s.num_units) for s in gqa_vlm.architecture.attention])
+    with pytest.raises(InfoPruneError, match="can lose a head"):
+        infoprune.compress(replace(gqa_vlm, architecture=whole), questions, **QUICK)
+
+
+def test_options_are_given_once(gqa_vlm, questions):
+    with pytest.raises(InfoPruneError, match=r"CompressionOptions or its fields by keyword \(flops\)"):
+        infoprune.compress(gqa_vlm, questions, options=infoprune.CompressionOptions(flops=0.5), flops=0.3)
+    with pytest.raises(InfoPruneError, match=r"TrainingOptions or its fields by keyword \(recovery\)"):
+        infoprune.compress(gqa_vlm, questions, flops=0.5, training=TrainingOptions(), recovery="full")
+
+
+@pytest.mark.parametrize(("spec", "is_test"), [("vqav2@x", True), ("vqav2:train@x", False), ("textvqa", True), ("gqa", False),
+                                               ("gqa:testdev", True), ("easy-vqa:test", True), ("own.jsonl", False)])  # fmt: skip
+def test_validation_on_what_one_tests_on_is_told(spec, is_test):
+    assert _is_test(spec) == is_test
+
+
+def test_an_old_pytorch_is_told_before_any_work(gqa_vlm, questions, monkeypatch):
+    monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor")
+    with pytest.raises(InfoPruneError, match="--shard needs a newer PyTorch"):
+        infoprune.compress(gqa_vlm, questions, **QUICK, shard=True)
 
 
 def test_full_recovery_takes_steps_relative_to_each_tensor():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -50,7 +51,14 @@ def test_outputs_never_take_the_place_of_what_is_no_output(tmp_path, monkeypatch
     assert check_output_folder("small") == notes / "small"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert check_output_folder("~/small") == tmp_path / "small"
-    assert check_output_folder(source, overwrite=True) == source  # it has a config.json, and is no source here
+    with pytest.raises(CheckpointError, match="no earlier output"):  # other people's checkpoints have a config.json, too
+        check_output_folder(source, overwrite=True)
+    (source / "plan.json").write_text("{}")
+    assert check_output_folder(source, overwrite=True) == source
+    (source / "mine").mkdir()
+    (source / "mine" / "photo.jpg").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"mine.photo\.jpg, which is no part of an output"):
+        check_output_folder(source, overwrite=True)
 
 
 def test_what_was_there_comes_back_if_the_new_one_can_not_take_its_place(tmp_path):
@@ -248,6 +256,9 @@ def test_images_are_read_as_people_see_them(tmp_path):
     exif[0x0112] = 3  # upside down
     turned.save(tmp_path / "turned.png", exif=exif)
     assert read("turned.png")[0].tolist() == [[0, 0, 255], [255, 0, 0]]
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 3, 0) + struct.pack("<HHI4s", 0x0128, 2, 2, b"a")  # a unit that calls itself text
+    turned.save(tmp_path / "odd.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
+    assert read("odd.png")[0].tolist() == [[0, 0, 255], [255, 0, 0]] and not unreadable([tmp_path / "odd.png"])
     Image.new("CMYK", (2, 1), (0, 0, 0, 255)).save(tmp_path / "print.jpg")
     assert read("print.jpg").shape == (1, 2, 3)
     Image.fromarray(np.array([[0.1, 0.9]], dtype=np.float32)).save(tmp_path / "measured.tif")
@@ -330,7 +341,7 @@ def test_options_that_nothing_reads_are_refused(checkpoint, jsonl, tmp_path, giv
 
 def test_result_files_go_where_they_can(checkpoint, tmp_path):
     refused = run("evaluate", checkpoint, "--data", "gqa@somewhere", "--generate", "--results", tmp_path / "no" / "a.json", status=2).stderr
-    assert "the folder" in refused and "is not there" in refused
+    assert "its folder does not exist" in refused
 
 
 def test_models_that_read_otherwise_are_not_compared(questions):

@@ -68,6 +68,12 @@ class SiteStatistics:
     neurons: DiagonalMoments | None = None
     saliency: torch.Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """Tokens seen."""
+        classes = self.by_class.get("input", {}).values()
+        return sum(moments.count for moments in classes) if classes or self.neurons is None else self.neurons.count
+
     def pooled(self, tap: str) -> Moments:
         """Moments of image and text tokens together."""
         moments = list(self.by_class[tap].values())
@@ -78,7 +84,7 @@ class SiteStatistics:
 
     def mean_magnitude(self, tap: str) -> torch.Tensor:
         """E|x|, (dimension,) float64, of what ``magnitudes`` names."""
-        return self.magnitudes[tap] / self.pooled("input").count
+        return self.magnitudes[tap] / self.count
 
 
 @dataclass
@@ -108,6 +114,7 @@ def calibrate(
     branches: bool = False,
     magnitudes: bool = False,
     split_tokens: bool = False,
+    factors: bool = True,
     neurons: bool = False,
     layers: bool = False,
     temperature: float = 1.0,
@@ -129,6 +136,7 @@ def calibrate(
         branches: Also gather the gate's and the up projection's gradients apart.
         magnitudes: Also gather mean absolute inputs of the FFNs' linears.
         split_tokens: Keep image and text tokens of the language model apart (twice the memory for inputs and outputs).
+        factors: Gather the moments of FFNs that factorisations need: of what they read, with its gradients, and of what they write.
         neurons: Also gather means and variances of the FFNs' neurons.
         layers: Also compare what each layer reads with what it leaves.
         temperature, top_k: See :func:`infoprune.fisher.fisher_sample`.
@@ -139,9 +147,10 @@ def calibrate(
     Raises:
         CalibrationError: No data, or a value that is not finite; names the site.
     """
+    assert factors or neurons
     if weighting == "relevance" and not gradients:
         raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
-    collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens, neurons))
+    collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens, factors, neurons))
     generator = torch.Generator().manual_seed(seed)
     training, questions = model.training, 0
     model.eval()
@@ -182,6 +191,7 @@ class _Options:
     branches: bool
     magnitudes: bool
     split_tokens: bool
+    factors: bool
     neurons: bool
 
 
@@ -216,10 +226,8 @@ class _Collector:
         # zero, but its moments are still needed to cut it sensibly.
         for (path, tap), (site, values, _, _) in self._pending.items():
             self._add(site, tap, values, None)
-            if tap == "neurons":
-                continue
             gradient = Moments(site.hidden_size)
-            if tap == "output" or isinstance(site, AttentionSite):
+            if tap in ("output", "neurons") or isinstance(site, AttentionSite):
                 self.sites[path].output_gradient = self.sites[path].output_gradient or gradient
             else:
                 self.sites[path].input_gradient = self.sites[path].input_gradient or gradient
@@ -233,9 +241,9 @@ class _Collector:
 
     def check(self) -> None:
         for path, statistics in self.sites.items():
-            moments = [m for classes in statistics.by_class.values() for m in classes.values()]
-            if all(m.count == 0 for m in moments):
+            if not statistics.count:
                 raise CalibrationError(f"Calibration saw no tokens at '{path}': no image or prompt token reached it.")
+            moments = [m for classes in statistics.by_class.values() for m in classes.values()]
             moments += [m for m in (statistics.output_gradient, statistics.input_gradient) if m is not None]
             if not all(m.is_finite() for m in moments):
                 raise CalibrationError(f"Calibration met gradients that are NaN or infinite at '{path}'. Compute in float32.")
@@ -246,6 +254,22 @@ class _Collector:
         if isinstance(site, AttentionSite):
             self._watch(site, {"input": lambda args, output: args[0]}, block.get_submodule(site.names.out), stack)
             return
+        if self.options.factors:
+            self._watch_inputs(site, block, stack)
+        down = block.get_submodule(site.names.down)
+        taps: dict[str, Callable[[Any, Any], torch.Tensor]] = {}
+        if self.options.factors:
+            taps["output"] = lambda args, output: output
+        if self.options.neurons:
+            self.sites[site.path].neurons = DiagonalMoments(site.intermediate_size)
+            taps["neurons"] = lambda args, output: args[0]
+        self._watch(site, taps, down, stack)
+        if self.options.magnitudes:
+            for tap, reading in (("input", block.get_submodule(site.names.up)), ("intermediate", down)):
+                stack.callback(reading.register_forward_pre_hook(partial(self._add_magnitude, site, tap)).remove)
+
+    def _watch_inputs(self, site: FFNSite, block: nn.Module, stack: ExitStack) -> None:
+        """What an FFN reads, and the gradients there."""
         inputs = {"up": block.get_submodule(site.names.up)}
         if site.names.gate:
             inputs["gate"] = block.get_submodule(site.names.gate)
@@ -255,15 +279,6 @@ class _Collector:
         for name, linear in inputs.items():
             if self.options.gradients:
                 stack.callback(linear.register_forward_hook(partial(self._ffn_branch, site, name)).remove)
-        down = block.get_submodule(site.names.down)
-        taps: dict[str, Callable[[Any, Any], torch.Tensor]] = {"output": lambda args, output: output}
-        if self.options.neurons:
-            self.sites[site.path].neurons = DiagonalMoments(site.intermediate_size)
-            taps["neurons"] = lambda args, output: args[0]
-        self._watch(site, taps, down, stack)
-        if self.options.magnitudes:
-            for tap, reading in (("input", inputs["up"]), ("intermediate", down)):
-                stack.callback(reading.register_forward_pre_hook(partial(self._add_magnitude, site, tap)).remove)
 
     def attach_layer(self, model: nn.Module, site: AttentionSite, stack: ExitStack) -> None:
         """Compare what the layer of an attention block reads with what it leaves."""
@@ -293,7 +308,7 @@ class _Collector:
             statistics.output_gradient = statistics.output_gradient or Moments(tokens.shape[1])
             statistics.output_gradient.update(tokens)
             for tap in taps:
-                self._weigh(site, tap, tokens.square().sum(1))
+                self._weigh(site, tap, tokens.float().square().sum(1))
 
         stack.callback(module.register_forward_hook(after).remove)
 
@@ -321,7 +336,7 @@ class _Collector:
 
         def on_gradient(gradient: torch.Tensor) -> None:
             tokens, statistics = self._tokens(site, gradient), self.sites[site.path]
-            energy = tokens.square().sum(1)
+            energy = tokens.float().square().sum(1)
             statistics.intermediate_gradient_energy += float(exact_sum(energy, 0))
             if self.options.branches and site.gated:
                 mapped = tokens @ linear.weight
@@ -371,12 +386,12 @@ class _Collector:
     def _add(self, site: Site, tap: str, tokens: torch.Tensor, weights: torch.Tensor | None) -> None:
         assert self._batch is not None
         statistics = self.sites[site.path]
+        if isinstance(site, AttentionSite) or tap == ("output" if self.options.factors else "neurons"):
+            statistics.token_weights.append(torch.ones(len(tokens)) if weights is None else weights.float().cpu())
         if tap == "neurons":
             assert statistics.neurons is not None
             statistics.neurons.update(tokens, weights)
             return
-        if tap == "output" or isinstance(site, AttentionSite):
-            statistics.token_weights.append(torch.ones(len(tokens)) if weights is None else weights.float().cpu())
         classes = statistics.by_class.setdefault(tap, {})
         parts: dict[TokenClass, torch.Tensor | None] = {"image" if site.tower == "vision" else "all": None}
         if site.tower == "text" and self.options.split_tokens:

@@ -75,12 +75,15 @@ class CalibrationBatches(Sequence[PackedBatch]):
 
 
 def kept_by_largest(vlm: VLM, architecture: Architecture, rows: Sequence[Sequence[Example]]) -> int:
-    """Bytes that ``vlm`` keeps for a backward pass of the row with the largest image among the first :data:`LOOKED_AT`.
+    """Bytes that ``vlm`` keeps for a backward pass of one row: of the largest image, or of most questions, whichever keeps more.
 
-    ``architecture`` is the dense model's, where ``vlm`` was cut from one.
+    ``architecture`` is the dense model's, where ``vlm`` was cut from one. Images are those of the first :data:`LOOKED_AT` rows.
     """
-    largest = max(rows[:LOOKED_AT], key=lambda row: num_pixels(row[0].image))
-    return max(1, kept_for_backward(vlm.model, architecture, pack(vlm.encoder, [largest]).to(vlm.device)))
+    pixels = [num_pixels(row[0].image) for row in rows[:LOOKED_AT]]
+    largest = max(range(len(pixels)), key=lambda index: (pixels[index], len(rows[index])))
+    fullest = max(range(len(rows)), key=lambda index: len(rows[index]))
+    chosen = [rows[index] for index in ((largest,) if len(rows[largest]) == len(rows[fullest]) else (largest, fullest))]
+    return max(1, *(kept_for_backward(vlm.model, architecture, pack(vlm.encoder, [row]).to(vlm.device)) for row in chosen))
 
 
 def rows_that_fit(vlm: VLM, architecture: Architecture, rows: Sequence[Sequence[Example]], most: int) -> int:

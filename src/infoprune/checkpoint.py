@@ -31,7 +31,9 @@ from infoprune.model import VLM, load, precision_name
 from infoprune.report.model_card import base_licence, model_card
 
 TOLERANCE = 1e-4
-OUTPUTS = ("plan.json", "config.json", "graphs.json")  # one of these is in every folder that this library wrote
+OUTPUTS = ("plan.json", "graphs.json")  # one of these is in every folder that this library wrote
+# Endings of all files in such folders: weights, configuration, tokenizers, code that travels along, graphs, the model card.
+WRITTEN = {".safetensors", ".json", ".txt", ".model", ".jinja", ".py", ".pyc", ".onnx", ".data", ".xml", ".bin", ".md"}
 
 
 def register() -> None:
@@ -72,8 +74,8 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
         Its absolute path, links in it unresolved.
 
     Raises:
-        CheckpointError: It is not empty (with ``overwrite``: and holds no earlier output), it contains the source model or the folder one
-            is in, or its parent can't be written.
+        CheckpointError: It is not empty (with ``overwrite``: and holds no earlier output, or other files beside it), it contains the source
+            model or the folder one is in, or its parent can't be written.
     """
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -92,6 +94,12 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
             raise CheckpointError(
                 f"The output folder {folder} holds none of {', '.join(OUTPUTS)}, so it is no earlier output, and --overwrite would delete "
                 "what is in it. Choose another one."
+            )
+        others = sorted(file for file in folder.rglob("*") if not file.is_dir() and file.suffix not in WRITTEN)
+        if others:
+            raise CheckpointError(
+                f"The output folder {folder} holds {others[0].relative_to(folder)}, which is no part of an output, and --overwrite would "
+                "delete it. Move it, or choose another folder."
             )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

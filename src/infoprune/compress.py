@@ -57,6 +57,7 @@ from infoprune.training.loop import Processes, check_trackers
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import require_peft
 from infoprune.training.run import GatedFFNs, LearnedHeads, TrainingRun, split
+from infoprune.training.sharding import check_sharding
 from infoprune.training.state import WorkFolder
 
 UNUSED = 0.01  # of the dense FLOPs: what may be left of a budget without a word
@@ -144,6 +145,9 @@ def _options_of(
     options: CompressionOptions | None, training: TrainingOptions | None, given: dict[str, Any]
 ) -> tuple[CompressionOptions, TrainingOptions]:
     own = {f.name for f in fields(TrainingOptions)} & given.keys()
+    for whole, names in ((options, given.keys() - own), (training, own)):
+        if whole is not None and names:
+            raise InfoPruneError(f"Give {type(whole).__name__} or its fields by keyword ({', '.join(sorted(names))}), not both.")
     training = training or TrainingOptions(**{name: given[name] for name in own})
     return options or CompressionOptions(**{name: value for name, value in given.items() if name not in own}), training
 
@@ -154,6 +158,8 @@ def _training_run(
 ) -> TrainingRun:  # fmt: skip
     if training.recovery == "lora" or training.gate_lora:
         require_peft()
+    if training.shard:
+        check_sharding()
     if vlm.model.dtype != torch.float32:
         raise InfoPruneError(
             f"Training needs weights in float32, not {precision_name(vlm.model.dtype)}, in which small updates are lost. Load the model "
@@ -172,11 +178,14 @@ def _training_run(
                 "weights": weights_digest(vlm.model),
                 "images": images_state(examples + validation),
                 "prompt": vlm.encoder.prompt("{question}"),
-                "data": fingerprint(examples),
-                "validation": fingerprint(validation),
+                "training questions": fingerprint(examples, people=True),
+                "validation questions": fingerprint(validation, people=True),
                 "library": __version__,
+                "processes": processes.count,
             }
-            folder.claim(told | asdict(options) | asdict(training) | {"processes": processes.count})
+            settings = asdict(options) | asdict(training)
+            assert not told.keys() & settings.keys()
+            folder.claim(told | settings)
             ending.enter_context(folder.held())
         processes.wait()
     run = TrainingRun(training, examples, validation, options.seed, processes, progress, folder)
@@ -229,6 +238,7 @@ def _cut_free(
         target, decisions, speed = cut_to_speed(vlm, solved, workload, probe, options, cut, progress)
     else:
         decisions = decide(solved, FlopCosts(workload), dense_flops.total, options)
+        decisions = run.processes.same(decisions) if run else decisions
         clock.lap("decide")
         target = vlm if in_place else vlm.copy()
         if run and options.heads == TRAINED:
@@ -238,6 +248,8 @@ def _cut_free(
         del solved
         plan = make_plan(vlm, decisions, options, record)
         cut_(target, plan, statistics, inputs, progress)
+        if run:
+            run.processes.same_weights_(target.model)
         target = replace(target, plan=plan)
     clock.lap("cut")
     assert target.plan is not None
@@ -274,10 +286,12 @@ def _train_heads(
     choices = {"trained": learned.choice, "start": learned.start}
     if learned.choice.sizes is not None and learned.choice.kept != learned.start.kept:
         choices["trained heads"] = Choice(learned.choice.kept)
-    found = {
-        name: decide(with_choice(solved, choice, options), FlopCosts(workload), dense_flops.total, options)
-        for name, choice in choices.items()
-    }
+    found: dict[str, Decisions] = {}
+    for name, choice in choices.items():
+        try:
+            found[name] = decide(with_choice(solved, choice, options), FlopCosts(workload), dense_flops.total, options)
+        except BudgetError as error:  # gates that pay for time may keep what is too dear in FLOPs; the start is known to fit
+            run.progress.note(f"the heads of '{name}' are left out: {error}")
     best, told = "trained", {}
     if learned.choice != learned.start:
 
@@ -302,9 +316,13 @@ def _learn_heads(
     """
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
+    if not sites:
+        raise InfoPruneError("heads=trained: no attention block of the chosen towers can lose a head. Take heads=none.")
     target = run.options.attention_share or attention_share(solved, decisions, workload)
-    costs = flop_costs(sites, workload) if run.options.gate_cost == "flops" else run.agreed(time_costs(vlm.model, sites, probe, workload))
-    prior = unit_percentiles(solved, costs, target)
+    costs = flop_costs(sites, workload)
+    if run.options.gate_cost == "time":
+        costs = run.measured(costs, lambda: time_costs(vlm.model, sites, probe, workload))
+    prior = run.processes.same(unit_percentiles(solved, costs, target))
     start = HeadGates(sites, start_locations(torch.tensor(prior), run.options.gate_prior, costs, target))
     chosen = Choice(binarise(start, costs, target))
     decide(with_choice(solved, chosen, options), FlopCosts(workload), dense_flops.total, options)

@@ -67,6 +67,7 @@ def export_dense(
         stock.save_pretrained(aside, state_dict=dict(state))  # which empties it where weights have other names on disk
         restate_precision_(aside, written)
         vlm.processor.save_pretrained(aside)
+        (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")  # what tells it from other people's
         notify(f"reloading the checkpoint ({precision_name(written)}) and comparing logits")
         found = load(aside, device=str(vlm.device), dtype=stock.dtype).model
         # Rounded; assigned, since the weights in place may be those of ``vlm``.

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from infoprune.architecture import Architecture
-from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
+from infoprune.errors import CheckpointError, DataError, InfoPruneError, UnsupportedModelError
 from infoprune.packing import QUESTION, PromptEncoder
 from infoprune.plan import CompressionPlan
 from infoprune.resolve import COMPRESSED, family_of, resolve, supported, towers_of
@@ -171,8 +171,9 @@ def _check_prompts(encoder: PromptEncoder, source: str | Path) -> None:
         prompt = encoder.prompt(QUESTION)
         ids = encoder.inputs([prompt], [Image.new("RGB", (224, 224))])["input_ids"]
     except Exception as error:  # templates and processors raise many kinds
+        cause = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
         raise UnsupportedModelError(
-            f"The processor of '{source}' can't put a question about an image into a prompt ({type(error).__name__}: {error}). {hint}"
+            f"The processor of '{source}' can't put a question about an image into a prompt ({type(cause).__name__}: {cause}). {hint}"
         ) from error
     for lacks, what in ((QUESTION not in prompt, "the question"), (encoder.image_token_id not in ids, "the image")):
         if lacks:

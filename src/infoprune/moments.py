@@ -80,10 +80,12 @@ class DiagonalMoments:
 
     Attributes:
         dimension: Length of the vectors.
+        count: Vectors seen.
         weight: Sum of their weights.
     """
 
     dimension: int
+    count: int = 0
     weight: float = 0.0
     _sum: torch.Tensor = field(init=False, repr=False)
     _squares: torch.Tensor = field(init=False, repr=False)
@@ -99,6 +101,7 @@ class DiagonalMoments:
         weighted = vectors if weights is None else vectors * weights[:, None].to(vectors.dtype)
         self._sum += exact_sum(weighted, 0)
         self._squares += exact_sum(weighted * vectors, 0)
+        self.count += len(vectors)
         self.weight += float(len(vectors) if weights is None else exact_sum(weights, 0))
 
     @property

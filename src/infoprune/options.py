@@ -40,7 +40,8 @@ class Needs:
     """What calibration gathers, and how. Methods that agree in all but the flags after ``gradients`` can share it.
 
     Attributes:
-        weighting, temperature, top_k, seed, gradients, branches, magnitudes, neurons, layers: See :func:`infoprune.calibrate.calibrate`.
+        weighting, temperature, top_k, seed, gradients, branches, magnitudes, factors, neurons, layers: See
+            :func:`infoprune.calibrate.calibrate`.
         sensitivities: Derivatives of each question's loss in the heads, :func:`infoprune.sensitivity.head_sensitivities`.
         saliencies: Gradients of weights, :func:`infoprune.saliency.weight_saliencies`.
     """
@@ -52,6 +53,7 @@ class Needs:
     gradients: bool
     branches: bool = False
     magnitudes: bool = False
+    factors: bool = False
     neurons: bool = False
     layers: bool = False
     sensitivities: bool = False
@@ -275,6 +277,7 @@ class CompressionOptions:
             gradients=self.ffn_metric == "task" or self.weighting == "relevance",
             branches=self.structure != "joint" and self.ffn_metric == "task",
             magnitudes=self.ffn != NONE and self.whitening == "diagonal",
+            factors=self.ffn != WIDTH or whole_layers,
             neurons=self.ffn == WIDTH,
             layers=whole_layers,
             sensitivities=self.heads == TAYLOR,

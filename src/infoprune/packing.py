@@ -123,19 +123,39 @@ class PromptEncoder:
         return template.format(image=str(self.processor.image_token) * images, question=question + self.suffix)
 
     def prompt_of(self, example: Example, *, images: int = 1) -> str:
-        """The prompt text of an example: as its benchmark puts the question, unless the user has a suffix of their own."""
-        return self.prompt(example.question if self.suffix or example.prompt is None else example.prompt, images=images)
+        """The prompt text of an example: as its benchmark puts the question, unless the user has a suffix of their own.
+
+        Data made for LLaVA say in the question where the image goes; the prompt does, so the question loses the token.
+        """
+        asked = example.question if self.suffix or example.prompt is None else example.prompt
+        token = getattr(self.processor, "image_token", None)
+        return self.prompt(asked.replace(str(token), "").strip() if token and str(token) in asked else asked, images=images)
 
     def encode(self, example: Example, image: Any) -> Encoded:
         """Ids of one example; ``image`` is its loaded image, or a list of them."""
         text = self.prompt_of(example, images=len(_listed(image)))
         inputs = self.inputs([text], [image])
-        ends = text + self.processor.tokenizer.decode(inputs["input_ids"][0, -1:])  # some processors append a line break to the text
-        prefix = self.answer_prefix if self.answer_prefix is not None else ("" if ends[-1:].isspace() else " ")
-        answer = self.processor.tokenizer(prefix + example.answer, add_special_tokens=False)["input_ids"]
+        last = self.processor.tokenizer.decode(inputs["input_ids"][0, -1:])
+        prefix = self.answer_prefix
+        if prefix is None:
+            prefix = "" if (text + last)[-1:].isspace() else " "  # some processors append a line break to the text
+        answer = self._continued(last, prefix + example.answer)
         if not answer:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
         return self._encoded(inputs, answer)
+
+    def _continued(self, before: str, text: str) -> list[int]:
+        """Ids of ``text`` behind a prompt that ends in ``before``.
+
+        Tokenizers may put a space before whatever they read (Llama 2's do): text by itself would get one too many. Where the two would be
+        read as one token, a line break stands for the prompt.
+        """
+        tokenizer = self.processor.tokenizer
+        for anchor in (before, "\n"):
+            first, both = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor, anchor + text))
+            if first and both[: len(first)] == first:
+                return both[len(first) :]
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode_question(self, example: Example, image: Any) -> Encoded:
         """Ids of a question that is to be answered: all that is known of the answer is that it ends."""
@@ -165,7 +185,14 @@ class PromptEncoder:
         # A template that writes the beginning of the sequence itself leaves none to be added; apply_chat_template(tokenize=True) agrees.
         begin = self.processor.tokenizer.bos_token
         options = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
-        batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt", **options)
+        try:
+            batch = self.processor(text=list(texts), images=listed if any(listed) else None, padding=True, return_tensors="pt", **options)
+        except Exception as error:  # processors raise many kinds, about images too thin for them, for example
+            sizes = ", ".join(f"{image.width} x {image.height}" for several in listed for image in several)
+            raise DataError(
+                f"The model's processor can't take {texts[0]!r}{' and others' if texts[1:] else ''}, images of {sizes or 'none'} "
+                f"pixels ({type(error).__name__}: {error}). Leave such questions out."
+            ) from error
         found = {name: value for name, value in batch.items() if name != "labels"}
         if self.question_inputs:  # on the left, where processors may pad them, padding would move their absolute positions
             alone = [self.processor(text=[text], return_tensors="pt", **options) for text in texts]

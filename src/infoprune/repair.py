@@ -116,10 +116,15 @@ def cut_and_repair_(
     model.eval()
     stacks = _stacks(architecture)
     untouched = [_captured(model, layers, batches, notify) for layers in stacks]
-    for layers, first in zip(stacks, untouched, strict=True):
+    touched = False
+    while stacks:
+        layers, first = stacks.pop(0), untouched.pop(0)  # what is done with goes
         used = [stream.tokens for stream in first]
-        current = first if layers is stacks[0] else [_capture(model, layers, batch) for batch in itertools.islice(batches, len(first))]
+        current = [_capture(model, layers, batch) for batch in itertools.islice(batches, len(first))] if touched else first
+        touched = touched or any(site.path in plan.heads or site.path in plan.ffn for blocks in layers for site in blocks)
         dense, compressed = ([stream.hidden for stream in streams] for streams in (first, current))
+        for stream in (*first, *current):
+            stream.hidden = torch.empty(0)  # lives in the lists above as long as it is of use
         for number, (attention, ffn) in enumerate(layers):
             dense, compressed = (
                 [s.before(number, h) for s, h in zip(streams, hidden, strict=True)]
@@ -235,12 +240,16 @@ class _LayerRepair:
         self, dense: list[torch.Tensor], compressed: list[torch.Tensor], plan: CompressionPlan, options: FFNOptions
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the layer leaves of either stream, the cut made."""
+        drifted = not all(h is c or torch.equal(h, c) for h, c in zip(dense, compressed, strict=True))
+        if not drifted and self.attention.path not in plan.heads and self.ffn.path not in plan.ffn:
+            after = [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)]
+            return after, after
         after_dense, targets, inputs = self._run_dense(dense)
         # What rescales a block's output would have to be passed backwards by the drift; there each block only aims at its own output.
         drift = [torch.zeros_like(h) if self.rescaled else h - c for h, c in zip(dense, compressed, strict=True)]
         streams = [h + t.view_as(h) for h, t in zip(dense, targets[self.attention.path], strict=True)]
-        drifted = not all(h is c or torch.equal(h, c) for h, c in zip(dense, compressed, strict=True))
         writes = self._cut_attention(compressed, plan, inputs[self.attention.path] if drifted else None, targets, drift, streams)
+        del streams
         if self.ffn.path in plan.ffn:
             cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
         if isinstance(_writer(self.model, self.ffn), Constant):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class SolvedSite:
 
 def tokens_per_example(site: AttentionSite | FFNSite, statistics: Statistics) -> float:
     """Tokens that pass the site for one example; losses per token times this are per example."""
-    return statistics.sites[site.path].pooled("input").count / statistics.num_examples
+    return statistics.sites[site.path].count / statistics.num_examples
 
 
 @torch.no_grad()
@@ -59,12 +59,12 @@ def solve_sites(
     solved: list[SolvedSite] = []
     if options.heads != NONE:
         sites = [s for s in architecture.attention if s.tower in options.towers and s.min_units < s.num_units]
-        blocks = []
-        for site in sites:
-            out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
-            blocks.append(block_of(site, statistics.sites[site.path], out.weight.cpu(), options.ffn_metric))
         setwise = options.heads in (INFORMATION_LOSS, TRAINED)  # trained heads are first given the share that the set-wise loss gives them
-        scores = {} if setwise else rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
+        blocks: Iterable[Block] = (_block(model, site, statistics, options) for site in sites)
+        scores: dict[str, list[float]] = {}
+        if not setwise:  # rankings compare all blocks, which a removal by itself needs one at a time: their matrices are large
+            blocks = list(blocks)
+            scores = rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
         for site, block in zip(sites, blocks, strict=True):
             removal = information_loss(block, options.compensate) if setwise else _ranked_removal(block, scores[site.path], options)
             # Only the KS rule and gates look at the block again; its matrices are too large to keep for nothing.
@@ -87,6 +87,11 @@ def solve_sites(
                 )
                 progress()
     return solved
+
+
+def _block(model: nn.Module, site: AttentionSite, statistics: Statistics, options: CompressionOptions) -> Block:
+    out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
+    return block_of(site, statistics.sites[site.path], out.weight.cpu(), options.ffn_metric)
 
 
 def _solve_widths(

@@ -9,9 +9,9 @@ import sys
 import warnings
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
-from infoprune.cli.console import error_console
+from infoprune.cli.console import error_console, plain
 
 app = typer.Typer(
     name="infoprune",
@@ -42,7 +42,12 @@ def main() -> None:
             _fail(
                 f"The disk is full ({error.filename or 'while writing'}). Free some space and run again; nothing half-written was left.", 2
             )
-        raise
+        if error.filename is None:
+            raise
+        from infoprune.demo.sources import cache_directory
+
+        hint = " The variable INFOPRUNE_CACHE names another cache folder." if str(error.filename).startswith(str(cache_directory())) else ""
+        _fail(f"{error.filename}: {error.strerror}.{hint}", 2)
 
 
 class _Interrupted(BaseException):
@@ -54,7 +59,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    error_console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    error_console.print(Text.assemble(("error:", "bold red"), " ", plain(message)), highlight=False, soft_wrap=True)
     sys.exit(status)
 
 

@@ -70,7 +70,7 @@ class BarProgress(Progress):
 
     def note(self, message: str) -> None:
         """See :class:`infoprune.progress.Progress`."""
-        error_console.print(message, highlight=False, markup=False, soft_wrap=True)
+        error_console.print(plain(message), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -123,6 +123,8 @@ def evaluate(
         if not all(example.answered for example in examples):
             lost = "" if report is None else f", and {report} is not written"
             progress.note(f"Questions without reference answers are among them, so nothing is judged here{lost}.")
+            if json_output:
+                print_json({"results": str(results), "num_questions": len(examples), "skipped": loaded.skipped})
             return
     result = run(
         models[-1], examples, against=models[0] if against is not None else None, answers=generated, metric=judge, timing=repeats > 0,

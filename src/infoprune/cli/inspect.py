@@ -31,10 +31,13 @@ def inspect(
     """Sites of MODEL: eRank and KS of every head, spectra of every FFN."""
     from infoprune.errors import InfoPruneError
     from infoprune.model import load
+    from infoprune.outputs import check_file
     from infoprune.report.inspection import PLOT_SUFFIXES, draw, examine
 
     if plot is not None and plot.suffix not in PLOT_SUFFIXES:
         raise InfoPruneError(f"Can't draw to '{plot}'; use one of {', '.join(PLOT_SUFFIXES)}.")
+    if plot is not None:
+        check_file(plot, "the picture")
     progress = BarProgress()
     vlm = load(model, device=device, trust_remote_code=trust_remote_code, notify=progress.note)
     found = examine(vlm, data, num_examples=examples, seed=seed, skip_bad=skip_bad, progress=progress)

@@ -17,6 +17,18 @@ OTHER_KEYS = {"model", "data", "output", "method", "prompt_suffix", "device", "w
 WORDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """Refuses keys that stand twice in a mapping, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """See PyYAML."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Options from a YAML file, each of the type that its field has; lists become tuples.
 
@@ -27,8 +39,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     known = dict.fromkeys(OTHER_KEYS, str) | get_type_hints(CompressionOptions) | get_type_hints(TrainingOptions)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _OneOfEach)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or 2026-13-45 for a date
         raise InfoPruneError(f"Cannot read the recipe {path}: {error}") from error
     if not isinstance(loaded, dict):
         raise InfoPruneError(f"The recipe {path} must be a mapping of options to values.")

@@ -199,13 +199,17 @@ def read_json(path: Path, problems: Problems) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}. Is the download complete?") from error
 
 
+class Doubtful(dict[str, Any]):
+    """An object of which a key stood there twice; it has the first value."""
+
+
 def distinct_keys(name: str, problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     """How :mod:`json` makes objects of a file with that name: what stands under a key that was there before does not go silently."""
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            found = {}
+            found = Doubtful()
             for key, value in pairs:
                 if key in found:
                     problems.add("key that occurs twice in one object", f"{name}: {key}")

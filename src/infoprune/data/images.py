@@ -13,12 +13,22 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from infoprune.errors import DataError
 
 # Pillow knows formats whose decoders start other programs (EPS); these are pictures, and decoded here.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO")  # cameras' MPO comes with JPEG
+ORIENTATION = 0x0112  # the EXIF tag, and what undoes its values
+TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 THREADS = 16  # reading files waits for the disk, or for a network behind it
 
 
@@ -55,7 +65,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         ValueError: See :func:`check_mode`.
     """
     check_mode(image)
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    image = image if turn is None else image.transpose(turn)  # not by Pillow's exif_transpose, which fails on other tags that are damaged
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -100,6 +111,7 @@ def unreadable(paths: Iterable[Path]) -> dict[Path, str]:
         try:
             with opened(path) as image:
                 check_mode(image)
+                image.getexif()
                 image.draft("RGB", (1, 1))  # a JPEG's whole stream is read, its pixels are made at an eighth of the size
                 image.load()
                 return None

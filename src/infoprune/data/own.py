@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from infoprune.data.benchmark import Row, Text, complaint, distinct_keys, most_frequent, read_json
+from infoprune.data.benchmark import Doubtful, Row, Text, complaint, distinct_keys, most_frequent, read_json
 from infoprune.data.example import Example
 from infoprune.data.images import ImageFolder, OutsideError
 from infoprune.data.problems import Problems
@@ -34,6 +34,8 @@ def read(path: Path, problems: Problems) -> Iterator[Example]:
     """
     images = ImageFolder(path.parent)
     for where, item in _lines(path, problems) if path.suffix == ".jsonl" else _items(path, problems):
+        if isinstance(item, Doubtful):  # told, and not used
+            continue
         try:
             record = _Record.model_validate(item)
             image = _image(record.image, images)

@@ -117,8 +117,9 @@ def load_counted(
     if (count := len({example.image for example in examples})) >= MANY_IMAGES:
         notify(f"{spec}: reading {count:,} images to their ends, in search of damaged ones")
     broken = unreadable(example.image for example in examples)
-    for image, reason in broken.items():
-        problems.add("image that can't be read", f"{image.name}: {reason}")
+    for example in examples:
+        if example.image in broken:
+            problems.add("image that can't be read", f"{example.image.name}: {broken[example.image]}")
     examples = [example for example in examples if example.image not in broken]
     if examples and not unanswered:
         examples = _answered(examples, spec, problems)

@@ -10,6 +10,7 @@ from typing import Any
 
 from infoprune.data import Example
 from infoprune.errors import DataError, InfoPruneError
+from infoprune.outputs import check_file
 
 
 def _vqa(id: str, answer: str) -> dict[str, Any]:
@@ -32,10 +33,7 @@ def check_results(path: Path, dataset: str) -> None:
     """
     if dataset not in FORMS:
         raise DataError(f"There is no form of result files for '{dataset}'; there is for {', '.join(FORMS)}.")
-    if not path.name or path.is_dir():
-        raise InfoPruneError(f"A result file must have a name, and '{path}' is a folder.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InfoPruneError(f"Cannot write {path}: the folder {path.parent} is not there, or can't be written to.")
+    check_file(path, "answers")
 
 
 def write_results(path: Path, answers: Sequence[str], examples: Sequence[Example], *, dataset: str) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from infoprune.certification.certificate import Certificate
 from infoprune.data import Example
 from infoprune.errors import DataError, InfoPruneError
+from infoprune.outputs import check_file
 
 MOST_SHOWN = 200
 THUMBNAIL = 144  # pixels
@@ -48,8 +49,7 @@ def check_page(path: Path, *, against: bool) -> None:
         raise InfoPruneError("The report compares two models: give the dense one with --against.")
     if path.suffix.lower() not in (".html", ".htm"):
         raise InfoPruneError(f"The report is an HTML page; give a name that ends in .html instead of '{path}'.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise InfoPruneError(f"Can't write the report to {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}.")
+    check_file(path, "the report")
 
 
 def write_page(result: dict[str, Any], path: Path, certificate: Certificate | None = None) -> None:

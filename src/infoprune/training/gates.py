@@ -26,7 +26,7 @@ from infoprune.architecture import AttentionSite
 from infoprune.training.costs import Costs
 
 STRETCH_LOW, STRETCH_HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
-# P(z != 0) = sigmoid(a - b ln(-low / high)), so a gate is more likely open than not above this a.
+# P(z != 0) = sigmoid(a + OPEN_SHIFT), so a gate is more likely open than not above -OPEN_SHIFT.
 OPEN_SHIFT = -TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)
 
 

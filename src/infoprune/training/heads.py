@@ -141,7 +141,7 @@ class GateStage:
         """Cross-entropy and distillation."""
         o = self.options
         self.gates.sample_(self._draw)
-        self.ffn.sample_(self._draw)
+        self.ffn.sample_(f"{self._draw} ffn")
         if self.cache is not None:
             batch = self.cache.replace(batch, [row[0].image for row in rows])
         logits = answer_logits(self.model, batch)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -26,8 +26,9 @@ from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, 
 
 CLIP_NORM = 1.0
 ROWS_PER_FORWARD = 8  # at most
-NOT_STARTED = "The experiment tracker could not be started: {} Install it, or leave out --tracker."
+NOT_STARTED = "The experiment tracker could not be started: {} Set it up, or leave out --tracker."
 Terms = dict[str, tuple[float, torch.Tensor]]  # by name: coefficient and value
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Processes:
         try:
             accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(trackers) or None, project_dir=logs)
         except (ImportError, ValueError) as error:
-            raise InfoPruneError(NOT_STARTED.format(error)) from error
+            raise InfoPruneError(f"Accelerate could not start: {error}") from error
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if accelerator.distributed_type not in supported:
             raise InfoPruneError(
@@ -132,7 +133,7 @@ class Processes:
         if trackers:
             try:
                 accelerator.init_trackers("infoprune", config)
-            except (ImportError, ValueError) as error:
+            except Exception as error:  # each tracker has its own kinds: nobody logged in, an address that nobody answers
                 raise InfoPruneError(NOT_STARTED.format(error)) from error
         return cls(accelerator)
 
@@ -148,7 +149,9 @@ class Processes:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over processes."""
-        return values if self.count == 1 else self.accelerator.reduce(values, reduction="sum")
+        if self.count == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").to(values.device)
 
     def agree(self, *values: float) -> tuple[float, ...]:
         """What the first of them found: decisions must be the same, and their last bits need not be."""
@@ -156,6 +159,23 @@ class Processes:
             return values
         found = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
         return tuple(self.sum(found if self.index == 0 else torch.zeros_like(found)).tolist())
+
+    def same(self, value: Found) -> Found:
+        """What the first of them has."""
+        if self.count == 1:
+            return value
+        held = [value]
+        torch.distributed.broadcast_object_list(held, device=self.accelerator.device)
+        return held[0]
+
+    def same_weights_(self, model: nn.Module) -> None:
+        """Those of the first of them: closed forms on other processors differ in their last bits."""
+        if self.count > 1:
+            with torch.no_grad():
+                for tensor in model.state_dict(keep_vars=True).values():
+                    held = tensor.detach().to(self.accelerator.device)
+                    torch.distributed.broadcast(held, 0)
+                    tensor.data.copy_(held)
 
     def wait(self) -> None:
         """Until all are here."""

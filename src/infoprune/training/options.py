@@ -18,7 +18,7 @@ RATES = {"full": 1e-3, "lora": 1e-4}  # full: relative to the magnitude of each 
 class TrainingOptions:
     """How gates and recovery train.
 
-    A *step* is one update on a few images with all their questions.
+    A *step* is one update on a few images with all their questions; on as many questions where a family can't put them into one row.
 
     Attributes:
         recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights of the layers, and the projector, but no embeddings

@@ -33,9 +33,9 @@ from infoprune.training.loop import ROWS_PER_FORWARD, Processes, Trained, train,
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import RecoveryStage, add_lora, cut_towers, fixed_features, layer_weights, validated
 from infoprune.training.sharding import spread
-from infoprune.training.state import WorkFolder
+from infoprune.training.state import WorkFolder, load_state, save_state
 
-CUT = "cut"
+CUT, COSTS = "cut", "costs"
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,20 @@ class TrainingRun:
         figures = {name: self.processes.agree(*validated(cut(name), self.validation)) for name in names}
         return max(figures, key=lambda name: (figures[name][0], -figures[name][1])), figures
 
-    def agreed(self, costs: Costs) -> Costs:
-        """The mean of what all processes measured, so that all train on the same."""
-        return replace(costs, **{name: self.processes.sum(getattr(costs, name)) / self.processes.count for name in ("fixed", "unit")})
+    def measured(self, like: Costs, measure: Callable[[], Costs]) -> Costs:
+        """What the first process measures, so that all train on the same; a resumed run goes on with what was measured first.
+
+        ``like``: costs of the same blocks and units.
+        """
+        file = None if self.work is None else self.work.file(COSTS)
+        known = load_state(file) if file is not None else None
+        if known is not None:
+            return replace(like, **known[0])
+        found = self.processes.same(measure())
+        if file is not None and self.processes.index == 0:
+            save_state(file, {"fixed": found.fixed, "unit": found.unit}, {})
+        self.processes.wait()
+        return found
 
     def recover(self, student: VLM, teacher: VLM, *, steps_before: int = 0) -> dict[str, Any]:
         """Train ``student`` in place and leave its best validated weights; returns figures for the report.
@@ -282,6 +293,14 @@ class TrainingRun:
         )  # fmt: skip
 
 
+def _is_test(validation: str) -> bool:
+    """Whether data for validation are the split that ``evaluate`` takes by default."""
+    spec = parse_spec(validation)
+    if spec.benchmark is None:
+        return spec.split == "test"
+    return spec.benchmark.split(spec.split, "validation") in (spec.benchmark.split(None, "test"), "test")
+
+
 def split(
     pool: Sequence[Example], options: TrainingOptions, seed: int, progress: Progress, *, skip_bad: bool = False
 ) -> tuple[list[Example], list[Example]]:
@@ -294,8 +313,11 @@ def split(
         train_part, validation = hold_out(pool, seed)
     else:
         validation = load_examples(options.validation, default_split="validation", skip_bad=skip_bad, notify=progress.note)
-        if parse_spec(options.validation).split == "test":
-            progress.note("the validation data are a test split; they choose weights, so figures on that split are no independent test")
+        if _is_test(options.validation):
+            progress.note(
+                f"Warning: {options.validation} is what one tests on by default. It chooses weights here, so figures on it are no "
+                "independent test."
+            )
         shared = same_images([e.image for e in pool], [e.image for e in validation])
         train_part = [example for example in pool if example.image not in shared]
         if shared:

@@ -16,6 +16,26 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from infoprune.errors import InfoPruneError
+
+
+def check_sharding() -> None:
+    """Whether this PyTorch can.
+
+    Raises:
+        InfoPruneError: It is too old.
+    """
+    try:
+        from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: F401
+
+        missing = [name for name in ("set_force_sum_reduction_for_comms", "set_gradient_divide_factor") if not hasattr(FSDPModule, name)]
+    except ImportError as error:
+        missing = [str(error)]
+    if missing:
+        raise InfoPruneError(
+            f"--shard needs a newer PyTorch than {torch.__version__} ({', '.join(missing)}). Update it, or leave out --shard."
+        )
+
 
 @contextmanager
 def spread(model: nn.Module, layers: Sequence[str], device: torch.device) -> Iterator[nn.Module]:
