@@ -289,9 +289,12 @@ def one_row(name, value, batch, row):
 
 def test_weights_are_relative_to_their_image():
     weights, rows = torch.tensor([1.0, 3.0, 10.0, 30.0, 20.0, 0.0]), torch.tensor([0, 0, 1, 1, 1, 2])
-    assert by_image(weights, rows).tolist() == pytest.approx([0.5, 1.5, 0.5, 1.5, 1.0, 0.0])
-    assert by_image(1e-20 * weights, rows).tolist() == pytest.approx([0.5, 1.5, 0.5, 1.5, 1.0, 0.0])
-    assert float(by_image(weights, None).mean()) == pytest.approx(1) and not by_image(torch.zeros(3), None).any()
+    assert by_image(weights, rows).tolist() == pytest.approx([0.5, 1.5, 0.5, 1.5, 1.0, 1.0])
+    assert by_image(1e-20 * weights, rows).tolist() == pytest.approx([0.5, 1.5, 0.5, 1.5, 1.0, 1.0])
+    assert float(by_image(weights, None).mean()) == pytest.approx(1)
+    assert by_image(weights, rows, 0.25).tolist() == pytest.approx([0.6, 1.4, 0.6, 1.4, 1.0, 1.0])
+    for nothing in (None, torch.tensor([0, 0, 1])):
+        assert by_image(torch.zeros(3), nothing, 0.1).tolist() == [1, 1, 1]
 
 
 def test_images_count_alike_however_sure_the_model_is_of_its_answers(gqa_vlm, questions):
@@ -303,6 +306,19 @@ def test_images_count_alike_however_sure_the_model_is_of_its_answers(gqa_vlm, qu
             means = torch.stack([weights[rows == row].mean() for row in range(len(batch.valid))])
             torch.testing.assert_close(means, torch.ones_like(means))
             assert weights.std() > 0
+
+
+def test_what_an_image_weighs_does_not_depend_on_those_beside_it(gqa_vlm, questions, monkeypatch):
+    """Nor on how many images memory lets into a batch."""
+
+    def noise(logits, *args, **options):
+        return torch.zeros_like(logits).index_add(1, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]).expand(len(logits), 2))
+
+    monkeypatch.setattr("infoprune.calibrate.fisher_sample", noise)
+    found = {rows: run(gqa_vlm, questions, rows).sites for rows in (1, 3)}
+    for site in gqa_vlm.architecture.ffn:
+        alone, beside = (torch.cat(found[rows][site.path].token_weights) for rows in (1, 3))
+        torch.testing.assert_close(beside, alone, rtol=1e-3, atol=1e-5)
 
 
 def test_no_data_is_refused(gqa_vlm):

@@ -32,7 +32,7 @@ from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 Weighting = Literal["uniform", "relevance"]
 TokenClass = Literal["image", "text", "all"]
 Site = AttentionSite | FFNSite
-# Every token keeps this share of the mean weight. In the last layers only the few positions that predict answers carry a gradient;
+# Every token gets this share of its image's mean weight beside its own. In the last layers only the few positions that predict answers carry a gradient;
 # without a floor, their moments would be of lower rank than the space.
 RELEVANCE_FLOOR = 0.1
 RELEASE_EVERY = 4  # batches; activations of many sizes fragment the heap by gigabytes otherwise
@@ -373,7 +373,7 @@ class _Collector:
             return
         weights = None
         if self.options.weighting == "relevance":
-            weights = by_image(total + RELEVANCE_FLOOR * total.mean(), self._rows_of(site, len(tokens)))
+            weights = by_image(total, self._rows_of(site, len(tokens)), RELEVANCE_FLOOR)
         self._add(site, tap, tokens, weights)
 
     def _rows_of(self, site: Site, count: int) -> torch.Tensor | None:

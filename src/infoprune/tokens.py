@@ -43,14 +43,19 @@ def _shares_of_vision(batch: PackedBatch) -> torch.Tensor | None:
     return torch.ones(len(pixels), dtype=torch.long, device=pixels.device)
 
 
-def by_image(weights: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Weights (tokens,) over their mean in their row; over the mean of all where ``rows`` are not known."""
+def by_image(weights: torch.Tensor, rows: torch.Tensor | None, floor: float = 0.0) -> torch.Tensor:
+    """Weights (tokens,) over their mean in their row, which no other row has a part in; ones in a row that has none.
+
+    ``floor``: share of that mean that every token gets beside its own; the mean stays one. Where ``rows`` are not known all are one row.
+    """
     least = torch.finfo(weights.dtype).tiny
     if rows is None:
-        return weights / weights.mean().clamp_min(least)
-    count = int(rows.max()) + 1 if len(rows) else 0
-    sums = weights.new_zeros(count).index_add(0, rows, weights)
-    return weights / (sums / rows.bincount(minlength=count)).clamp_min(least)[rows]
+        mean = weights.mean()
+    else:
+        count = int(rows.max()) + 1 if len(rows) else 0
+        mean = (weights.new_zeros(count).index_add(0, rows, weights) / rows.bincount(minlength=count))[rows]
+    relative = torch.where(mean > 0, weights / mean.clamp_min(least), 1.0)
+    return (relative + floor) / (1 + floor)
 
 
 def all_finite(values: torch.Tensor) -> bool:
