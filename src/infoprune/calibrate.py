@@ -32,8 +32,8 @@ from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 Weighting = Literal["uniform", "relevance"]
 TokenClass = Literal["image", "text", "all"]
 Site = AttentionSite | FFNSite
-# Every token gets this share of its image's mean weight beside its own. In the last layers only the few positions that predict answers carry a gradient;
-# without a floor, their moments would be of lower rank than the space.
+# Every token gets this share of its image's mean weight beside its own. In the last layers only the few positions that predict answers
+# carry a gradient; without a floor, their moments would be of lower rank than the space.
 RELEVANCE_FLOOR = 0.1
 RELEASE_EVERY = 4  # batches; activations of many sizes fragment the heap by gigabytes otherwise
 

@@ -383,7 +383,10 @@ def apply_plan(
     )
     examples = calibration_examples(vlm, source, options, progress)
     if data is None and record is not None and fingerprint(examples) != record.fingerprint:
-        progress.note(f"Warning: {source} has other questions now than the plan was decided on; the weights will differ.")
+        progress.note(
+            f"Warning: the questions drawn from {source} are not those that the plan was decided on (the data changed, or the plan's run "
+            "had set images aside to validate or certify on); the weights will differ, and no certificate holds for them."
+        )
     if record is not None and record.prompt_suffix != vlm.encoder.suffix:
         progress.note(f"Warning: the plan was decided on questions followed by {record.prompt_suffix!r}, not {vlm.encoder.suffix!r}.")
     inputs = CalibrationBatches(vlm, examples)
