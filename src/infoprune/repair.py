@@ -241,7 +241,9 @@ class _LayerRepair:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the layer leaves of either stream, the cut made."""
         drifted = not all(h is c or torch.equal(h, c) for h, c in zip(dense, compressed, strict=True))
-        if not drifted and self.attention.path not in plan.heads and self.ffn.path not in plan.ffn:
+        # Layers may read more than the stream: image features by cross-attention, which an earlier stack may have changed.
+        alike = not drifted and all(d is c for d, c in zip(self.dense_kwargs, self.compressed_kwargs, strict=True))
+        if alike and self.attention.path not in plan.heads and self.ffn.path not in plan.ffn:
             after = [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)]
             return after, after
         after_dense, targets, inputs = self._run_dense(dense)

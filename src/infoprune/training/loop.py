@@ -173,7 +173,7 @@ class Processes:
         if self.count > 1:
             with torch.no_grad():
                 for tensor in model.state_dict(keep_vars=True).values():
-                    held = tensor.detach().to(self.accelerator.device)
+                    held = tensor.detach().to(self.accelerator.device).contiguous()
                     torch.distributed.broadcast(held, 0)
                     tensor.data.copy_(held)
 
