@@ -2,20 +2,24 @@ from __future__ import annotations
 
 import collections
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from conftest import ALL
 from infoprune.calibrate import calibrate
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.layers import stream_name
 from infoprune.least_squares import LeastSquares
 from infoprune.packing import answer_logits, batches
+from infoprune.plan import FFNDecision, HeadDecision
 from infoprune.repair import _add_, _capture, _LayerRepair, _readers, _stacks, cut_and_repair_, evened
 from infoprune.surgery import apply_
 from infoprune.tokens import unpadded
 from test_families import plan_of
+from tiny_models import build
 
 
 def stream(model, vlm, inputs):
@@ -194,6 +198,42 @@ def test_nothing_before_the_first_cut_changes(vlm, questions):
     cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
     after = vlm.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith(f"{last.path}."))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
+@pytest.mark.parametrize("block", ["attention", "ffn"])
+def test_a_block_dropped_in_front_of_a_norm_leaves_the_best_constant_behind_it(name, block, questions):
+    vlm = build(next(tiny for tiny in ALL if tiny.name == name))
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=2)]
+    statistics = calibrate(vlm.model, vlm.architecture, inputs, weighting="uniform", gradients=False, neurons=True)
+    free = tuple(replace(s, min_units=0) for s in vlm.architecture.attention)  # the caches of two layers are too few to drop one
+    architecture = replace(vlm.architecture, attention=free)
+    site = next(s for s in getattr(architecture, block) if s.tower == "text" and s.layer == 1)
+    layer = vlm.model.get_submodule(site.path.rpartition(".")[0])
+    norm = layer.post_attention_layernorm if block == "attention" else layer.post_feedforward_layernorm
+    outputs, normed = [], []
+
+    def hold(module, args, output):
+        outputs.append(args[0])
+        normed.append(output)
+
+    handle = norm.register_forward_hook(hold)
+    for batch in inputs:
+        answer_logits(vlm.model, batch)
+    handle.remove()
+    o, y = (torch.cat([v[b.valid] for v, b in zip(values, inputs, strict=True)]) for values in (outputs, normed))
+    decisions = {
+        "attention": {"heads": {site.path: HeadDecision(keep_units=(), num_units=getattr(site, "num_units", 1))}, "ffn": {}},
+        "ffn": {"heads": {}, "ffn": {site.path: FFNDecision(keep_neurons=(), num_neurons=getattr(site, "intermediate_size", 1))}},
+    }
+    plan = plan_of(vlm).model_copy(update=decisions[block])
+    cut_and_repair_(vlm.model, architecture, plan, statistics, inputs, FFNOptions())
+    found = vlm.model.get_submodule(site.path)
+    constant = (found if block == "attention" else found.get_submodule(site.names.down)).bias
+    torch.testing.assert_close(norm(constant), y.mean(0), rtol=1e-3, atol=1e-4)
+    error = [float((v - y).square().mean()) for v in (norm(constant), norm(o.mean(0)), torch.zeros_like(constant))]
+    assert error[0] < min(error[1:])
 
 
 @torch.no_grad()

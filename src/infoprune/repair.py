@@ -34,6 +34,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import Statistics
+from infoprune.constants import behind, constant_before
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.layers import restore_forward, stream_name
 from infoprune.least_squares import LeastSquares
@@ -254,7 +255,8 @@ class _LayerRepair:
         del streams
         if self.ffn.path in plan.ffn:
             cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
-        if isinstance(_writer(self.model, self.ffn), Constant):
+        if isinstance(writer := _writer(self.model, self.ffn), Constant):
+            self._settle(self.ffn, writer, targets)
             return after_dense, self._call_all(compressed, writes)
         if drifted or self.attention.path in plan.heads:
             self._refit_readers(self.ffn, inputs[self.ffn.path], compressed, writes)
@@ -279,6 +281,7 @@ class _LayerRepair:
                 stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
                 readers = _readers(self.model, site)
                 inputs[site.path] = {name: stack.enter_context(_reading(reader)) for name, reader in readers.items()}
+            self.behind = stack.enter_context(behind(self.layer, targets))
             return [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)], targets, inputs
 
     def _cut_attention(
@@ -291,6 +294,7 @@ class _LayerRepair:
             prune_heads_(self.model, self.attention, plan.heads[path], self.statistics.sites[path])
         writer = _writer(self.model, self.attention)
         if isinstance(writer, Constant):  # nothing to refit; the FFN makes up for it
+            self._settle(self.attention, writer, targets)
             return [writer.constant(h) for h in compressed]
         if inputs is not None:
             self._refit_readers(self.attention, inputs, compressed)
@@ -298,6 +302,16 @@ class _LayerRepair:
         if path in plan.heads:
             self._refit(self.attention, read, targets[path], drift, streams)
         return [writer(z) for z in read]
+
+    def _settle(self, site: AttentionSite | FFNSite, constant: Constant, targets: dict[str, list[torch.Tensor]]) -> None:
+        """What is left of a dropped block, where the layer normalises it."""
+        norm = self.behind.get(site.path)
+        if constant.bias is None or norm is None:
+            return
+        outputs = [unpadded(site, y, b.valid) for y, b in zip(targets[site.path], self.batches, strict=True)]
+        found = constant_before(norm, outputs, evened(self._token_weights(site), self.even))
+        if found is not None:
+            constant.bias.copy_(found)
 
     def _call_all(self, hidden: list[torch.Tensor], writes: list[torch.Tensor]) -> list[torch.Tensor]:
         return [self._call(h, kwargs, a) for h, kwargs, a in zip(hidden, self.compressed_kwargs, writes, strict=True)]
