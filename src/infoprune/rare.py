@@ -26,7 +26,7 @@ from infoprune.packing import answer_logits, batches
 from infoprune.progress import SILENT, Progress
 
 CANDIDATES = 4  # questions looked at for each one that is taken
-ROWS = 16
+ROWS = 4
 
 
 @torch.no_grad()
