@@ -3,8 +3,8 @@
     python benchmarks/compressing.py [--share S] [--examples N]
 
 * ``calibrate``: the model's own forward and backward passes over the same batches, without gathering anything.
-* ``decide``: one eigenproblem of the stream's width for each linear that may be factorised, and an inverse for each attention block.
-* ``cut``: the eigenproblems again, a dense and a compressed forward pass over the same batches.
+* ``decide``: one inverse for each attention block; neurons are ranked by vectors.
+* ``cut``: the inverses again, a dense and a compressed forward pass over the same batches.
 
 Stages and bounds are timed one after the other in one process.
 """
@@ -19,7 +19,6 @@ import torch
 
 import infoprune
 from common import log, write
-from infoprune.architecture import AttentionSite
 from infoprune.calibrate import fisher_sample
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.decide import decide
@@ -49,7 +48,7 @@ def main() -> None:
     start = time.perf_counter()
     statistics = statistics_of(dense, inputs, options.needs, SILENT)
     stages = [("calibrate", time.perf_counter() - start, passes)]
-    problems = eigenproblems(dense)
+    problems = inverses(dense)
     start = time.perf_counter()
     solved = solve_sites(dense.model, dense.architecture, statistics, options)
     _, dense_flops, workload = measure(dense, examples)
@@ -104,18 +103,16 @@ def forward(vlm: infoprune.VLM, inputs: Sequence[PackedBatch]) -> None:
         answer_logits(vlm.model, batch)
 
 
-def eigenproblems(vlm: infoprune.VLM) -> float:
-    """Seconds of one eigenproblem per factorised linear (gate and up share one) and one inverse per attention block, in float64."""
+def inverses(vlm: infoprune.VLM) -> float:
+    """Seconds of one inverse per attention block, in float64."""
     assert vlm.architecture is not None
     total, known = 0.0, {}
-    for site in (*vlm.architecture.attention, *vlm.architecture.ffn):
-        attention = isinstance(site, AttentionSite)
-        size = site.num_units * site.unit_width if isinstance(site, AttentionSite) else site.hidden_size
-        if (attention, size) not in known:
+    for site in vlm.architecture.attention:
+        size = site.num_units * site.unit_width
+        if size not in known:
             x = torch.randn(size, 2 * size, dtype=torch.float64)
-            matrix = x @ x.T
-            known[attention, size] = seconds(lambda m=matrix, a=attention: torch.linalg.inv(m) if a else torch.linalg.eigh(m))
-        total += known[attention, size] * (1 if attention else 2)
+            known[size] = seconds(lambda matrix=x @ x.T: torch.linalg.inv(matrix))
+        total += known[size]
     return total
 
 
