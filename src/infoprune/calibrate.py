@@ -44,7 +44,7 @@ class SiteStatistics:
 
     Attributes:
         by_class: Moments of the token classes, by tap: ``input`` (the block's input; for attention the input of its output
-            projection, the concatenated contexts) and ``output`` (FFN only).
+            projection, the concatenated contexts) and ``output`` (FFN only); of FFNs where factorisations need them.
         output_gradient: Moments of g at the block's output; its second moment is F.
         input_gradient: FFN only: moments of the gradient with respect to the block's input, W^T g over the input linears.
         branch_gradients: Gated FFN only, on request: the same for the gate and the up projection apart.
