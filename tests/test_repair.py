@@ -186,14 +186,19 @@ def test_repair_serves_tokens_that_had_no_relevance(gqa_vlm, questions):
     assert errors[1] < errors[0]
 
 
-@torch.no_grad()
-def test_nothing_before_the_first_cut_changes(vlm, questions):
+def of_the_last_ffn(vlm, questions):
+    """Batches, their statistics, the model's last FFN, and a plan that cuts it alone."""
     inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=3)]
     with torch.enable_grad():
         statistics = calibrate(vlm.model, vlm.architecture, inputs)
     last = vlm.architecture.ffn[-1]
     plan = plan_of(vlm, heads=False)
-    plan = plan.model_copy(update={"ffn": {last.path: plan.ffn[last.path]}})
+    return inputs, statistics, last, plan.model_copy(update={"ffn": {last.path: plan.ffn[last.path]}})
+
+
+@torch.no_grad()
+def test_nothing_before_the_first_cut_changes(vlm, questions):
+    inputs, statistics, last, plan = of_the_last_ffn(vlm, questions)
     before = copy.deepcopy(vlm.model.state_dict())
     cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
     after = vlm.model.state_dict()
@@ -238,12 +243,7 @@ def test_a_block_dropped_in_front_of_a_norm_leaves_the_best_constant_behind_it(n
 
 @torch.no_grad()
 def test_layers_before_the_first_cut_run_once_a_batch(vlm, questions):
-    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=3)]
-    with torch.enable_grad():
-        statistics = calibrate(vlm.model, vlm.architecture, inputs)
-    last = vlm.architecture.ffn[-1]
-    plan = plan_of(vlm, heads=False)
-    plan = plan.model_copy(update={"ffn": {last.path: plan.ffn[last.path]}})
+    inputs, statistics, _, plan = of_the_last_ffn(vlm, questions)
     runs = collections.Counter()
     for site in vlm.architecture.attention:
         vlm.model.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: runs.update([path]))

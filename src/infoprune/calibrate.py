@@ -147,7 +147,8 @@ def calibrate(
     Raises:
         CalibrationError: No data, or a value that is not finite; names the site.
     """
-    assert factors or neurons
+    if not (factors or neurons):
+        raise CalibrationError("FFNs need moments of their factors or of their neurons.")
     if weighting == "relevance" and not gradients:
         raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
     collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens, factors, neurons))
