@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from infoprune.training.loop import leave_processes
 from infoprune.training.sharding import as_part, spread, whole
 
 torch.distributed.init_process_group("gloo")
@@ -33,5 +34,5 @@ with spread(model, ["1"], torch.device("cpu")) as working:
             parameters[name].sub_(parameters[name].grad)
 for name, p in model.named_parameters():
     torch.testing.assert_close(p.detach(), before[name] - gradients.get(name, 0.0))
-torch.distributed.destroy_process_group()
-print("spread")
+print("spread", flush=True)
+leave_processes()

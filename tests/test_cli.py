@@ -108,6 +108,23 @@ def test_families():
     assert all(name in shown for name in rows)
 
 
+ENDING = """
+import atexit, sys, torch
+from infoprune.cli import main
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+atexit.register(lambda: print("in a group:", torch.distributed.is_initialized()))
+sys.argv = ["infoprune", "families"]
+main()
+"""
+
+
+def test_the_command_leaves_the_group_of_its_launcher():
+    """Else Gloo's threads may abort a process whose work is done."""
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "in a group: False" in done.stdout
+
+
 def test_recipe(checkpoint, jsonl, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": str(checkpoint), "data": str(jsonl), "flops": 0.7, "rank_multiple": 2, "heads": "erank-ks",

@@ -33,6 +33,12 @@ def main() -> None:
         module.register(app)
     try:
         app()
+    except SystemExit as end:
+        if not end.code and "torch" in sys.modules:
+            from infoprune.training.loop import leave_processes
+
+            leave_processes()
+        raise
     except InfoPruneError as error:
         _fail(str(error), 2)
     except _Interrupted:

@@ -27,6 +27,7 @@ from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, 
 CLIP_NORM = 1.0
 ROWS_PER_FORWARD = 8  # at most
 NOT_STARTED = "The experiment tracker could not be started: {} Set it up, or leave out --tracker."
+GLOO_SECONDS = 0.5  # its threads want a millisecond; processors may be busy
 Terms = dict[str, tuple[float, torch.Tensor]]  # by name: coefficient and value
 Found = TypeVar("Found")
 
@@ -191,6 +192,17 @@ class Processes:
         """Let the trackers finish: what they still hold is written, and the run counts as ended."""
         for tracker in () if self.accelerator is None else self.accelerator.trackers:
             tracker.finish()  # not end_training, which would end the launcher's process group too: the caller may go on with it
+
+
+def leave_processes() -> None:
+    """At a program's very end: leave the group that the launcher started, if this process is in one.
+
+    Gloo's threads may still hold tensors whose release needs the interpreter; if it ends first, they abort a process whose work is done
+    (github.com/pytorch/pytorch/pull/179291). Nothing joins these threads, but while this one waits, they get what they need.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(GLOO_SECONDS)
 
 
 @dataclass
