@@ -16,8 +16,9 @@ import infoprune
 from infoprune import CompressionOptions, Example
 from infoprune.certification import path as certification_path
 from infoprune.certification import run as certification_run
-from infoprune.certification.certificate import Certificate, certificate_of, image_digest, plan_digest, stored_digest
+from infoprune.certification.certificate import Certificate, certificate_of, plan_digest, stored_digest
 from infoprune.certification.data import check_enough, most_per_image, split_data
+from infoprune.data.seen import image_digest
 from infoprune.errors import BudgetError, CertificateError, CheckpointError
 from infoprune.evaluation import quality
 from infoprune.evaluation.differences import changed_questions, differences
@@ -374,6 +375,14 @@ def test_certified_weights_are_not_rounded(certified, tmp_path):
     with pytest.raises(CheckpointError, match=r"weights in float32; they can't be saved in bfloat16"):
         infoprune.save(certified.vlm, tmp_path / "small", certificate=certified.certificate, dtype=torch.bfloat16)
     assert not (tmp_path / "small").exists()
+
+
+def test_weights_that_changed_since_get_no_certificate(certified, tmp_path):
+    changed = certified.vlm.copy()
+    infoprune.save(changed, tmp_path / "half", dtype=torch.bfloat16)  # rounds what is in memory
+    with pytest.raises(CheckpointError, match="have changed since they were certified"):
+        infoprune.save(changed, tmp_path / "whole", certificate=certified.certificate)
+    assert not (tmp_path / "whole").exists()
 
 
 def test_a_certificate_holds_for_the_weights_it_is_of_and_names_its_images(certified, many, tmp_path):

@@ -16,6 +16,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 import infoprune
 from infoprune.checkpoint import rounded_
 from infoprune.compress import compress
+from infoprune.data.seen import seen_warnings
+from infoprune.errors import CheckpointError, UnsupportedModelError
 from test_families import inputs_of
 
 
@@ -138,6 +140,16 @@ def test_int8_after_compression(small, tmp_path, kind):
     assert sizes[0] < sizes[1]
 
 
+def test_what_is_quantised_already_can_not_be_compressed(gqa_vlm, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    gqa_vlm.model.save_pretrained(tmp_path / "dense")
+    model = loaded(tmp_path / "dense", quantization_config=TorchAoConfig(quant_type=quantization.Int8WeightOnlyConfig()))
+    model.save_pretrained(tmp_path / "int8")
+    gqa_vlm.processor.save_pretrained(tmp_path / "int8")
+    with pytest.raises(UnsupportedModelError, match="are quantised"):
+        infoprune.load(tmp_path / "int8")
+
+
 # --- the precision of the weights ----------------------------------------------------------------------------------------------------
 
 
@@ -154,10 +166,37 @@ def test_weights_are_saved_in_the_precision_asked_for(gqa_vlm, questions, small,
     assert set(load_file(folder / "model.safetensors")) == set(load_file(small[0] / "model.safetensors"))  # tied weights once
     held = infoprune.load(folder)
     assert held.stored == torch.bfloat16 and infoprune.load(small[0]).stored == torch.float32
+    infoprune.save(held, tmp_path / "again")  # as it came
+    assert dtypes(tmp_path / "again") == {torch.bfloat16}
     with torch.no_grad():
         assert torch.equal(held.model(**small[1]).logits, result.vlm.model(**small[1]).logits)  # the one in memory was rounded, too
     assert result.vlm.model.dtype == torch.float32
     assert all(torch.equal(value, frequencies[name]) for name, value in result.vlm.model.named_buffers())
+
+
+def test_tokenizers_are_saved_free_of_the_last_call(gqa_vlm, questions, tmp_path):
+    result = compress(gqa_vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    tokenizer = result.vlm.processor.tokenizer
+    tokenizer(["what", "what colour"], padding=True, truncation=True, max_length=2, padding_side="left")
+    folder = infoprune.save(result.vlm, tmp_path / "small")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    assert saved["padding"] is None and saved["truncation"] is None
+    assert AutoProcessor.from_pretrained(folder).tokenizer.padding_side == tokenizer.padding_side
+
+
+def test_images_that_made_a_model_are_no_test_of_it(gqa_vlm, questions, tmp_path):
+    result = compress(gqa_vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+    loaded = infoprune.load(infoprune.save(result.vlm, tmp_path / "small"))
+    images = [question.image for question in questions]
+    known = len(loaded.seen["calibration"])
+    (told,) = seen_warnings(loaded.seen, images)
+    assert f"{known} of the {len(set(images))} images are among those that the model was calibrated on" in told
+    other = tmp_path / "other.png"
+    Image.new("RGB", (9, 9), "red").save(other)
+    assert seen_warnings(loaded.seen, [other]) == []
+    (tmp_path / "small" / "images.json").write_text('{"calibration": ["../../x"]}')
+    with pytest.raises(CheckpointError, match="is damaged"):
+        infoprune.load(tmp_path / "small")
 
 
 @torch.no_grad()

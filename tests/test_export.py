@@ -15,6 +15,7 @@ import infoprune
 from infoprune.cli import compress as compress_verb
 from infoprune.errors import CheckpointError, InfoPruneError
 from infoprune.export import export_dense
+from infoprune.older_readers import with_older_names
 from infoprune.surgery import apply_
 from test_families import dropping, inputs_of, mixed, plan_of, statistics_of
 
@@ -87,6 +88,56 @@ def test_the_refusal_names_the_command_that_avoids_it(checkpoint, jsonl, tmp_pat
     assert again.plan.method["repair"] and again.plan.ffn and again.plan.budget == {"flops": 0.8}
     stock = infoprune.load(export_dense(again, tmp_path / "stock"))
     assert stock.architecture.family.model_type == "llava"
+
+
+def test_earlier_readers_find_what_they_look_for(gqa_vlm, questions, tmp_path):
+    gqa_vlm.model.config.get_text_config().rope_parameters["rope_theta"] = 50000.0
+    small = compressed(gqa_vlm, questions, tmp_path / "small", mixed(gqa_vlm, compensate="none"))
+    folder = export_dense(small, tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 50000.0 and text["rope_scaling"] is None
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    assert images["image_mean"] == list(gqa_vlm.processor.image_processor.image_mean) and "Pil" not in images["image_processor_type"]
+    again = infoprune.load(folder)
+    assert again.processor.tokenizer.get_vocab() == small.processor.tokenizer.get_vocab()
+    inputs = again.encoder.inputs([again.encoder.prompt("what ?")], [questions[0].load_image()])
+    expected = small.encoder.inputs([small.encoder.prompt("what ?")], [questions[0].load_image()])
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("now", "then"),
+    [
+        (
+            {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 2]},
+            {"rope_theta": 1e6, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}},
+        ),
+        (
+            {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        ),
+        (
+            {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            {"rope_theta": 1e6, "rope_scaling": None, "rope_local_base_freq": 1e4},
+        ),
+    ],
+)
+def test_earlier_names_of_rotary_embeddings(now, then):
+    found = with_older_names({"text_config": {"rope_parameters": now}})["text_config"]
+    assert found == then | {"rope_parameters": now}
+
+
+def test_only_float32_is_exported(gqa_vlm, questions, tmp_path):
+    small = compressed(gqa_vlm, questions, tmp_path / "small", mixed(gqa_vlm, compensate="none"))
+    with pytest.raises(CheckpointError, match="float32; load it so"):
+        export_dense(infoprune.load(tmp_path / "small", dtype=torch.bfloat16), tmp_path / "dense")
+    assert small.plan is not None
 
 
 def test_what_is_not_compressed_has_nothing_to_export(gqa_vlm, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import infoprune
 from infoprune.errors import CheckpointError, UnsupportedModelError
@@ -47,7 +48,11 @@ def test_onnx_runtime_answers_as_pytorch_does(vlm, questions, tmp_path):
         assert not (tmp_path / "graphs").exists()
         return
     small = cut(vlm, questions)
-    check(small, inputs, Graphs(export_graphs(small, tmp_path / "graphs")))
+    graphs = Graphs(export_graphs(small, tmp_path / "graphs"))
+    check(small, inputs, graphs)
+    prompt = small.encoder.prompt("what colour is the circle ?")
+    for size in ((30, 30), (20, 50), (50, 20)):  # processors that cut images into tiles make other numbers of them
+        check(small, small.encoder.inputs([prompt], [Image.effect_noise(size, 80).convert("RGB")]), graphs)
 
 
 def test_openvino_reads_both_formats(gqa_vlm, questions, tmp_path):

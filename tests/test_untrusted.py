@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,16 @@ def test_outputs_never_take_the_place_of_what_is_no_output(tmp_path, monkeypatch
         check_output_folder(source, overwrite=True)
     (source / "plan.json").write_text("{}")
     assert check_output_folder(source, overwrite=True) == source
+    (source / "model-00001-of-00002.safetensors").write_bytes(b"")
+    for theirs in ("results.json", "adapter_model.safetensors", "dense/model.safetensors"):
+        (source / theirs).parent.mkdir(exist_ok=True)
+        (source / theirs).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=f"holds {theirs}, which is no part of an output"):
+            check_output_folder(source, overwrite=True)
+        (source / theirs).unlink()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mounted")
+    with pytest.raises(CheckpointError, match="file system is mounted"):
+        check_output_folder(tmp_path / "mounted")
     (source / "mine").mkdir()
     (source / "mine" / "photo.jpg").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"mine.photo\.jpg, which is no part of an output"):
@@ -159,8 +171,10 @@ def test_replay_on_other_questions_is_told(gqa_vlm, jsonl, tmp_path):
     assert any("not those that the plan was decided on" in text for text in told)
     assert plan.calibration.prompt_suffix == "" and not any("followed by" in text for text in told)
     other = plan.model_copy(update={"calibration": plan.calibration.model_copy(update={"prompt_suffix": " shortly"})})
-    infoprune.apply_plan(gqa_vlm.copy(), other, str(jsonl), progress=Notes())
+    found = infoprune.apply_plan(replace(gqa_vlm.copy(), model_id="mine", revision="abc"), other, str(jsonl), progress=Notes())
     assert "followed by ' shortly'" in told[-1]
+    assert (found.plan.model_id, found.plan.revision, found.plan.calibration.prompt_suffix) == ("mine", "abc", "")
+    assert found.plan.calibration.fingerprint != plan.calibration.fingerprint and found.plan.heads == plan.heads
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------------------
@@ -349,6 +363,21 @@ def test_models_that_read_otherwise_are_not_compared(questions):
     other.processor.tokenizer.add_tokens(["novel"])
     with pytest.raises(InfoPruneError, match="they differ in vocabulary"):
         evaluate(one, questions, against=other)
+    brighter = build(TINY[1])
+    brighter.processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+    with pytest.raises(InfoPruneError, match="they differ in what they make of an image"):
+        evaluate(one, questions, against=brighter)
+    longer = build(TINY[1])
+    longer = replace(longer, encoder=replace(longer.encoder, eos=longer.encoder.end + 1))
+    with pytest.raises(InfoPruneError, match="they differ in the end of answers"):
+        evaluate(one, questions, against=longer)
+
+
+def test_questions_without_answers_are_not_scored(gqa_vlm, questions):
+    with pytest.raises(DataError, match="has no reference answer to score or train on"):
+        evaluate(gqa_vlm, [questions[0], replace(questions[1], answer="")], timing=False)
+    with pytest.raises(DataError, match="has no reference answer to score or train on"):
+        infoprune.compress(gqa_vlm, [replace(question, answer="") for question in questions], flops=0.8)
 
 
 def test_ask_shows_what_was_asked(checkpoint, questions):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -14,7 +13,7 @@ from infoprune.evaluation.quality import can_share_prefix
 from infoprune.freeze import frozen
 from infoprune.layers import kept_for_backward
 from infoprune.model import VLM, dense_architecture
-from infoprune.packing import PackedBatch, pack
+from infoprune.packing import PackedBatch, pack, rows_by_image
 
 ROWS_PER_BATCH = 4  # at most; fewer where activations are large
 LOOKED_AT = 256  # images whose sizes are read to know how large activations are
@@ -28,7 +27,7 @@ class CalibrationBatches(Sequence[PackedBatch]):
 
     Args:
         vlm: The dense model, whose processor prepares them.
-        examples: Consecutive examples on one image share a row, where the family allows it.
+        examples: Those on one image share a row, where the family allows it.
 
     Attributes:
         num_questions: In all batches together.
@@ -38,9 +37,7 @@ class CalibrationBatches(Sequence[PackedBatch]):
 
     def __init__(self, vlm: VLM, examples: Sequence[Example]) -> None:
         architecture, share = dense_architecture(vlm), can_share_prefix(vlm)
-        rows = (
-            [list(row) for _, row in itertools.groupby(examples, key=lambda e: e.image)] if share else [[example] for example in examples]
-        )
+        rows = [[examples[index] for index in row] for row in rows_by_image(examples)] if share else [[example] for example in examples]
         with frozen(vlm.model):
             kept = kept_by_largest(vlm, architecture, rows)
         fitting = max(1, min(ROWS_PER_BATCH, memory.ACTIVATIONS // kept))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from transformers import (
 from infoprune import modeling_infoprune as modeling
 from infoprune.certification.certificate import FILE as CERTIFICATE
 from infoprune.certification.certificate import Certificate, plan_digest, stored_digest
+from infoprune.data.seen import FILE as IMAGES
 from infoprune.errors import CheckpointError
+from infoprune.evaluation.record import weights_digest
 from infoprune.families import FAMILIES
 from infoprune.geometry import state_geometry_
 from infoprune.model import VLM, load, precision_name
@@ -32,8 +35,12 @@ from infoprune.report.model_card import base_licence, model_card
 
 TOLERANCE = 1e-4
 OUTPUTS = ("plan.json", "graphs.json")  # one of these is in every folder that this library wrote
-# Endings of all files in such folders: weights, configuration, tokenizers, code that travels along, graphs, the model card.
-WRITTEN = {".safetensors", ".json", ".txt", ".model", ".jinja", ".py", ".pyc", ".onnx", ".data", ".xml", ".bin", ".md"}
+# What else can be in such folders: weights, configuration, tokenizers, code that travels along, graphs, the model card.
+WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|(model\.safetensors\.index|plan|images|graphs|report|certificate|config|generation_config|preprocessor_config"
+    r"|video_preprocessor_config|processor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|README\.md|.+\.(txt|model|jinja|py|onnx|data|xml|bin)|additional_chat_templates/.+\.jinja|__pycache__/.+\.pyc"
+)
 
 
 def register() -> None:
@@ -75,7 +82,7 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
 
     Raises:
         CheckpointError: It is not empty (with ``overwrite``: and holds no earlier output, or other files beside it), it contains the source
-            model or the folder one is in, or its parent can't be written.
+            model or the folder one is in, a file system is mounted there, or its parent can't be written.
     """
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -87,6 +94,8 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
         )
     if Path.cwd().is_relative_to(folder.resolve()):
         raise CheckpointError(f"The output folder {folder} is the one that you are in, or contains it. Give it a name of its own.")
+    if folder.is_mount():
+        raise CheckpointError(f"A file system is mounted at the output folder {folder}, so nothing can take its place. Give one in it.")
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise CheckpointError(f"The output folder {folder} is not empty. Choose another one, or pass --overwrite.")
@@ -95,10 +104,11 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
                 f"The output folder {folder} holds none of {', '.join(OUTPUTS)}, so it is no earlier output, and --overwrite would delete "
                 "what is in it. Choose another one."
             )
-        others = sorted(file for file in folder.rglob("*") if not file.is_dir() and file.suffix not in WRITTEN)
+        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+        others = [file for file in files if not WRITTEN.fullmatch(file)]
         if others:
             raise CheckpointError(
-                f"The output folder {folder} holds {others[0].relative_to(folder)}, which is no part of an output, and --overwrite would "
+                f"The output folder {folder} holds {others[0]}, which is no part of an output, and --overwrite would "
                 "delete it. Move it, or choose another folder."
             )
     try:
@@ -130,8 +140,9 @@ def save(
         probe: Model inputs; the reloaded checkpoint must give the same logits on them.
         extra: Written as ``report.json``; its figures also go into the model card, ``README.md``.
         certificate: Of :func:`infoprune.compress`; written as ``certificate.json`` and shown in the model card.
-        dtype: Precision of the saved weights; ``None``: the model's own. The model's weights are rounded to it, so that what is saved is
-            what one has.
+        dtype: Precision of the saved weights; ``None``: that of the checkpoint which the model was loaded from, or with a certificate,
+            which is of the weights as they are, the model's own. The model's weights are rounded to it, so that what is saved is what
+            one has.
         overwrite: Replace a folder that holds something.
         notify: Called with one line for people.
 
@@ -143,15 +154,20 @@ def save(
         raise CheckpointError("This model has no compression plan; save an uncompressed model with its own save_pretrained.")
     if certificate is not None and certificate.plan != plan_digest(vlm.plan):
         raise CheckpointError("The certificate is of another plan than this model's.")
-    rounded = None if dtype == vlm.model.dtype else dtype
+    written = dtype or (None if certificate is not None else vlm.stored) or vlm.model.dtype
+    rounded = None if written == vlm.model.dtype else written
     if certificate is not None and rounded is not None:
         raise CheckpointError(
             f"The certificate is of weights in {precision_name(vlm.model.dtype)}; they can't be saved in {precision_name(rounded)}."
         )
+    if certificate is not None and vlm.certified not in (None, weights_digest(vlm.model)):
+        raise CheckpointError("The model's weights have changed since they were certified, so the certificate says nothing of them.")
     folder = check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     with written_aside(folder) as aside:
         _write(vlm, aside, rounded)
         (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
+        if vlm.seen:
+            (aside / IMAGES).write_text(json.dumps(dict(vlm.seen), indent=1) + "\n", encoding="utf-8")
         if extra is not None:
             (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
         if certificate is not None:
@@ -223,7 +239,17 @@ def _write(vlm: VLM, folder: Path, rounded: torch.dtype | None) -> None:
         model.__class__, model.config = dense_class, dense_config
     if rounded is not None:
         restate_precision_(folder, rounded)
-    vlm.processor.save_pretrained(folder)
+    save_processor(vlm.processor, folder)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Its files, free of what the last call left in the tokenizer: how it padded and truncated, which others would take for its own."""
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    processor.tokenizer.init_kwargs["padding_side"] = processor.tokenizer.padding_side  # else it would be read off the state that is gone
+    processor.save_pretrained(folder)
 
 
 def rounded_(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -261,7 +287,7 @@ def _restated(config: Any, dtype: str) -> Any:
 
 def _verify(vlm: VLM, folder: Path, probe: dict[str, torch.Tensor]) -> None:
     expected = vlm.model(**probe).logits
-    reloaded = load(folder, device=str(vlm.device), dtype=expected.dtype)
+    reloaded = load(folder, device=str(vlm.device), dtype=expected.dtype, trust_remote_code=vlm.trusted)
     difference = float((reloaded.model(**probe).logits - expected).abs().max())
     if not difference <= TOLERANCE:
         raise CheckpointError(

@@ -17,6 +17,7 @@ from infoprune.calibrate import Statistics
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example
+from infoprune.data.seen import digests
 from infoprune.decide import decide
 from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, InfoPruneError, PlanError
@@ -114,6 +115,10 @@ def compress(
         else:
             progress.note("found the cut model of an interrupted run; going on with its recovery")
             cut = _reloaded(vlm, cut, examples)
+        seen = {"calibration": digests(examples)}
+        if run is not None:
+            seen |= {"training": digests(run.examples), "validation": digests(run.validation)}
+        cut = replace(cut, vlm=replace(cut.vlm, seen=seen))
         if run is None:
             return cut
         cut = replace(cut, main_process=run.processes.index == 0, trained_with=run.told)
@@ -391,7 +396,10 @@ def apply_plan(
         progress.note(f"Warning: the plan was decided on questions followed by {record.prompt_suffix!r}, not {vlm.encoder.suffix!r}.")
     inputs = CalibrationBatches(vlm, examples)
     cut_(vlm, plan, statistics_of(vlm, inputs, options.needs, progress), inputs, progress)
-    return replace(vlm, plan=plan)
+    # What stays is the plan's; where the weights come from is told anew.
+    origin = {"model_id": vlm.model_id, "revision": vlm.revision, "library": __version__}
+    plan = plan.model_copy(update=origin | {"calibration": calibration_record(vlm, source, examples, options)})
+    return replace(vlm, plan=plan, seen={"calibration": digests(examples)})
 
 
 def _separate(decision: FFNDecision | None) -> bool:

@@ -14,11 +14,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.checkpoint import check_output_folder, in_precision, restate_precision_, written_aside
+from infoprune.checkpoint import check_output_folder, in_precision, restate_precision_, save_processor, written_aside
 from infoprune.errors import CheckpointError
 from infoprune.geometry import clear_geometry_
 from infoprune.model import VLM, load, precision_name
 from infoprune.modeling_infoprune import Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
+from infoprune.older_readers import write_for_older_readers
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import family_of, resolve
 from infoprune.surgery import kept_places
@@ -42,19 +43,21 @@ def export_dense(
     read it.
 
     Args:
-        vlm: A compressed model, loaded from its folder.
+        vlm: A compressed model, loaded from its folder in float32.
         folder: Where to.
         dtype: Precision of the written weights; ``None``: that of the compressed checkpoint.
         overwrite: Replace a folder that holds something.
         notify: Called with one line for people.
 
     Raises:
-        CheckpointError: It is not compressed, its plan is of another model, the family has no place for a bias that compression added, or
-            the written model differs.
+        CheckpointError: It is not compressed, or not in float32, its plan is of another model, the family has no place for a bias that
+            compression added, or the written model differs.
         PlanError: Its plan does not fit the family.
     """
     if vlm.plan is None:
         raise CheckpointError(f"'{vlm.model_id}' is not a compressed checkpoint with its plan.json; there is nothing to make dense.")
+    if vlm.model.dtype != torch.float32:
+        raise CheckpointError("Dense checkpoints are made from a model in float32; load it so. What is written is another option's matter.")
     folder = check_output_folder(folder, source=vlm.model_id, overwrite=overwrite)
     stock = _stock(vlm)
     stock.generation_config = vlm.model.generation_config
@@ -62,19 +65,28 @@ def export_dense(
     expected = vlm.model(**probe).logits
     _check_same(stock(**probe).logits, expected)
     written: torch.dtype = dtype or vlm.stored or stock.dtype
-    state = in_precision(stock.state_dict(), written)
     with written_aside(folder) as aside:
-        stock.save_pretrained(aside, state_dict=dict(state))  # which empties it where weights have other names on disk
+        stock.save_pretrained(aside, state_dict=in_precision(stock.state_dict(), written))
         restate_precision_(aside, written)
-        vlm.processor.save_pretrained(aside)
+        save_processor(vlm.processor, aside)
+        write_for_older_readers(aside, vlm.processor)
         (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")  # what tells it from other people's
         notify(f"reloading the checkpoint ({precision_name(written)}) and comparing logits")
-        found = load(aside, device=str(vlm.device), dtype=stock.dtype).model
-        # Rounded; assigned, since the weights in place may be those of ``vlm``.
-        stock.load_state_dict({name: value.to(stock.dtype) for name, value in state.items()}, assign=True)
-        stock.tie_weights()
-        _check_same(found(**probe).logits, stock(**probe).logits)
+        _round_(stock, written)
+        expected = stock(**probe).logits
+        del stock  # before the other one is read: two dense models may not fit
+        found = load(aside, device=str(vlm.device), trust_remote_code=vlm.trusted).model
+        _check_same(found(**probe).logits, expected)
     return folder
+
+
+def _round_(stock: Any, dtype: torch.dtype) -> None:
+    """Round the weights to ``dtype``; those that change are replaced, not written to, since they may be those of the compressed model."""
+    for name, value in stock.state_dict().items():
+        rounded = value.to(dtype).to(value.dtype) if value.is_floating_point() else value
+        if not torch.equal(rounded, value):
+            stock.load_state_dict({name: rounded}, assign=True, strict=False)
+    stock.tie_weights()
 
 
 def _check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -83,9 +95,9 @@ def _check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
         raise CheckpointError(f"The dense checkpoint's logits differ by {difference:.3g} of the largest one; nothing was kept.")
 
 
-def probe_inputs(vlm: VLM) -> dict[str, torch.Tensor]:
-    """A prompt about a noise image, to compare models on."""
-    inputs = vlm.encoder.inputs([vlm.encoder.prompt("What is in the image?")], [Image.effect_noise((64, 48), 80).convert("RGB")])
+def probe_inputs(vlm: VLM, size: tuple[int, int] = (64, 48)) -> dict[str, torch.Tensor]:
+    """A prompt about a noise image of ``size``, to compare models on."""
+    inputs = vlm.encoder.inputs([vlm.encoder.prompt("What is in the image?")], [Image.effect_noise(size, 80).convert("RGB")])
     return {name: value.to(vlm.device) for name, value in inputs.items()}
 
 
@@ -107,7 +119,7 @@ def _stock(vlm: VLM) -> Any:
     complete = {n: state.get(n, torch.zeros(p.shape, dtype=vlm.model.dtype, device=vlm.device)) for n, p in stock.state_dict().items()}
     stock.load_state_dict(complete, assign=True)
     stock.tie_weights()
-    return stock.eval()
+    return stock.to(vlm.device).eval()  # buffers that no checkpoint holds were made on the CPU
 
 
 def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, Architecture]:

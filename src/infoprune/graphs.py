@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from infoprune.checkpoint import check_output_folder, written_aside
+from infoprune.checkpoint import check_output_folder, save_processor, written_aside
 from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
 from infoprune.export import probe_inputs
 from infoprune.model import VLM
@@ -27,6 +27,7 @@ from infoprune.modeling_infoprune import ConstantAttention
 from infoprune.resolve import family_of
 
 TOLERANCE = 1e-3  # of the largest logit
+SHAPES = ((64, 48), (128, 48), (48, 128))  # of images that show whether a processor makes different numbers of tiles
 GRAPHS = ("vision", "embed", "prefill", "decode")
 Runtime = Literal["onnxruntime", "openvino"]
 RUNTIMES: dict[str, Runtime] = {"onnx": "onnxruntime", "openvino": "openvino"}  # by what is written
@@ -39,7 +40,8 @@ class _Vision(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         features = self.model.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        return torch.cat([part.flatten(0, -2) for part in features])
+        # To go through a tensor's parts would fix their number.
+        return features.flatten(0, -2) if isinstance(features, torch.Tensor) else torch.cat([part.flatten(0, -2) for part in features])
 
 
 class _Language(nn.Module):
@@ -90,7 +92,7 @@ def export_graphs(
         _write(vlm, probe, aside, notify)
         if to == "openvino":
             _to_openvino(aside)
-        vlm.processor.save_pretrained(aside)
+        save_processor(vlm.processor, aside)
         notify("running the graphs and comparing logits")
         difference = _difference(vlm, probe, Graphs(aside, RUNTIMES[to]))
         if not difference <= TOLERANCE:
@@ -139,8 +141,11 @@ def _write(vlm: VLM, probe: dict[str, torch.Tensor], folder: Path, notify: Calla
     step = (embedded[:, -1:], torch.ones(1, 1, 1, ids.shape[1] + 1, dtype=torch.bool), positions[:, -1:] + 1, past)
     cached = [f"{kind}.{layer}" for layer in layers for kind in ("key", "value")]
     sequence = {1: dynamic}
+    # Processors may cut images into tiles, into as many as the image's shape asks for.
+    pixels = max((probe_inputs(vlm, size)["pixel_values"] for size in SHAPES), key=len)
+    tiles = ({0: dynamic},) if len(pixels) > 1 else None
     jobs: dict[str, tuple[nn.Module, tuple[Any, ...], Any, list[str], list[str]]] = {
-        "vision": (_Vision(vlm.model).eval(), (probe["pixel_values"],), None, ["pixel_values"], ["features"]),
+        "vision": (_Vision(vlm.model).eval(), (pixels,), tiles, ["pixel_values"], ["features"]),
         "embed": (embedding, (ids,), (sequence,), ["input_ids"], ["embeddings"]),
         "prefill": (
             language, (embedded, mask, positions, []), (sequence, {2: dynamic, 3: dynamic}, sequence, []),

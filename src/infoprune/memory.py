@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from infoprune.errors import InfoPruneError
 
 ACTIVATIONS = 4 * 2**30  # bytes that a forward pass may keep for its backward pass, where there is a choice
 INPUTS = 2**30  # bytes of prepared images and masks that wait in memory for the next pass over them
@@ -48,6 +50,18 @@ def saved_bytes(model: nn.Module, parts: Iterable[nn.Module], run: Callable[[], 
         run()
     count()
     return total
+
+
+@contextmanager
+def out_of_memory(what: str, images_per_batch: int) -> Iterator[None]:
+    """Says what to do where the device's memory does not suffice to ``what`` (score, answer) questions on so many images at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InfoPruneError(
+            f"The device has not enough memory to {what} questions on {images_per_batch} images at once. Lower images_per_batch "
+            "(infoprune evaluate --images-per-batch), or load the model in half precision; what is recorded is kept."
+        ) from error
 
 
 def release_memory() -> None:

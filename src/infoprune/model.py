@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from infoprune.architecture import Architecture
+from infoprune.data.seen import FILE as IMAGES
+from infoprune.data.seen import Seen, read_seen
 from infoprune.errors import CheckpointError, DataError, InfoPruneError, UnsupportedModelError
 from infoprune.packing import QUESTION, PromptEncoder
 from infoprune.plan import CompressionPlan
@@ -40,6 +42,9 @@ class VLM:
         plan: How it was compressed, if it was.
         stored: Precision of the weights in the checkpoint that it came from, where its configuration tells.
         revision: Commit of the hub's repository that it came from; ``None`` for folders.
+        seen: Digests of the images that it was made with, by their use (:mod:`infoprune.data.seen`).
+        certified: Digest of the weights that a certificate was made of, until they are saved.
+        trusted: Whether the user allowed code that the checkpoint ships.
     """
 
     model: Any
@@ -50,6 +55,9 @@ class VLM:
     plan: CompressionPlan | None = None
     stored: torch.dtype | None = None
     revision: str | None = None
+    seen: Seen = field(default_factory=dict)
+    certified: str | None = None
+    trusted: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -105,12 +113,15 @@ def load(
     else:
         path = _local_or_hub(source)
     model, processor, stored = _from_pretrained(path, source, dtype, trust_remote_code)
-    plan = None
+    plan, seen = None, {}
     if str(model.config.model_type).startswith(COMPRESSED):
         file = cached_file(str(path), "plan.json", **OPTIONAL)  # beside the weights, also on a hub
         plan = CompressionPlan.read(Path(file)) if file else None
+        images = cached_file(str(path), IMAGES, **OPTIONAL)
+        seen = read_seen(Path(images)) if images else {}
         architecture = None
     else:
+        _refuse_quantised(model, source)
         architecture = resolve(model)
     if getattr(model.config, "image_token_id", None) is None:
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
@@ -118,7 +129,16 @@ def load(
     encoder = prompt_encoder(model, processor, prompt_suffix)
     _check_prompts(encoder, source)
     revision = extract_commit_hash(cached_file(str(path), "config.json", **OPTIONAL), None)  # what a download's path says
-    return VLM(model, processor, encoder, architecture, str(source), plan, stored, revision)
+    return VLM(model, processor, encoder, architecture, str(source), plan, stored, revision, seen, trusted=trust_remote_code)
+
+
+def _refuse_quantised(model: Any, source: str | Path) -> None:
+    """Transformers drops the entry where it turned the weights into floating point."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"The weights of '{source}' are quantised (quantization_config), and can be neither cut nor solved for. Compress the original "
+            "in 16 or 32 bits, and quantise what comes out."
+        )
 
 
 def check_device(name: str) -> None:

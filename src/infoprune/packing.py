@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from infoprune.errors import DataError
 # Inputs with one entry per token. All else that a processor returns belongs to the images.
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
+QUESTIONS_PER_ROW = 32  # each adds to the row's length; an image with more passes the tower once per row
 QUESTION = "infoprune"  # stands for a question in a rendered prompt
 
 
@@ -140,6 +142,8 @@ class PromptEncoder:
         if prefix is None:
             prefix = "" if (text + last)[-1:].isspace() else " "  # some processors append a line break to the text
         answer = self._continued(last, prefix + example.answer)
+        if not example.answered:
+            raise DataError(f"The question '{example.question}' about {example.image} has no reference answer to score or train on.")
         if not answer:
             raise DataError(f"The answer '{example.answer}' to '{example.question}' has no tokens in this model's vocabulary.")
         return self._encoded(inputs, answer)
@@ -275,21 +279,27 @@ def batches(
 
     Args:
         encoder: Encodes prompts and images.
-        examples: Consecutive examples on one image are packed together.
+        examples: Those on one image are packed together, up to :data:`QUESTIONS_PER_ROW`.
         images_per_batch: Rows of a batch.
         share_prefix: ``False`` puts every question on a row of its own, as some families always do.
         done: Indices of examples; batches of such alone are left out.
     """
     if not examples:
         raise DataError("There are no examples to run.")
-    numbered = enumerate(examples)
-    key = (lambda pair: pair[1].image) if share_prefix and encoder.shares_prefix else (lambda pair: pair[0])
-    groups = [list(group) for _, group in itertools.groupby(numbered, key=key)]
+    groups = rows_by_image(examples) if share_prefix and encoder.shares_prefix else [[index] for index in range(len(examples))]
     for start in range(0, len(groups), images_per_batch):
         chunk = groups[start : start + images_per_batch]
-        indices = [index for group in chunk for index, _ in group]
+        indices = [index for group in chunk for index in group]
         if not all(index in done for index in indices):
-            yield pack(encoder, [[example for _, example in group] for group in chunk]), indices
+            yield pack(encoder, [[examples[index] for index in group] for group in chunk]), indices
+
+
+def rows_by_image(examples: Sequence[Example]) -> list[list[int]]:
+    """Indices of the examples that share a row: those on one image, wherever they stand; images in the order of their first questions."""
+    found: dict[Path, list[int]] = {}
+    for index, example in enumerate(examples):
+        found.setdefault(example.image, []).append(index)
+    return [group[start : start + QUESTIONS_PER_ROW] for group in found.values() for start in range(0, len(group), QUESTIONS_PER_ROW)]
 
 
 def pack(encoder: PromptEncoder, groups: Sequence[Sequence[Example]]) -> PackedBatch:

@@ -14,6 +14,7 @@ from infoprune.calibrate import Statistics, calibrate
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.certificate import Certificate
 from infoprune.data import Example, load_examples
+from infoprune.data.seen import image_digest
 from infoprune.decisions import Decisions
 from infoprune.errors import DataError, PlanError
 from infoprune.evaluation.cost import (
@@ -168,7 +169,7 @@ def fingerprint(examples: Sequence[Example], *, people: bool = False) -> str:
 
 
 def images_state(examples: Sequence[Example]) -> str:
-    """Digest of the images' names, sizes and times of change: whether files are still those that unfinished work has seen.
+    """Digest of the images' names and contents: whether files are still those that unfinished work has seen.
 
     Raises:
         DataError: One is not there.
@@ -176,10 +177,10 @@ def images_state(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for image in dict.fromkeys(example.image for example in examples):
         try:
-            found = image.stat()
+            content = image_digest(image)
         except OSError as error:
             raise DataError(f"Cannot read the image {image}: {error.strerror}. Check that the path is right.") from error
-        digest.update(f"{image.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        digest.update(f"{image.name}\0{content}\n".encode())
     return digest.hexdigest()[:16]
 
 

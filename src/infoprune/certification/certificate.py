@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors import SafetensorError, safe_open
 from scipy.stats import spearmanr
 
+from infoprune.data.seen import DIGITS as IMAGE_DIGITS
+from infoprune.data.seen import image_digest
 from infoprune.errors import CheckpointError
 from infoprune.evaluation.certify import Bounds
 from infoprune.evaluation.metrics import EXACT, METRICS
@@ -21,14 +23,13 @@ from infoprune.plan import CompressionPlan
 
 CERTIFICATE_VERSION = 3
 FILE = "certificate.json"
-IMAGE_DIGITS = 16  # of an image's SHA-256
 SCORE = "exact match of the greedy answer, teacher-forced"
 GENERATED = "mean score of the generated greedy answer"
 ASSUMPTIONS = (
     "Images of the certification data are independent of each other; questions on one image may depend on each other in any way.",
     "The bounded drop is the expected one over images with as many questions as these have, each drawn question counting the same.",
     "Where the model is used on other kinds of images or questions, the certificate says nothing.",
-    "The data are disjoint from those that the plans were calibrated on, and were looked at for this path alone.",
+    "The data are disjoint from those that the plans were calibrated on, and were looked at for this path alone: no other try saw them.",
 )
 
 
@@ -233,11 +234,6 @@ def stored_digest(folder: Path) -> str:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read the weights in {folder}: {error}.") from error
     return digest.hexdigest()[:32]
-
-
-def image_digest(path: Path) -> str:
-    """The first digits of the SHA-256 of an image file, as certificates name images; raises OSError if it can't be read."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:IMAGE_DIGITS]
 
 
 def certificate_of(model: str, images: Iterable[Path]) -> tuple[Certificate | None, list[str]]:

@@ -20,7 +20,6 @@ import numpy as np
 from infoprune._version import __version__
 from infoprune.certification.certificate import (
     GENERATED,
-    IMAGE_DIGITS,
     SCORE,
     Certificate,
     CertificationData,
@@ -33,6 +32,7 @@ from infoprune.certification.data import CertificationSplit, check_enough, split
 from infoprune.certification.path import PlannedPath, Scored, judge, kl_questions, plan_path, score_dense, score_plan
 from infoprune.checkpoint import save
 from infoprune.data import Example
+from infoprune.data.seen import DIGITS, digests
 from infoprune.errors import CertificateError, CheckpointError
 from infoprune.evaluation.cost import Flops, num_parameters
 from infoprune.evaluation.generation import MAX_NEW_TOKENS
@@ -76,6 +76,7 @@ def compress_certified(
         target = place.model(vlm, path.plans[passed]) or path.cut(passed, progress)
         clock.lap("certify")
     certificate = _certificate(vlm, steps, steps[passed].plan, dense, split, path.record, options)
+    target = replace(target, seen={"calibration": digests(split.calibration)}, certified=weights_digest(target.model))
     return Compressed(
         target, path.dense_flops, scores[passed].flops, path.workload, path.decisions[passed].predicted_loss, num_parameters(vlm.model),
         scores[passed].parameters, clock.laps, path.probe, certificate=certificate,
@@ -127,7 +128,8 @@ def _none_passed(share: float, step: PathStep, options: CompressionOptions) -> s
     return (
         f"Even the mildest plan, {share:g} of the FLOPs, is not certified to lose at most {options.max_drop:g} points: it lost "
         f"{measured.drop_points:.2f}, and the bound is {measured.drop_bounds['betting']:.2f} points. Start with a milder share (--share), "
-        "allow a larger --max-drop, or give more data to certify on (--certify, --certify-images)."
+        "allow a larger --max-drop, or give more data; but certify on images that no try has seen (--certify): the confidence holds for "
+        "one look at them, and those of this run have been looked at."
     )
 
 
@@ -156,7 +158,7 @@ def _certificate(
             num_images=len(split.sizes),
             largest_image=int(split.sizes.max()),
             kl_questions=kl_questions(split),
-            images=tuple(image[:IMAGE_DIGITS] for image in dict.fromkeys(split.images)),
+            images=tuple(image[:DIGITS] for image in dict.fromkeys(split.images)),
         ),
         path=tuple(steps),
         rank_correlation=rank_correlation(tuple(steps)),
@@ -223,7 +225,7 @@ class _Workplace:
 
     def keep(self, index: int, plan: str, scored: Scored, passed: VLM | None) -> None:
         if passed is not None:
-            save(passed, self.folder / "passed", overwrite=True)
+            save(passed, self.folder / "passed", dtype=passed.model.dtype, overwrite=True)
         self._write(f"plan-{index:02d}", {
             "plan": plan, "kl_nats": scored.kl_nats, "parameters": scored.parameters, "flops": scored.flops.as_dict(),
             "scores": scored.scores.tolist(),
@@ -234,7 +236,7 @@ class _Workplace:
         folder = self.folder / "passed"
         if not (folder / "plan.json").is_file() or CompressionPlan.read(folder) != plan:
             return None
-        loaded = load(folder, device=str(vlm.device), dtype=next(vlm.model.parameters()).dtype)
+        loaded = load(folder, device=str(vlm.device), dtype=vlm.model.dtype, trust_remote_code=vlm.trusted)
         return replace(vlm, model=loaded.model, plan=plan)
 
     def discard(self) -> None:

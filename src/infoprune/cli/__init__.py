@@ -43,6 +43,11 @@ def main() -> None:
         _fail(str(error), 2)
     except _Interrupted:
         _fail("Interrupted. Nothing half-written was left behind.", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # by its name, for verbs that need no PyTorch
+            raise
+        told = next(iter(str(error).splitlines()), "").partition(" GPU ")[0]
+        _fail(f"The device ran out of memory ({told}). Take fewer --examples, train without --recovery, or use a larger device.", 2)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(

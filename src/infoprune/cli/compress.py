@@ -38,7 +38,9 @@ def compress(
     model: Annotated[Optional[str], typer.Argument(help="'demo', a checkpoint folder, or a hub id.")] = None,
     data: Annotated[
         Optional[str],
-        typer.Option("--data", help="Calibration data: NAME[:SPLIT][@FOLDER or HUB-ID], or a .jsonl; NAME: easy-vqa, vqav2, textvqa, gqa."),
+        typer.Option(
+            "--data", help="Calibration data: NAME[:SPLIT]\\[@FOLDER or HUB-ID] or a .jsonl; NAME: easy-vqa (default), vqav2, textvqa, gqa."
+        ),
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for the compressed checkpoint.")] = None,
     flops: Annotated[Optional[float], typer.Option(help="Share of the dense FLOPs that remains, e.g. 0.5.")] = None,
@@ -144,7 +146,7 @@ def compress(
     from infoprune.cli.device import own_device
     from infoprune.cli.recipe import read_recipe
     from infoprune.errors import InfoPruneError
-    from infoprune.model import named_precision
+    from infoprune.model import DEMO, named_precision
     from infoprune.options import BUDGETS, TRAINED, CompressionOptions
     from infoprune.progress import Progress
     from infoprune.training.loop import check_trackers
@@ -191,6 +193,10 @@ def compress(
         return
     progress = BarProgress() if first else Progress()
     work = target.with_name(f"{target.name}.work") if trains or options.max_drop is not None else None
+    if "data" not in settings and settings["model"] != DEMO:
+        progress.note(
+            f"Warning: there is no --data, so this calibrates on {DEFAULT_DATA}: drawn shapes. Give data like what the model is for."
+        )
     vlm = infoprune.load(
         settings["model"], device=own_device(settings.get("device", "cpu")), trust_remote_code=trust_remote_code,
         prompt_suffix=settings.get("prompt_suffix", ""), notify=progress.note,

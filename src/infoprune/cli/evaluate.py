@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint folder, or any supported model.")],
     data: Annotated[
-        str, typer.Option("--data", help="easy-vqa[:SPLIT], a .jsonl file, or vqav2, textvqa, gqa as NAME[:SPLIT][@FOLDER or HUB-ID].")
+        str, typer.Option("--data", help="easy-vqa[:SPLIT], a .jsonl file, or vqav2, textvqa, gqa as NAME[:SPLIT]\\[@FOLDER or HUB-ID].")
     ] = "easy-vqa",
     against: Annotated[Optional[str], typer.Option(help="The dense original, to compare with.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Use a random sample of this many questions.")] = None,
@@ -44,7 +44,7 @@ def evaluate(
         Optional[Path], typer.Option(help="With --generate: write a benchmark's result file, as its evaluation server takes it.")
     ] = None,
     max_new_tokens: Annotated[Optional[int], typer.Option(help="With --generate: the longest answer (default 16).")] = None,
-    images_per_batch: Annotated[Optional[int], typer.Option(help="With --generate: fewer take less memory (default 8).")] = None,
+    images_per_batch: Annotated[int, typer.Option(help="Whose questions are asked together; fewer take less memory.")] = 8,
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, bf16, fp16, or auto: half on CUDA (default auto with --generate, else fp32).")
     ] = None,
@@ -63,8 +63,9 @@ def evaluate(
     from infoprune.certification.certificate import certificate_of
     from infoprune.cli.device import own_device
     from infoprune.data import load_counted, parse_spec, subset
+    from infoprune.data.seen import seen_warnings
     from infoprune.errors import InfoPruneError
-    from infoprune.evaluation.generation import IMAGES_PER_BATCH, MAX_NEW_TOKENS, dtype_for, generate_answers
+    from infoprune.evaluation.generation import MAX_NEW_TOKENS, dtype_for, generate_answers
     from infoprune.evaluation.metrics import metric_for, score_answers
     from infoprune.evaluation.results import check_results, write_results
     from infoprune.evaluation.runner import check_comparable
@@ -74,9 +75,8 @@ def evaluate(
     from infoprune.report.page import check_page, write_page
     from infoprune.training.loop import Processes
 
-    about_answers = {"--results": results, "--metric": metric, "--max-new-tokens": max_new_tokens}
-    _check_generate(generate, about_answers | {"--images-per-batch": images_per_batch})
-    _check_numbers(limit, confidence, answers)
+    _check_generate(generate, {"--results": results, "--metric": metric, "--max-new-tokens": max_new_tokens})
+    _check_numbers(limit, confidence, answers, images_per_batch)
     if ocr and prompt_suffix:
         raise InfoPruneError("--prompt-suffix takes the place of all that a benchmark adds to questions, words by --ocr too: take one.")
     if report is not None:
@@ -102,6 +102,7 @@ def evaluate(
     if against is not None:
         check_comparable(models[1], models[0])
     certificate, warnings = certificate_of(model, (example.image for example in examples))
+    warnings += seen_warnings(models[-1].seen, (example.image for example in examples))
     for warning in warnings:
         progress.note(f"Warning: {warning}")
     generated = None
@@ -109,7 +110,7 @@ def evaluate(
         files = (_beside(answers, "against"), answers)[-len(models) :]
         sizes = {
             "max_new_tokens": MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
-            "images_per_batch": IMAGES_PER_BATCH if images_per_batch is None else images_per_batch,
+            "images_per_batch": images_per_batch,
         }
         told = {"processes": processes, "progress": progress}
         generated = [generate_answers(vlm, examples, record=file, **sizes, **told) for vlm, file in zip(models, files, strict=True)]
@@ -128,7 +129,8 @@ def evaluate(
             return
     result = run(
         models[-1], examples, against=models[0] if against is not None else None, answers=generated, metric=judge, timing=repeats > 0,
-        repeats=max(repeats, 1), confidence=confidence, record=_beside(answers, "scores") if generate else answers, progress=progress,
+        repeats=max(repeats, 1), confidence=confidence, record=_beside(answers, "scores") if generate else answers,
+        images_per_batch=images_per_batch, progress=progress,
     )  # fmt: skip
     result["skipped"], result["warnings"] = loaded.skipped, warnings
     if report is not None:
@@ -155,7 +157,7 @@ def _incomplete(loaded: Loaded, examples: Sequence[Example]) -> str:
     return f" Warning: it may be incomplete ({told}); evaluation servers want every question of a split." if told else ""
 
 
-def _check_numbers(limit: int | None, confidence: float, answers: Path | None) -> None:
+def _check_numbers(limit: int | None, confidence: float, answers: Path | None, images_per_batch: int) -> None:
     """Raise where a number, or the file of answers, can't be meant."""
     from infoprune.errors import InfoPruneError
     from infoprune.evaluation.certify import check_confidence
@@ -163,6 +165,8 @@ def _check_numbers(limit: int | None, confidence: float, answers: Path | None) -
     check_confidence(confidence)
     if limit is not None and limit < 1:
         raise InfoPruneError(f"--limit must be at least 1, not {limit}.")
+    if images_per_batch < 1:
+        raise InfoPruneError(f"--images-per-batch must be at least 1, not {images_per_batch}.")
     if answers is not None and (not answers.name or answers.is_dir()):
         raise InfoPruneError(f"--answers must name a file, not '{answers}'.")
 

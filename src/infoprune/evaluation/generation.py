@@ -6,8 +6,7 @@ processes, gives the answers of an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from infoprune.data import Example
 from infoprune.errors import DataError, InfoPruneError
 from infoprune.evaluation.decoding import batched_answers, can_pack, packed_answers
 from infoprune.evaluation.record import ANSWERS, RecordFile, fingerprint
+from infoprune.memory import out_of_memory
 from infoprune.model import VLM, named_precision
 from infoprune.progress import SILENT, Progress
 from infoprune.training.loop import Processes, wants_bfloat16
@@ -113,7 +113,7 @@ def _answer_all(
     with progress.task("answering", sum(len(group) for batch in own for group in batch)) as advance:
         for number, batch in enumerate(own, start=1):
             groups = [[examples[index] for index in group] for group in batch]
-            with _out_of_memory(images_per_batch):
+            with out_of_memory("answer", images_per_batch):
                 if share:
                     texts = packed_answers(vlm, groups, max_new_tokens)
                 else:
@@ -160,14 +160,3 @@ def _gathered(processes: Processes, own: dict[int, str]) -> list[dict[int, str]]
     from accelerate.utils import gather_object
 
     return gather_object([own])
-
-
-@contextmanager
-def _out_of_memory(images_per_batch: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise InfoPruneError(
-            f"The device has not enough memory to answer questions on {images_per_batch} images at once. Lower images_per_batch "
-            "(infoprune evaluate --images-per-batch), or load the model in half precision; recorded answers are kept."
-        ) from error

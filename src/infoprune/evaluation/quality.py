@@ -23,6 +23,7 @@ from infoprune.data.images import identities
 from infoprune.errors import DataError
 from infoprune.evaluation.certify import bootstrap_draws, by_image
 from infoprune.evaluation.record import SCORES, RecordFile, score_fingerprint
+from infoprune.memory import out_of_memory
 from infoprune.model import VLM
 from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.progress import SILENT, Progress
@@ -88,45 +89,56 @@ class Quality:
         return Quality(self.scores[chosen], kl, question, tuple(compress(self.answers, chosen)))
 
 
-def score(models: Sequence[VLM], examples: Sequence[Example], *, record: Path | None = None, progress: Progress = SILENT) -> list[Quality]:
+def score(
+    models: Sequence[VLM],
+    examples: Sequence[Example],
+    *,
+    record: Path | None = None,
+    images_per_batch: int = IMAGES_PER_BATCH,
+    progress: Progress = SILENT,
+) -> list[Quality]:
     """Score several models on the same batches; the first one is the reference of the KL.
 
     Args:
         models: What to score.
-        examples: Questions with their reference answers; consecutive ones on one image are packed together.
+        examples: Questions with their reference answers; those on one image are packed together.
         record: File that keeps what was found of each question: a dictionary per model of ``tokens`` (see :attr:`Quality.answers`),
             ``right`` and, but for the first, ``kl`` at each token of the reference answer. An interrupted run goes on from what it left
             beside the file, with the result of an uninterrupted one; a file that is finished is read.
+        images_per_batch: Images whose questions are scored together: lower it if memory runs out.
         progress: Shows how many are scored.
 
     Raises:
-        DataError: No examples, or a ``record`` that another run is writing or that is of other models or data.
+        InfoPruneError: The device has not enough memory.
+        DataError: No examples, one without an answer, or a ``record`` that another run is writing or that is of other models or data.
     """
     if not examples:
         raise DataError("There are no examples to evaluate on.")
     if record is None:
-        return _qualities(_score_all(models, examples, None, progress))
+        return _qualities(_score_all(models, examples, None, images_per_batch, progress))
     file = RecordFile(Path(record), score_fingerprint(models, examples), examples, SCORES)
     found = file.finished()
     if found is None:
         with file.held(0):
-            found = _score_all(models, examples, file, progress)
+            found = _score_all(models, examples, file, images_per_batch, progress)
             file.finish(found)
     else:
         progress.note(f"The scores are read from {record}.")
     return _qualities(found)
 
 
-def _score_all(models: Sequence[VLM], examples: Sequence[Example], file: RecordFile | None, progress: Progress) -> list[list[Found]]:
+def _score_all(
+    models: Sequence[VLM], examples: Sequence[Example], file: RecordFile | None, images_per_batch: int, progress: Progress
+) -> list[list[Found]]:
     """What was found of each question, per model."""
     share = all(can_share_prefix(vlm) for vlm in models)
     found: dict[int, list[Found]] = file.resumed() if file is not None else {}
     if found:
         progress.note(f"{len(found)} of {len(examples)} questions were scored by an interrupted run.")
     append = file.appender(0) if file is not None else lambda new: None
-    with progress.task("evaluating", len(examples)) as advance:
+    with progress.task("evaluating", len(examples)) as advance, out_of_memory("score", images_per_batch):
         advance(len(found))
-        for batch, indices in batches(models[0].encoder, examples, images_per_batch=IMAGES_PER_BATCH, share_prefix=share, done=found):
+        for batch, indices in batches(models[0].encoder, examples, images_per_batch=images_per_batch, share_prefix=share, done=found):
             new = dict(zip(indices, _score_batch(models, batch), strict=True))
             append(new)
             advance(len(new.keys() - found.keys()))

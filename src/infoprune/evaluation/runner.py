@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from infoprune.data import Example
 from infoprune.data.images import identities
@@ -37,6 +39,7 @@ def evaluate(
     repeats: int = 15,
     confidence: float = 0.95,
     record: Path | None = None,
+    images_per_batch: int = quality.IMAGES_PER_BATCH,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Accuracy, cost and time of ``vlm``, side by side with ``against`` (its dense original) if given.
@@ -52,6 +55,7 @@ def evaluate(
         repeats: Timed rounds.
         confidence: Of the one-sided bounds on the drop.
         record: File that keeps what scoring finds, for an interrupted run to go on from (:func:`infoprune.evaluation.quality.score`).
+        images_per_batch: Images whose questions are scored together: lower it if memory runs out.
         progress: Shows the steps.
 
     Returns:
@@ -66,7 +70,9 @@ def evaluate(
     family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
-    scored, judged = _judged(models, examples, answers, metric, record, progress)
+    scored, judged = _judged(
+        models, examples, answers, metric, partial(quality.score, record=record, images_per_batch=images_per_batch, progress=progress)
+    )
     counted = judged[0].counted if judged else np.ones(len(examples), dtype=bool)
     scored, places = [found.only(counted) for found in scored], np.flatnonzero(counted).tolist()
     compared = [examples[place] for place in places]
@@ -107,15 +113,21 @@ def evaluate(
 
 
 def check_comparable(vlm: VLM, against: VLM) -> None:
-    """Two models get the same prompts and token ids, so that they must read them alike.
+    """Two models get the same token ids and pixels, so that they must read prompts and images alike.
 
     Raises:
-        InfoPruneError: Family, vocabulary or prompt differ; says which.
+        InfoPruneError: Family, vocabulary, prompt, end of answers, or what their processors make of an image differ; says which.
     """
     families = [family_of(m.model).model_type for m in (against, vlm)]
     vocabularies = [m.processor.tokenizer.get_vocab() for m in (against, vlm)]
     prompts = [m.encoder.prompt("{question}") for m in (against, vlm)]
-    told = {"family": families, "vocabulary": vocabularies, "prompt": prompts}
+    image = Image.effect_noise((200, 120), 80).convert("RGB")
+    read = [m.encoder.inputs([m.encoder.prompt("Where?")], [image]) for m in (against, vlm)]
+    same = read[0].keys() == read[1].keys() and all(torch.equal(read[0][name], read[1][name]) for name in read[0])
+    told = {
+        "family": families, "vocabulary": vocabularies, "prompt": prompts, "the end of answers": [m.encoder.end for m in (against, vlm)],
+        "what they make of an image": [True, same],
+    }  # fmt: skip
     if differs := [name for name, (first, second) in told.items() if first != second]:
         raise InfoPruneError(
             f"'{vlm.model_id}' can't be compared with '{against.model_id}' token by token: they differ in {' and '.join(differs)}. Compare "
@@ -128,14 +140,13 @@ def _judged(
     examples: Sequence[Example],
     answers: Sequence[Sequence[str]] | None,
     metric: str,
-    record: Path | None,
-    progress: Progress,
+    score: Callable[[Sequence[VLM], Sequence[Example]], list[quality.Quality]],
 ) -> tuple[list[quality.Quality], list[Scores]]:
     """How good each model's answers are, and what the metric says of generated ones; KL needs scoring whatever a model answered."""
     if answers is None:
-        return quality.score(models, examples, record=record, progress=progress), []
+        return score(models, examples), []
     judged = [score_answers(texts, examples, metric) for texts in answers]
-    scored = quality.score(models, examples, record=record, progress=progress) if len(models) > 1 else [quality.Quality(np.zeros(0))]
+    scored = score(models, examples) if len(models) > 1 else [quality.Quality(np.zeros(0))]
     found = [replace(q, scores=j.per_example, answers=tuple(texts)) for q, j, texts in zip(scored, judged, answers, strict=True)]
     return found, judged
 
@@ -160,6 +171,6 @@ def bytes_on_disk(vlm: VLM) -> int | None:
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process: device memory on CUDA, resident memory otherwise."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 def synchronizer(device: torch.device) -> Callable[[], None]:
     """What waits until ``device`` has done all that it was given."""
     if device.type == "cuda":
-        return torch.cuda.synchronize
+        return partial(torch.cuda.synchronize, device)
     if device.type == "mps":
         return torch.mps.synchronize
     return lambda: None

@@ -134,7 +134,7 @@ class GateStage:
         for path, z in self.gates.by_site(deterministic_gate(log_alpha)).items():
             if path in before and torch.equal(before[path], z):  # nothing moved
                 continue
-            self.structures[path] = structure_of(self.blocks[path], self.dense[path], z, self.compensation)
+            self.structures[path] = structure_of(self.blocks[path], self.dense[path], z, self.compensation, self.options.ks_weight > 0)
         self._compensate()
 
     def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
@@ -159,12 +159,12 @@ class GateStage:
         device = self.gates.log_alpha.device
         heads = self.costs.share(open_probability(self.gates.log_alpha).cpu().double())  # on the CPU: not every device has float64
         cost = (heads * self.costs.dense + self.ffn.cost()) / (self.costs.dense + self.ffn.dense)
-        return {
-            "rate": (o.rate_weight, objective.relative_rate(self.structures, sampled)),
-            "ks": (o.ks_weight, objective.mean_ks(self.structures, sampled)),
-            "budget": (1.0, self.budget.penalty(cost).float().to(device)),
-            "cost": (0.0, cost.float().to(device)),
-        }
+        terms = {"budget": (1.0, self.budget.penalty(cost).float().to(device)), "cost": (0.0, cost.float().to(device))}
+        if o.rate_weight:
+            terms["rate"] = (o.rate_weight, objective.relative_rate(self.structures, sampled))
+        if o.ks_weight:
+            terms["ks"] = (o.ks_weight, objective.mean_ks(self.structures, sampled))
+        return terms
 
     def end(self, step: int, values: dict[str, float]) -> bool:
         """Ascend the multipliers and validate now and then; gates never stop early, their budget must converge."""

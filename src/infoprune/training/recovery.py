@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from infoprune.architecture import Architecture, TowerName
 from infoprune.data import Example
@@ -203,7 +204,7 @@ class RecoveryStage:
         loss = sum(weight * means[name] for name, weight in weights.items())
         found = Validated(*self.agree(accuracy.percent, means["cross_entropy"], loss))
         if self.best.update(found, step):
-            self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best_parameters = {name: _set_aside(p) for name, p in self.parameters.items()}
         return found
 
     @torch.no_grad()
@@ -219,7 +220,13 @@ class RecoveryStage:
     def restore(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """See :meth:`state`."""
         self.best, self.went_back = Best(**meta["best"]), list(meta["went_back"])
-        self.best_parameters = {name: as_part(value, self.parameters[name]) for name, value in tensors.items()}
+        self.best_parameters = {name: _set_aside(as_part(value, self.parameters[name])) for name, value in tensors.items()}
+
+
+def _set_aside(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, since the device's is what training runs out of; parts of a spread model stay spread."""
+    value = parameter.detach()
+    return value.clone() if isinstance(value, DTensor) else value.to("cpu", copy=True)
 
 
 @dataclass

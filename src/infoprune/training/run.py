@@ -221,14 +221,14 @@ class TrainingRun:
         folder = self.work.path / CUT
         try:
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            return load(folder, device=str(vlm.device), dtype=vlm.model.dtype), report
+            return load(folder, device=str(vlm.device), dtype=vlm.model.dtype, trust_remote_code=vlm.trusted), report
         except (CheckpointError, OSError, ValueError) as error:
             raise CheckpointError(f"The cut model of an interrupted run is damaged ({error}). Delete {folder} to cut again.") from error
 
     def save_cut(self, vlm: VLM, report: dict[str, Any]) -> None:
         """Keep the cut model, so that a resumed run need not cut again."""
         if self.work is not None and self.processes.index == 0:
-            save(vlm, self.work.path / CUT, extra=report)
+            save(vlm, self.work.path / CUT, extra=report, dtype=vlm.model.dtype)
         self.processes.wait()
 
     def check_shares(self, name: str) -> None:

@@ -139,11 +139,19 @@ def energy_forms(block: Block, directions: torch.Tensor, coefficient: torch.Tens
     return forms
 
 
-def structure_of(block: Block, dense: DenseStructure, gates: torch.Tensor, compensation: Compensation) -> BlockStructure:
-    """Constants of one block at the present gates (units,), which say what stays (z > 1/2) and turn the directions."""
+def structure_of(
+    block: Block, dense: DenseStructure, gates: torch.Tensor, compensation: Compensation, spectra: bool = True
+) -> BlockStructure:
+    """Constants of one block at the present gates (units,), which say what stays (z > 1/2) and turn the directions.
+
+    Without ``spectra``, which take an eigenproblem of the hidden size, there are no energies, and so no KS distance.
+    """
     z = gates.detach().double().cpu()
     kept = [u for u in range(block.site.num_units) if z[u] > 0.5]
     coefficient, mean = stand_in(block, kept, compensation)
+    if not spectra:
+        nothing = torch.empty(0, *[block.site.num_units + 1] * 2)
+        return BlockStructure(*(piece.to(gates.device, torch.float32) for piece in (coefficient, mean, dense.snr, dense.dense, nothing)))
     gated = block.out * z.repeat_interleave(block.site.unit_width)
     now = gated + (block.out - gated) @ coefficient  # sum_a z_a A_a
     directions = descending_eigh(now @ block.covariance @ now.T)[1]
