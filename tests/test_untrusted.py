@@ -328,7 +328,7 @@ def test_terminals_are_not_told_what_to_do():
     [
         (["--confidence", 95], "confidence must be at least 0.5"), (["--confidence", 0], "confidence must be"),
         (["--limit", -1], "--limit must be at least 1"), (["--limit", 0], "--limit must be at least 1"),
-        (["--max-new-tokens", 8], "add --generate"), (["--images-per-batch", 2], "add --generate"),
+        (["--max-new-tokens", 8], "add --generate"), (["--images-per-batch", 0], "must be at least 1"),
         (["--generate", "--answers", "."], "--answers must name a file"), (["--device", "gpu"], "The device 'gpu'"),
         (["--generate", "--metric", "vqav2/official"], "weighs the answers of at least 2 people"),
         (["--ocr"], "no words that a reader found"),
