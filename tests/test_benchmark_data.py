@@ -317,7 +317,7 @@ def test_without_datasets_the_hub_route_names_the_extra(monkeypatch, tmp_path):
         return real(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(DataError, match=r"pip install 'infoprune\[hub\]'"):
+    with pytest.raises(DataError, match="pip install datasets"):
         load_examples("vqav2:val")
 
 

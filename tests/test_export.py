@@ -101,6 +101,8 @@ def test_earlier_readers_find_what_they_look_for(gqa_vlm, questions, tmp_path):
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     images = json.loads((folder / "preprocessor_config.json").read_text())
     assert images["image_mean"] == list(gqa_vlm.processor.image_processor.image_mean) and "Pil" not in images["image_processor_type"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert any("vision_tower.vision_model.encoder." in name for name in file.keys())  # noqa: SIM118 - safe_open has no items
     again = infoprune.load(folder)
     assert again.processor.tokenizer.get_vocab() == small.processor.tokenizer.get_vocab()
     inputs = again.encoder.inputs([again.encoder.prompt("what ?")], [questions[0].load_image()])

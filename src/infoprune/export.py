@@ -19,7 +19,7 @@ from infoprune.errors import CheckpointError
 from infoprune.geometry import clear_geometry_
 from infoprune.model import VLM, load, precision_name
 from infoprune.modeling_infoprune import Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
-from infoprune.older_readers import write_for_older_readers
+from infoprune.older_readers import keep_original_names_, write_for_older_readers
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
 from infoprune.resolve import family_of, resolve
 from infoprune.surgery import kept_places
@@ -65,6 +65,7 @@ def export_dense(
     expected = vlm.model(**probe).logits
     _check_same(stock(**probe).logits, expected)
     written: torch.dtype = dtype or vlm.stored or stock.dtype
+    keep_original_names_(stock)
     with written_aside(folder) as aside:
         stock.save_pretrained(aside, state_dict=in_precision(stock.state_dict(), written))
         restate_precision_(aside, written)

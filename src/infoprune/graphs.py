@@ -104,8 +104,7 @@ def _require(*packages: str) -> None:
     from importlib.util import find_spec
 
     if missing := [package for package in packages if find_spec(package) is None]:
-        extra = "openvino" if "openvino" in packages else "onnx"
-        raise CheckpointError(f"This needs {' and '.join(missing)}: pip install 'infoprune[{extra}]'.")
+        raise CheckpointError(f"This needs {' and '.join(missing)}: pip install onnx {' '.join(missing)}")
 
 
 def _check_supported(vlm: VLM, probe: dict[str, torch.Tensor]) -> None:

@@ -10,8 +10,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+
 GENERIC = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # by today's name
 LAYERS = ("full_attention", "sliding_attention")
+
+
+def keep_original_names_(model: Any) -> None:
+    """Have a stock model saved under the names that checkpoints of its family have on hubs.
+
+    Transformers 5 dropped the level ``vision_model`` from the names of CLIP's and SigLIP's towers, and puts it back for models that it read
+    from such a checkpoint, not for one that was made from a configuration.
+    """
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [c for c in found if not isinstance(c, PrefixChange) or c.prefix_to_remove == "vision_model"]
 
 
 def write_for_older_readers(folder: Path, processor: Any) -> None:

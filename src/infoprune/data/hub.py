@@ -183,4 +183,4 @@ def _datasets() -> Any:
     try:
         return importlib.import_module("datasets")
     except ImportError as error:
-        raise DataError("Reading from the hub or from parquet files needs 'datasets': pip install 'infoprune[hub]'.") from error
+        raise DataError("Reading from the hub or from parquet files needs 'datasets': pip install datasets") from error

@@ -315,7 +315,7 @@ def require_peft() -> None:
         InfoPruneError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise InfoPruneError("LoRA needs peft: pip install 'infoprune[train]'.")
+        raise InfoPruneError("LoRA needs peft: pip install peft")
 
 
 def fixed_features(model: nn.Module, architecture: Architecture) -> bool:
