@@ -94,7 +94,7 @@ def score(
     examples: Sequence[Example],
     *,
     record: Path | None = None,
-    images_per_batch: int = IMAGES_PER_BATCH,
+    images_per_batch: int | None = None,
     progress: Progress = SILENT,
 ) -> list[Quality]:
     """Score several models on the same batches; the first one is the reference of the KL.
@@ -105,7 +105,7 @@ def score(
         record: File that keeps what was found of each question: a dictionary per model of ``tokens`` (see :attr:`Quality.answers`),
             ``right`` and, but for the first, ``kl`` at each token of the reference answer. An interrupted run goes on from what it left
             beside the file, with the result of an uninterrupted one; a file that is finished is read.
-        images_per_batch: Images whose questions are scored together: lower it if memory runs out.
+        images_per_batch: Images whose questions are scored together: lower it if memory runs out. ``None``: :data:`IMAGES_PER_BATCH`.
         progress: Shows how many are scored.
 
     Raises:
@@ -114,6 +114,7 @@ def score(
     """
     if not examples:
         raise DataError("There are no examples to evaluate on.")
+    images_per_batch = images_per_batch or IMAGES_PER_BATCH
     if record is None:
         return _qualities(_score_all(models, examples, None, images_per_batch, progress))
     file = RecordFile(Path(record), score_fingerprint(models, examples), examples, SCORES)

@@ -39,7 +39,7 @@ def evaluate(
     repeats: int = 15,
     confidence: float = 0.95,
     record: Path | None = None,
-    images_per_batch: int = quality.IMAGES_PER_BATCH,
+    images_per_batch: int | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Accuracy, cost and time of ``vlm``, side by side with ``against`` (its dense original) if given.
@@ -55,7 +55,7 @@ def evaluate(
         repeats: Timed rounds.
         confidence: Of the one-sided bounds on the drop.
         record: File that keeps what scoring finds, for an interrupted run to go on from (:func:`infoprune.evaluation.quality.score`).
-        images_per_batch: Images whose questions are scored together: lower it if memory runs out.
+        images_per_batch: Images whose questions are scored together: lower it if memory runs out. ``None``: eight.
         progress: Shows the steps.
 
     Returns:
