@@ -243,6 +243,12 @@ def test_nan_is_reported_with_its_site(gqa_vlm, questions):
         run(gqa_vlm, questions, 2)
 
 
+def test_gradients_in_float16_are_refused(gqa_vlm, questions):
+    gqa_vlm.model.half()
+    with pytest.raises(CalibrationError, match="vanish in float16"):
+        run(gqa_vlm, questions, 2)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_value_that_is_not_finite_is_seen(value, dtype):

@@ -13,9 +13,10 @@ from infoprune.calibrate import calibrate
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.layers import stream_name
 from infoprune.least_squares import LeastSquares
+from infoprune.linears import add_, readers_of
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import FFNDecision, HeadDecision
-from infoprune.repair import _add_, _capture, _LayerRepair, _readers, _stacks, cut_and_repair_, evened
+from infoprune.repair import _capture, _LayerRepair, _stacks, cut_and_repair_, evened
 from infoprune.surgery import apply_
 from infoprune.tokens import unpadded
 from test_families import plan_of
@@ -109,7 +110,7 @@ def test_readers_come_nearer_to_what_they_computed_and_others_stay(vlm, question
     refit, refitted = _LayerRepair._refit_readers, []
 
     def checked(self, site, dense, hidden, writes=None):
-        readers = _readers(self.model, site)
+        readers = readers_of(self.model, site)
         first, x = next(iter(readers.values())), next(iter(dense.values()))
         valid = [unpadded(site, values, batch.valid) for values, batch in zip(x, self.batches, strict=True)]
         seen = [unpadded(site, v, b.valid) for v, b in zip(self._read(first, hidden), self.batches, strict=True)]
@@ -293,11 +294,22 @@ def test_least_squares_equals_the_direct_solution_and_ridge_keeps_the_weights(bi
     with torch.no_grad():
         for part in (slice(start, start + 50) for start in range(0, 200, 50)):
             fit.update(z[part], goal[part] - found(z[part]), w[part])
-        _add_(found, fit.solve(0.0))
+        add_(found, fit.solve(0.0))
         torch.testing.assert_close(found.weight, truth.weight, atol=1e-4, rtol=1e-4)
         stiff = nn.Linear(6, 4, bias=bias)
         before = stiff.weight.clone()
         fit = LeastSquares(6, 4, intercept=bias)
         fit.update(z, goal - stiff(z), w)
-        _add_(stiff, fit.solve(1e9))
+        add_(stiff, fit.solve(1e9))
         torch.testing.assert_close(stiff.weight, before, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_stream_has_the_change_that_coarse_weights_have():
+    linear = torch.nn.Linear(5, 4, dtype=torch.bfloat16)
+    before = linear.weight.clone(), linear.bias.clone()
+    change = add_(linear, torch.full((4, 6), 1e-3, dtype=torch.float64))
+    x = torch.randn(3, 5, dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(x, linear.weight - before[0], linear.bias - before[1])
+    assert torch.equal(change(x), expected)
+    assert not torch.equal(linear.weight - before[0], torch.full_like(linear.weight, 1e-3))  # some of it fell between the grid's points

@@ -145,12 +145,14 @@ def calibrate(
         progress: Called with the number of questions after each batch.
 
     Raises:
-        CalibrationError: No data, or a value that is not finite; names the site.
+        CalibrationError: No data, float16 where gradients are needed, or a value that is not finite; names the site.
     """
     if not (factors or neurons):
         raise CalibrationError("FFNs need moments of their factors or of their neurons.")
     if weighting == "relevance" and not gradients:
         raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
+    if gradients and next(model.parameters()).dtype == torch.float16:
+        raise CalibrationError("Gradients of calibration vanish in float16. Load the model in float32, or with dtype=torch.bfloat16.")
     collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens, factors, neurons))
     generator = torch.Generator().manual_seed(seed)
     training, questions = model.training, 0

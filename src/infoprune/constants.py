@@ -53,11 +53,13 @@ def constant_before(norm: nn.Module, outputs: Sequence[torch.Tensor], weights: S
     if not isinstance(eps, float):
         return None
     total = sum(float(w.sum()) for w in weights)
-    mean = sum((w.to(x)[:, None] * norm(x)).sum(0).double().cpu() for x, w in zip(outputs, weights, strict=True)) / max(total, 1e-30)
+    mean = sum(
+        (w.to(x.device, torch.float32)[:, None] * norm(x).float()).sum(0).cpu().double() for x, w in zip(outputs, weights, strict=True)
+    ) / max(total, 1e-30)
     assert isinstance(mean, torch.Tensor)
-    gain = norm(torch.full_like(outputs[0][0], 1e3)).double().cpu()
+    gain = norm(torch.full_like(outputs[0][0], 1e3)).cpu().double()
     u = torch.where(gain.abs() > 1e-12, mean / gain, 0.0)
     square = min(float(u.square().mean()), 1 - 1e-6)
     constant = (u * (eps / (1 - square)) ** 0.5).to(outputs[0])
-    difference = norm(constant).double().cpu() - mean
+    difference = norm(constant).cpu().double() - mean
     return constant if float(difference.abs().max()) <= AGREES * float(mean.abs().max()) else None

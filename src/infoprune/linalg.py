@@ -32,7 +32,7 @@ def row_products(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def add_products_(total: torch.Tensor, weighted: torch.Tensor, vectors: torch.Tensor) -> None:
-    """Add sum_t w_t x_t x_t^T to ``total`` (n, n), on the CPU, where the blocks on and above the diagonal alone are of use.
+    """Add sum_t w_t x_t x_t^T to ``total`` (n, n), wherever that is; the blocks on and above its diagonal alone are of use.
 
     Args:
         total: Read it by :func:`mirrored_`.
@@ -40,7 +40,7 @@ def add_products_(total: torch.Tensor, weighted: torch.Tensor, vectors: torch.Te
         vectors: (t, n) the x_t.
     """
     for start in range(0, len(total), BLOCK):
-        total[start : start + BLOCK, start:] += (weighted[:, start : start + BLOCK].T @ vectors[:, start:]).cpu()
+        total[start : start + BLOCK, start:] += (weighted[:, start : start + BLOCK].T @ vectors[:, start:]).to(total.device)
 
 
 def mirrored_(total: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,14 @@ def saved_bytes(model: nn.Module, parts: Iterable[nn.Module], run: Callable[[], 
         run()
     count()
     return total
+
+
+def available_bytes(device: torch.device) -> float:
+    """What may still be allocated on a CUDA device; elsewhere no limit is known, and memory pages."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +37,9 @@ from infoprune.constants import behind, constant_before
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.layers import restore_forward, stream_name
 from infoprune.least_squares import LeastSquares
-from infoprune.modeling_infoprune import ALONE, Constant, ConstantAttention, LowRankGatedFFN, LowRankLinear
+from infoprune.linears import add_, last_linear, readers_of, writer_of
+from infoprune.memory import available_bytes
+from infoprune.modeling_infoprune import ALONE, Constant
 from infoprune.packing import PackedBatch, answer_logits
 from infoprune.plan import CompressionPlan
 from infoprune.surgery import cut_ffn_, prune_heads_
@@ -48,8 +49,10 @@ RIDGE = 0.05
 # What tokens count beside their relevance, in means of that. Relevance is a few tokens' (a hundredth of them have most of it): what it
 # leaves out, the questions of calibration did not need, and others may.
 EVEN = 1.0
-# Of the residual stream before a stack of layers, over all batches; about eight tensors as large are kept at a time.
+# Of the residual stream before a stack of layers, over all batches; up to fourteen lists of tensors as large are kept at a time (streams,
+# what blocks read and write, drift), and one of what the down projection reads. On CUDA all of them get half of what is free.
 STREAM_BYTES = 2**30
+LISTS = 32
 LEAST_ENERGY = 0.01  # of the median: below that a token's stream is as good as nothing, and relative errors say nothing
 _Inputs = dict[str, list[torch.Tensor]]  # what each of a block's input linears read in the dense model, per batch, by its name
 
@@ -149,10 +152,11 @@ def _captured(
 ) -> list[_Stream]:
     """The streams of the first batches, of as many as may be kept: a least squares needs many more tokens than dimensions, not all."""
     found, kept = [], 0
+    most = min(STREAM_BYTES, available_bytes(next(model.parameters()).device) / LISTS)
     for batch in batches:
         found.append(_capture(model, layers, batch))
         kept += found[-1].hidden.nbytes
-        if kept >= STREAM_BYTES and len(found) < len(batches):
+        if kept >= most and len(found) < len(batches):
             where = layers[0][0].path.partition(f".{layers[0][0].names.layers}")[0]
             notify(
                 f"'{where}' is repaired on {len(found)} of {len(batches)} calibration batches, whose activations are all that may be kept"
@@ -251,20 +255,20 @@ class _LayerRepair:
         # What rescales a block's output would have to be passed backwards by the drift; there each block only aims at its own output.
         drift = [torch.zeros_like(h) if self.rescaled else h - c for h, c in zip(dense, compressed, strict=True)]
         streams = [h + t.view_as(h) for h, t in zip(dense, targets[self.attention.path], strict=True)]
-        writes = self._cut_attention(compressed, plan, inputs[self.attention.path] if drifted else None, targets, drift, streams)
+        writes = self._cut_attention(compressed, plan, inputs.pop(self.attention.path) if drifted else None, targets, drift, streams)
         del streams
         if self.ffn.path in plan.ffn:
             cut_ffn_(self.model, self.ffn, plan.ffn[self.ffn.path], self.statistics.sites[self.ffn.path], options)
-        if isinstance(writer := _writer(self.model, self.ffn), Constant):
+        if isinstance(writer := writer_of(self.model, self.ffn), Constant):
             self._settle(self.ffn, writer, targets)
             return after_dense, self._call_all(compressed, writes)
         if drifted or self.attention.path in plan.heads:
-            self._refit_readers(self.ffn, inputs[self.ffn.path], compressed, writes)
+            self._refit_readers(self.ffn, inputs.pop(self.ffn.path), compressed, writes)
         if self.ffn.path not in plan.ffn:
             return after_dense, self._call_all(compressed, writes)
         if not self.rescaled:
             drift = [d + t - a for d, t, a in zip(drift, targets[self.attention.path], writes, strict=True)]
-        with _reading(_last_linear(_writer(self.model, self.ffn))) as read:
+        with _reading(last_linear(writer_of(self.model, self.ffn))) as read:
             left = self._call_all(compressed, writes)
         change = self._refit(self.ffn, read, targets[self.ffn.path], drift, after_dense)
         if self.rescaled:
@@ -277,9 +281,9 @@ class _LayerRepair:
         inputs: dict[str, _Inputs] = {}
         with ExitStack() as stack:
             for site in (self.attention, self.ffn):
-                linear, held = _writer(self.model, site), targets[site.path]
+                linear, held = writer_of(self.model, site), targets[site.path]
                 stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
-                readers = _readers(self.model, site)
+                readers = readers_of(self.model, site)
                 inputs[site.path] = {name: stack.enter_context(_reading(reader)) for name, reader in readers.items()}
             self.behind = stack.enter_context(behind(self.layer, targets))
             return [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)], targets, inputs
@@ -292,13 +296,13 @@ class _LayerRepair:
         path = self.attention.path
         if path in plan.heads:
             prune_heads_(self.model, self.attention, plan.heads[path], self.statistics.sites[path])
-        writer = _writer(self.model, self.attention)
+        writer = writer_of(self.model, self.attention)
         if isinstance(writer, Constant):  # nothing to refit; the FFN makes up for it
             self._settle(self.attention, writer, targets)
             return [writer.constant(h) for h in compressed]
         if inputs is not None:
             self._refit_readers(self.attention, inputs, compressed)
-        read = self._read(_last_linear(writer), compressed)
+        read = self._read(last_linear(writer), compressed)
         if path in plan.heads:
             self._refit(self.attention, read, targets[path], drift, streams)
         return [writer(z) for z in read]
@@ -348,7 +352,7 @@ class _LayerRepair:
         self, site: AttentionSite | FFNSite, inputs: _Inputs, hidden: list[torch.Tensor], writes: list[torch.Tensor] | None = None
     ) -> None:
         """Refit the linears that read the stream to what they would have read (``inputs``, dense); ``writes`` as in :meth:`_read`."""
-        readers = _readers(self.model, site)
+        readers = readers_of(self.model, site)
         dense = next(iter(inputs.values()))
         # Keys and values of cross-attention read something else, which stays as it is.
         same = [r for name, r in readers.items() if name not in inputs or (inputs[name] and inputs[name][0] is dense[0])]
@@ -360,14 +364,14 @@ class _LayerRepair:
             fit.update(seen, x.float() - seen, weights[number])
         change = fit.solve(self.ridge)
         for reader in same:
-            _add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
+            add_(reader, reader.weight.float() @ change.to(reader.weight.device, torch.float32))
 
     def _refit(
         self, site: AttentionSite | FFNSite, read: list[torch.Tensor], targets: list[torch.Tensor], drift: list[torch.Tensor],
         streams: list[torch.Tensor],
     ) -> Callable[[torch.Tensor], torch.Tensor]:  # fmt: skip
         """Refit the block's last linear; gives how its output changed, by what it reads. ``streams``: what the dense block left."""
-        linear = _last_linear(_writer(self.model, site))
+        linear = last_linear(writer_of(self.model, site))
         fit = LeastSquares(linear.in_features, linear.out_features, intercept=linear.bias is not None)
         energies = None  # what is rescaled before it is added is not in the stream's units
         if not self.rescaled:
@@ -377,38 +381,4 @@ class _LayerRepair:
             z, target, off = (unpadded(site, values[number], batch.valid) for values in (read, targets, drift))
             error = target.float() + off - linear(z)  # a small difference of large values
             fit.update(z, error, weights[number])
-        return _add_(linear, fit.solve(self.ridge))
-
-
-def _writer(model: nn.Module, site: AttentionSite | FFNSite) -> nn.Module:
-    """The linear (dense or low-rank), or the constant, that writes to the residual stream."""
-    block = model.get_submodule(site.path)
-    if isinstance(block, ConstantAttention):
-        return block
-    return block.get_submodule(site.names.out if isinstance(site, AttentionSite) else site.names.down)
-
-
-def _last_linear(module: nn.Module) -> Any:
-    return module if isinstance(module, nn.Linear) else module.get_submodule("up")
-
-
-def _readers(model: nn.Module, site: AttentionSite | FFNSite) -> dict[str, Any]:
-    """The linears of a block that read its input: of what was factorised the first factor, nothing of what was dropped whole."""
-    block: Any = model.get_submodule(site.path)
-    if isinstance(block, ConstantAttention):
-        return {}
-    if isinstance(site, FFNSite) and isinstance(block, LowRankGatedFFN):
-        return {"shared_proj": block.shared_proj}
-    names = site.names.projections if isinstance(site, AttentionSite) else (site.names.up, site.names.gate)
-    found = {name: block.get_submodule(name) for name in names if name}
-    return {name: module.down if isinstance(module, LowRankLinear) else module for name, module in found.items()}
-
-
-def _add_(linear: Any, change: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Add (out, in) to a linear's weight, or (out, in + 1) to weight and bias; gives the change as a linear map."""
-    change = change.to(linear.weight)
-    weight, bias = change[:, : linear.in_features], None if change.shape[1] == linear.in_features else change[:, -1]
-    linear.weight.add_(weight)
-    if bias is not None:
-        linear.bias.add_(bias)
-    return partial(nn.functional.linear, weight=weight, bias=bias)
+        return add_(linear, fit.solve(self.ridge))

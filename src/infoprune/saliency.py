@@ -86,7 +86,7 @@ def _weights(model: nn.Module, site: AttentionSite | FFNSite) -> dict[str, Any]:
 def _reduced(site: AttentionSite | FFNSite, weights: dict[str, Any]) -> torch.Tensor:
     """One number per unit or neuron from the weights and their gradients; zero where no gradient arrived."""
     *inputs, writer = weights
-    products = {name: torch.zeros_like(w) if w.grad is None else (w * w.grad).abs() for name, w in weights.items()}
+    products = {name: torch.zeros_like(w) if w.grad is None else (w.float() * w.grad.float()).abs() for name, w in weights.items()}
     rows = {name: exact_sum(products[name], 1) for name in inputs}
     columns = exact_sum(products[writer], 0)
     if isinstance(site, FFNSite):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -51,19 +51,27 @@ def head_sensitivities(
                 out = model.get_submodule(f"{site.path}.{site.names.out}")
                 stack.callback(out.register_forward_pre_hook(hold).remove)
             for batch in batches:
-                losses = nn.functional.cross_entropy(answer_logits(model, batch).float(), batch.targets, reduction="none")
-                for question in range(batch.num_questions):
-                    loss = losses[batch.question == question].sum()
-                    found = torch.autograd.grad(loss, [contexts[s.path] for s in sites], retain_graph=True, allow_unused=True)
-                    for site, gradient in zip(sites, found, strict=True):
-                        if gradient is not None:
-                            sums[site.path] += _of_gates(site, contexts[site.path].detach(), gradient).abs()
+                _add_batch_(sums, model, sites, batch, contexts)
                 contexts.clear()
                 questions += batch.num_questions
                 progress(batch.num_questions)
     finally:
         model.train(training)
     return {path: total / max(questions, 1) for path, total in sums.items()}
+
+
+def _add_batch_(
+    sums: dict[str, torch.Tensor], model: Any, sites: Sequence[AttentionSite], batch: PackedBatch, contexts: dict[str, torch.Tensor]
+) -> None:
+    """Add what the batch's questions say; its graph is gone at the end, before another one is made."""
+    losses = nn.functional.cross_entropy(answer_logits(model, batch).float(), batch.targets, reduction="none")
+    for question in range(batch.num_questions):
+        more = question + 1 < batch.num_questions
+        loss = losses[batch.question == question].sum()
+        found = torch.autograd.grad(loss, [contexts[s.path] for s in sites], retain_graph=more, allow_unused=True)
+        for site, gradient in zip(sites, found, strict=True):
+            if gradient is not None:
+                sums[site.path] += _of_gates(site, contexts[site.path].detach(), gradient).abs()
 
 
 def _of_gates(site: AttentionSite, contexts: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

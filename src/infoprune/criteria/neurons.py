@@ -48,8 +48,7 @@ def neurons_of(
     if metric == "task" and statistics.output_gradient is not None:
         raw = statistics.output_gradient.second_moment
         found = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
-    rows = tuple(weight.double() for weight in inputs)
-    return Neurons(site, statistics.neurons.variance, rows, down.double(), found, statistics.saliency)
+    return Neurons(site, statistics.neurons.variance, inputs, down.double(), found, statistics.saliency)
 
 
 def energy_score(neurons: Neurons, generator: torch.Generator) -> torch.Tensor:
@@ -73,7 +72,7 @@ def taylor_score(neurons: Neurons, generator: torch.Generator) -> torch.Tensor:
 
 def magnitude_score(neurons: Neurons, generator: torch.Generator) -> torch.Tensor:
     """Euclidean norm of a neuron's weights: its rows of gate and up and its column of down."""
-    return torch.cat([*(weight.T for weight in neurons.inputs), neurons.down]).norm(dim=0)
+    return torch.cat([*(weight.T.double() for weight in neurons.inputs), neurons.down]).norm(dim=0)
 
 
 def random_score(neurons: Neurons, generator: torch.Generator) -> torch.Tensor:
@@ -123,5 +122,5 @@ def rank_neurons(neurons: Neurons, criterion: str, generator: torch.Generator) -
         scores = (scores - scores.mean()) / scores.std().clamp_min(1e-300)
     order = torch.argsort(scores, stable=True)
     losses = torch.zeros(len(order) + 1, dtype=torch.float64)
-    losses[1:] = energy_score(neurons, generator)[order].cumsum(0)
+    losses[1:] = (scores if criterion == ENERGY else energy_score(neurons, generator))[order].cumsum(0)
     return NeuronRemoval(order, losses, scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics as stats
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -107,9 +107,10 @@ class _Counts:
     def __init__(self, model: Any, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], sites: Sequence[AttentionSite] = ()) -> None:
         self._model, self._decoder = model, family.decoder
         self.tokens: dict[str, int] = {}
-        # The fused attention kernels are invisible to the counter on CPU; the plain one is counted. It trips over parameters that are read
-        # through views, unless they are frozen.
-        with frozen(model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        # The fused attention kernels are invisible to the counter on CPU; the plain one is counted. On CUDA they are known to it, and the
+        # plain one would hold all scores. It trips over parameters that are read through views, unless they are frozen.
+        plain = nullcontext() if next(model.parameters()).device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
+        with frozen(model), plain, ExitStack() as stack:
             for site in sites:
                 module = model.get_submodule(f"{site.path}.{site.names.out}")
                 stack.callback(module.register_forward_pre_hook(partial(self._see, site)).remove)

@@ -156,10 +156,11 @@ def _score_batch(models: Sequence[VLM], batch: PackedBatch) -> list[list[Found]]
         logits = answer_logits(vlm.model, batch.to(vlm.device)).float()
         for item, (tokens, right) in zip(found, _greedy_answers(logits.argmax(-1).tolist(), batch), strict=True):
             item.append({"tokens": tokens, "right": right})
-        log_p = logits.log_softmax(-1).cpu()
+        log_p = logits.log_softmax(-1)
         if reference is None:
             reference = log_p
             continue
+        reference = reference.to(log_p.device)  # where the models share one, nothing but the sums travels
         kl = (reference.exp() * (reference - log_p)).sum(-1)
         for value, question in zip(kl.tolist(), batch.question.tolist(), strict=True):
             found[question][-1].setdefault("kl", []).append(value)

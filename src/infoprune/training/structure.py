@@ -146,7 +146,7 @@ def structure_of(
 
     Without ``spectra``, which take an eigenproblem of the hidden size, there are no energies, and so no KS distance.
     """
-    z = gates.detach().double().cpu()
+    z = gates.detach().cpu().double()
     kept = [u for u in range(block.site.num_units) if z[u] > 0.5]
     coefficient, mean = stand_in(block, kept, compensation)
     if not spectra:
