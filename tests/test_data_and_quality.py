@@ -16,7 +16,7 @@ from infoprune.evaluation.generation import generate_answers
 from infoprune.evaluation.metrics import score_answers
 from infoprune.evaluation.quality import Quality, paired_drop, score
 from infoprune.evaluation.runner import evaluate
-from infoprune.packing import PromptEncoder
+from infoprune.packing import PromptEncoder, batches, rows_by_image
 from infoprune.progress import SILENT
 from infoprune.training.options import TrainingOptions
 from infoprune.training.run import split
@@ -199,3 +199,16 @@ def test_evaluate_side_by_side(gqa_vlm, questions):
     assert compared["kl_nats"] > 0
     assert {"speedup_vision", "speedup_prefill", "speedup_decode", "speedup_end_to_end"} <= set(compared)
     assert [m["params"] for m in report["models"]] == [result.dense_parameters, result.parameters]
+
+
+def test_questions_on_an_image_share_a_row_wherever_they_stand(gqa_vlm, questions):
+    mixed = questions[::2] + questions[1::2]
+    images = {question.image for question in questions}
+    packed = [(batch, indices) for batch, indices in batches(gqa_vlm.encoder, mixed, images_per_batch=2)]
+    assert sum(len(batch.valid) for batch, _ in packed) == len(images)
+    assert sorted(index for _, indices in packed for index in indices) == list(range(len(mixed)))
+    (whole,), (found,) = score([gqa_vlm], questions), score([gqa_vlm], mixed)
+    by_question = dict(zip(questions, whole.answers, strict=True))
+    assert found.answers == tuple(by_question[question] for question in mixed)
+    many = [replace(questions[0], question=f"what {number} ?") for number in range(70)]
+    assert [len(row) for row in rows_by_image(many)] == [32, 32, 6]

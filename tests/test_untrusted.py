@@ -58,7 +58,7 @@ def test_outputs_never_take_the_place_of_what_is_no_output(tmp_path, monkeypatch
     (source / "plan.json").write_text("{}")
     assert check_output_folder(source, overwrite=True) == source
     (source / "model-00001-of-00002.safetensors").write_bytes(b"")
-    for theirs in ("results.json", "adapter_model.safetensors", "dense/model.safetensors"):
+    for theirs in ("results.json", "adapter_model.safetensors", "dense/model.safetensors", "notes/mine.txt"):
         (source / theirs).parent.mkdir(exist_ok=True)
         (source / theirs).write_bytes(b"")
         with pytest.raises(CheckpointError, match=f"holds {theirs}, which is no part of an output"):

@@ -39,7 +39,7 @@ OUTPUTS = ("plan.json", "graphs.json")  # one of these is in every folder that t
 WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|(model\.safetensors\.index|plan|images|graphs|report|certificate|config|generation_config|preprocessor_config"
     r"|video_preprocessor_config|processor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
-    r"|README\.md|.+\.(txt|model|jinja|py|onnx|data|xml|bin)|additional_chat_templates/.+\.jinja|__pycache__/.+\.pyc"
+    r"|README\.md|[^/]+\.(txt|model|jinja|py|onnx|data|xml|bin)|additional_chat_templates/.+\.jinja|__pycache__/.+\.pyc"
 )
 
 
