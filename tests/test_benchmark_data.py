@@ -307,7 +307,7 @@ def test_specifications():
         load_examples("vqav3:val")
 
 
-def test_without_datasets_the_hub_route_names_the_extra(monkeypatch, tmp_path):
+def test_without_datasets_the_hub_route_names_the_package(monkeypatch, tmp_path):
     monkeypatch.setenv("INFOPRUNE_CACHE", str(tmp_path))
     real = importlib.import_module
 

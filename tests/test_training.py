@@ -174,6 +174,20 @@ def test_leave_one_out_is_regression_on_the_others(gqa_vlm, questions):
         assert not leave_one_out(block, [units[0]])[block.columns(0)].any()
 
 
+def test_terms_of_weight_zero_are_not_computed(gqa_vlm, questions):
+    heads = infoprune.compress(gqa_vlm, questions, rate_weight=0.0, ks_weight=0.0, **QUICK).training["heads"]
+    assert len(heads["history"]) == QUICK["gate_steps"]
+    assert all({"cross_entropy", "budget", "cost"} <= step.keys() and not {"rate", "ks"} & step.keys() for step in heads["history"])
+
+
+def test_without_the_ks_term_all_but_the_spectra_is_found():
+    block, z = random_block(4, 5, 16), torch.tensor([0.9, 0.2, 0.9, 0.9])
+    whole, found = (structure_of(block, dense_structure(block), z, "least-squares", spectra) for spectra in (True, False))
+    for name in ("coefficient", "mean", "snr", "dense"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    assert found.forms.numel() == 0 < whole.forms.numel()
+
+
 @pytest.mark.parametrize("compensation", ["least-squares", "none"])
 def test_structure_at_the_ends(vlm, questions, compensation):
     for block in blocks_of(vlm, questions).values():

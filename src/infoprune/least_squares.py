@@ -15,12 +15,11 @@ class LeastSquares:
         self.weight = 0.0
         self.gram = torch.zeros(inputs + intercept, inputs + intercept, dtype=torch.float64)
         self.cross = torch.zeros(outputs, inputs + intercept, dtype=torch.float64)
-        self.moved = False
 
     def update(self, z: torch.Tensor, goal: torch.Tensor, weights: torch.Tensor) -> None:
         """Add what is read (n, inputs) and what should come of it (n, outputs), with weights (n,)."""
-        if z.is_cuda and not self.moved:  # sums stay where they are made until they are solved; other devices may have no float64
-            self.gram, self.cross, self.moved = self.gram.to(z.device), self.cross.to(z.device), True
+        if z.is_cuda:  # sums stay where they are made until they are solved; other devices may have no float64
+            self.gram, self.cross = self.gram.to(z.device), self.cross.to(z.device)
         z = z.float()  # sums over tokens need more than half precision
         extended = torch.cat([z, torch.ones_like(z[:, :1])], 1) if self.intercept else z
         weighted = extended * weights[:, None].to(z)
