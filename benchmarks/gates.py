@@ -1,77 +1,156 @@
-"""How gates should start: what they keep after training against the training-free choice that they start from, on validation questions.
+"""What training gates buys, and which parts of it: models that are cut by what gates learned, on validation questions.
 
-    python benchmarks/gates.py [--shares S ...] [--steps N]
+    python benchmarks/gates.py [--shares S ...] [--seeds N ...] [--variants NAME ...] [--steps N]
 
-For each share of the model's FLOPs, gates train down to the attention's share of it that the training-free allocation gives, with
-locations that start at different distances and move at different rates. The figure is the data part of the objective (cross-entropy and
-distillation, nats per answer token) of the dense model with gates at exactly 0 and 1, on questions of easy-VQA's validation split. No
-test question is used: the defaults of ``TrainingOptions`` come from here.
+For each share of the model's FLOPs, gates train down to the attention's share of it that the training-free allocation gives, once with
+the defaults and once without each part. The heads they choose go into the same cut, with fewer neurons under the rest of the budget and
+refitted, as do those of the training-free choice; no recovery. Questions on some of easy-VQA's validation images choose between steps of
+training. The cut models answer questions on others, and on these altered, in words that calibration does not have
+(``shifted.VALIDATION``). No test question is used: the defaults of ``TrainingOptions`` come from here. Rows already in the result file
+are kept, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import infoprune
-from common import log, write
+from common import RESULTS, command, commit, log, write
 from infoprune.architecture import AttentionSite
 from infoprune.cli.console import BarProgress
+from infoprune.data import Example, subset
 from infoprune.decide import decide
-from infoprune.learned import attention_share, unit_percentiles
+from infoprune.evaluation import quality
+from infoprune.evaluation.cost import Flops, Workload
+from infoprune.learned import attention_share, unit_percentiles, with_choice
 from infoprune.options import CompressionOptions
-from infoprune.progress import SILENT
 from infoprune.site_costs import FlopCosts
-from infoprune.solve import solve_sites
-from infoprune.steps import calibration_statistics, measure
+from infoprune.solve import SolvedSite, solve_sites
+from infoprune.steps import apply_decisions, calibration_statistics, measure
 from infoprune.training.costs import flop_costs
+from infoprune.training.heads import Choice
 from infoprune.training.loop import Processes
 from infoprune.training.options import TrainingOptions
-from infoprune.training.run import TrainingRun, split
+from infoprune.training.run import LearnedHeads, TrainingRun
+from shifted import VALIDATION, shifted, shown
 
+WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.125)
-VARIANTS: dict[str, dict[str, float]] = {
+TRAINING_FREE = "training-free"
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "close together": {"gate_prior": 6.0},
-    "slower": {"gate_rate": 0.1},
-    "close together, slower": {"gate_prior": 6.0, "gate_rate": 0.1},
+    "without cross-entropy": {"cross_entropy_weight": 0.0},
+    "without distillation": {"distillation_weight": 0.0},
+    "without rate": {"rate_weight": 0.0},
+    "without KS": {"ks_weight": 0.0},
+    "without compensation": {"compensation": "none"},
+    "close together": {"gate_prior": 10.0},
+    "with LoRA": {"gate_lora": 8, "gate_lora_rate": 1e-3},
 }
+CHOOSING, JUDGING, BEYOND = 500, 600, 400  # questions: gates' validation, the cut models' task, and beyond it
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all variants of a share and seed start from."""
+
+    dense: infoprune.VLM
+    solved: list[SolvedSite]
+    statistics: Any
+    inputs: Any
+    workload: Workload
+    dense_flops: Flops
+    options: CompressionOptions
+
+    def learn(self, run: TrainingRun, compensation: Any) -> LearnedHeads:
+        """Train gates; a LoRA that trains along stays behind."""
+        sites = [item.site for item in self.solved if isinstance(item.site, AttentionSite)]
+        blocks = {item.site.path: item.block for item in self.solved if item.block is not None}
+        costs = flop_costs(sites, self.workload)
+        decided = decide(self.solved, FlopCosts(self.workload), self.dense_flops.total, self.options)
+        target = attention_share(self.solved, decided, self.workload)
+        prior = unit_percentiles(self.solved, costs, target)
+        model = self.dense.copy() if run.options.gate_lora else self.dense
+        return run.learn_heads(model, sites, blocks, costs, target, prior, compensation)
+
+    def cut(self, choice: Choice) -> infoprune.VLM:
+        """The model with these heads, and FFNs under the rest of the budget."""
+        decisions = decide(with_choice(self.solved, choice, self.options), FlopCosts(self.workload), self.dense_flops.total, self.options)
+        return apply_decisions(self.dense, decisions, self.options, self.statistics, self.inputs)
+
+
+def ground(dense: infoprune.VLM, share: float, seed: int) -> Ground:
+    """Calibrate and score."""
+    assert dense.architecture is not None
+    options = CompressionOptions(flops=share, heads="trained", seed=seed)
+    statistics, inputs = calibration_statistics(dense, "easy-vqa:train", options)
+    _, flops, workload = measure(dense, infoprune.load_examples("easy-vqa:train"))
+    return Ground(dense, solve_sites(dense.model, dense.architecture, statistics, options), statistics, inputs, workload, flops, options)
+
+
+def parts(seed: int) -> tuple[list[Example], dict[str, list[Example]]]:
+    """Questions to choose between steps on, and to judge cut models on, of different validation images."""
+    pool = infoprune.load_examples("easy-vqa:validation")
+    judging = set(list(shown(VALIDATION.split))[: BEYOND // len(VALIDATION.wordings)])
+    task = subset([example for example in pool if example.image in judging], JUDGING, seed=seed)
+    beyond = shifted(VALIDATION, WORK / "shifted", BEYOND)
+    return [example for example in pool if example.image not in judging][:CHOOSING], {"task": task, "beyond": beyond}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the dense model's FLOPs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration, gates and questions")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     dense = infoprune.load("demo", notify=log)
-    assert dense.architecture is not None
+    path = RESULTS / "gates.json"
     pool = infoprune.load_examples("easy-vqa:train")
-    settings = {"gate_steps": args.steps, "evaluate_every": max(1, args.steps // 2), "validation": "easy-vqa:validation"}
-    examples, validation = split(pool, TrainingOptions(**settings), 0, SILENT)
-    statistics, _ = calibration_statistics(dense, examples, CompressionOptions(flops=0.5, heads="trained"), SILENT)
-    log("calibrated")
-    rows: list[dict[str, Any]] = []
-    for share in args.shares:
-        options = CompressionOptions(flops=share, heads="trained")
-        _, dense_flops, workload = measure(dense, examples)
-        solved = solve_sites(dense.model, dense.architecture, statistics, options)
-        target = attention_share(solved, decide(solved, FlopCosts(workload), dense_flops.total, options), workload)
-        sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
-        blocks = {item.site.path: item.block for item in solved if item.block is not None}
-        costs = flop_costs(sites, workload)
-        percentiles = unit_percentiles(solved, costs, target)
-        for name, variant in VARIANTS.items():
-            training = TrainingOptions(**settings | variant)
-            run = TrainingRun(training, examples, validation, 0, Processes(), BarProgress())
-            learned = run.learn_heads(dense, sites, blocks, costs, target, percentiles, options.compensate)
-            losses = learned.best.losses
-            rows.append({
-                "method": f"infoprune:{name}", "budget": share, "gate_prior": training.gate_prior, "gate_rate": training.gate_rate,
-                "attention_share": target, "expected_share": learned.cost_share[0], "start_nats": losses[0], "end_nats": losses[args.steps],
-                "kept_nats": learned.best.loss, "kept_of_step": learned.best.step, "seconds": learned.trained.seconds,
-            })  # fmt: skip
-            log(f"{share:.3f}, {name}: {losses}")
-            write("gates", rows, seeds=[0], data="easy-vqa:validation", num_questions=len(validation), steps=args.steps)
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    for seed, share in ((seed, share) for seed in args.seeds for share in args.shares):
+        known = {row["name"] for row in rows if (row["budget"], row["seed"], row["steps"]) == (share, seed, args.steps)}
+        lacking = [name for name in args.variants if name not in known]
+        if not lacking:
+            continue
+        choosing, questions = parts(seed)
+        start = ground(dense, share, seed)
+        log(f"{share:.4g}, seed {seed}: calibrated")
+        for name in lacking:
+            settings = {"gate_steps": args.steps, "evaluate_every": max(1, args.steps // 3)} | VARIANTS[name]
+            compensation = settings.pop("compensation", start.options.compensate)
+            training = TrainingRun(TrainingOptions(**settings), pool, choosing, seed, Processes(), BarProgress())
+            learned = start.learn(training, compensation)
+            facts = {"budget": share, "seed": seed, "steps": args.steps, "commit": commit(), "command": command()}
+            if TRAINING_FREE not in known:
+                rows.append(named(TRAINING_FREE) | facts | judged(start.cut(learned.start), dense, questions))
+                known.add(TRAINING_FREE)
+            rows.append(named(name) | facts | judged(start.cut(learned.choice), dense, questions) | told(learned))
+            log(f"{name}: {learned.best.losses}, cut {rows[-1]['task']['accuracy']:.1f}%, KL {rows[-1]['task']['kl_nats']:.4f}")
+            write("gates", rows, seeds=sorted({row["seed"] for row in rows}), data="easy-vqa:validation")
+
+
+def named(name: str) -> dict[str, str]:
+    """How rows are called."""
+    return {"method": f"infoprune:{name}", "name": name}
+
+
+def judged(model: infoprune.VLM, dense: infoprune.VLM, questions: dict[str, list[Example]]) -> dict[str, dict[str, Any]]:
+    """Figures of a cut model beside the dense one, by the kind of question."""
+    return {name: quality.comparison(*quality.score([dense, model], asked), asked) for name, asked in questions.items()}
+
+
+def told(learned: LearnedHeads) -> dict[str, Any]:
+    """How gates trained."""
+    moved = sum(len(set(units) ^ set(learned.start.kept[path])) for path, units in learned.choice.kept.items())
+    return {
+        "target_share": learned.cost_share[1], "expected_share": learned.cost_share[0], "gated_nats": learned.best.losses,
+        "kept_of_step": learned.best.step, "moved": moved, "gate_seconds": learned.trained.seconds,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

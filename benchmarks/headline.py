@@ -1,15 +1,14 @@
 """Trained heads and recovery on the demo model: how many fewer FLOPs, how much faster, at what loss on the whole test split.
 
-    python benchmarks/headline.py [--parts curve arms ablation] [--shares S ...] [--seeds N ...]
+    python benchmarks/headline.py [--parts curve arms] [--shares S ...] [--seeds N ...]
         [--arm-shares S ...] [--arms NAME ...] [--questions N]
 
 ``curve``: training-free heads, fewer neurons and full recovery at 2x, 3.2x, 5x and 8x fewer FLOPs, with more steps where more was
 cut; trained heads (attention keeps the share of its measured time that the model keeps of its FLOPs) under the same FFNs and recovery
 at 3.2x. The rows also answer questions beyond the task (``shifted.BROAD``). ``arms``: trained, training-free and random heads under the
-same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x.
-``ablation``: each term of the gates' objective off, and no gates at all, at 3.2x, without recovery. The validation split
-decides which weights are kept; the test split is used for the rows alone. Every model is kept under ``benchmarks/work`` (not
-committed), so a stopped run goes on where it was.
+same FFN treatment and the same short recovery, three seeds, at 3.2x and 8x; these rows also tell how the models did before recovery.
+The validation split decides which weights are kept; the test split is used for the rows alone. Every model is kept under
+``benchmarks/work`` (not committed), so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from infoprune.cli.console import BarProgress
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
+from infoprune.training.run import CUT
 from shifted import BROAD, shifted
 
 WORK = Path(__file__).parent / "work"
 SHARES = (1 / 3.2, 0.2, 0.125, 0.5)
 ARM_SHARES = (1 / 3.2, 0.125)
 SEEDS = (0, 1, 2)
-FILES = {"curve": "headline", "arms": "arms", "ablation": "terms"}  # result files
+FILES = {"curve": "headline", "arms": "arms"}  # result files
 ARMS = {"trained": "trained", "training-free": "information-loss", "random": "random"}
 RECOVERY = {"recovery": "full"}
 STEPS = {0.5: 80, 1 / 3.2: 200, 0.2: 250, 0.125: 450}  # of recovery, by the share of FLOPs that stays
 GATES_AT = 1 / 3.2
 BEYOND = 2000  # questions on altered images, in 20 ways to ask
 SHORT = {"gate_steps": 60, "recovery_steps": 60, "evaluate_every": 30}
-TOGETHER = 7  # models scored in one pass beside the dense one
-TERMS = ("cross_entropy_weight", "distillation_weight", "rate_weight", "ks_weight")
+TOGETHER = 6  # models, of arms before and after recovery, scored in one pass beside the dense one
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,11 @@ class Run:
         """Where it is kept."""
         return WORK / f"{self.part}-{self.name}-{self.share:.3f}-{self.seed}".replace(" ", "_")
 
+    @property
+    def state(self) -> Path:
+        """State of its training, with the model as it was cut."""
+        return self.folder.with_name(f"{self.folder.name}.state")
+
 
 def runs(
     parts: list[str], shares: Sequence[float] = SHARES, seeds: Sequence[int] = SEEDS, arm_shares: Sequence[float] = ARM_SHARES,
@@ -76,14 +80,6 @@ def runs(
             for seed in seeds
             for name, heads in ARMS.items()
             if name in arms
-        ]
-    if "ablation" in parts:
-        cases = {"all terms": {}} | {f"without {term.removesuffix('_weight')}": {term: 0.0} for term in TERMS}
-        cases |= {"without compensation": {"compensate": "none"}, "training-free heads": {"heads": ARMS["training-free"]}}
-        found += [
-            Run("ablation", name, 1 / 3.2, 0, SHORT | {"heads": "trained", "recovery": recovery} | case)
-            for recovery in ("none",)
-            for name, case in cases.items()
         ]
     return found
 
@@ -103,9 +99,8 @@ def make(run: Run, dense: infoprune.VLM) -> None:
     if run.folder.is_dir():
         return
     log(f"{run.folder.name}: compressing")
-    state = run.folder.with_name(f"{run.folder.name}.state")
     result = infoprune.compress(
-        dense, "easy-vqa:train", flops=run.share, seed=run.seed, validation="easy-vqa:validation", work=state, progress=BarProgress(),
+        dense, "easy-vqa:train", flops=run.share, seed=run.seed, validation="easy-vqa:validation", work=run.state, progress=BarProgress(),
         **run.options,
     )  # fmt: skip
     infoprune.save(result.vlm, run.folder, probe=result.probe, extra=result.as_dict())
@@ -142,7 +137,7 @@ def row_of(run: Run, model: infoprune.VLM, figures: dict[str, Any]) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["curve", "arms", "ablation"], choices=["curve", "arms", "ablation"])
+    parser.add_argument("--parts", nargs="+", default=list(FILES), choices=list(FILES))
     parser.add_argument("--questions", type=int, default=None, help="test questions (default: all 9,673)")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the curve")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the arms")
@@ -177,9 +172,11 @@ def measure(file: str, wanted_runs: Sequence[Run], dense: infoprune.VLM, example
         chunk = pending[start : start + TOGETHER]
         log(f"scoring {len(examples)} questions with the dense model and {', '.join(run.folder.name for run in chunk)}")
         models = [infoprune.load(run.folder) for run in chunk]
-        reference, *scores = quality.score([dense, *models], examples)
-        for run, model, score in zip(chunk, models, scores, strict=True):
-            rows.append(row_of(run, model, quality.comparison(reference, score, examples)))
+        before = [infoprune.load(run.state / CUT) for run in chunk if run.part == "arms"]
+        reference, *scores = quality.score([dense, *models, *before], examples)
+        cut = [{"as_cut": quality.comparison(reference, score, examples)} for score in scores[len(models) :]] or [{}] * len(models)
+        for run, model, score, extra in zip(chunk, models, scores, cut, strict=False):
+            rows.append(row_of(run, model, quality.comparison(reference, score, examples)) | extra)
             log(f"{run.folder.name}: {score.accuracy:.2f}% of {reference.accuracy:.2f}%, KL {score.kl_nats:.4f}")
         write(file, rows, **facts)
     answer_beyond(rows, dense)

@@ -297,8 +297,6 @@ FILES = dict.fromkeys(ARENA_TABLES, "arena") | {
     "refused": "families",
     "cost": "demo",
     "headline_ways": "headline",
-    "arms": "headline",
-    "terms": "headline",
     "coverage": "certificate",
     "fixed_sequence": "certificate",
     "decode": "efficiency",

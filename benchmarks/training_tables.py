@@ -8,6 +8,7 @@ from typing import Any
 from result_tables import load, source, table
 
 MANY = 10  # points
+FORMS = {"accuracy": "{:.1f}%", "moved": "{:.0f}", "nats": "{:.2f}"}
 HEADS_OF = {"training-free": "training-free heads", "trained": "trained heads"}
 START = "training-free heads by time"  # where what gates learned lost against what they start from, which --gate-cost time prices
 
@@ -58,28 +59,63 @@ def headline_ways() -> str:
 
 
 def arms() -> str:
-    return _groups("arms", "heads")
-
-
-def terms() -> str:
-    return _groups("terms", "objective")
-
-
-def _groups(file: str, title: str) -> str:
-    """Rows with the same name and budget together, whatever their seeds."""
-    rows = [r for r in load(file)["rows"] if "error" not in r]
+    """Models whose heads were trained, chosen training-free, or drawn, before and after the same recovery."""
+    rows = [r for r in load("arms")["rows"] if "error" not in r]
     cells = []
-    for budget, name in dict.fromkeys((row["budget"], row["name"]) for row in rows):
-        found = [row for row in rows if (row["budget"], row["name"]) == (budget, name)]
-        line = [f"{1 / budget:.3g}x", name, str(len(found))]
-        for key, form in (("accuracy", "{:.2f}%"), ("drop_points", "{:.2f}"), ("kl_nats", "{:.4f}")):
-            values = [row[key] for row in found]
-            spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-            line.append(form.format(sum(values) / len(values)) + spread)
-        cells.append(line)
+    for (budget, name), found in _alike(rows):
+        figures = [_spread(found, *key) for key in (("as_cut", "accuracy"), ("as_cut", "kl_nats"), ("accuracy",), ("kl_nats",))]
+        cells.append([f"{1 / budget:.3g}x", name, str(len(found)), *figures])
+    header = ["fewer FLOPs", "heads", "seeds", "as cut: accuracy", "KL, nats", "recovered: accuracy", "KL, nats"]
+    dense = ", ".join(dict.fromkeys(f"{row['dense_accuracy']:.2f}%" for row in rows))
     questions = ", ".join(dict.fromkeys(f"{row['num_questions']:,}" for row in rows))
-    header = ["fewer FLOPs", title, "seeds", "accuracy", "drop, points", "KL, nats"]
-    return table(header, cells) + f"\n\n{questions} test questions." + source(file)
+    kept = [row["training"]["heads"].get("kept", "trained") for row in rows if row["name"] == "trained"]
+    text = f"\n\n{questions} test questions; dense {dense}. "
+    text += f"In {kept.count('trained')} of {len(kept)} runs validation questions kept what gates learned, else what they started from."
+    return table(header, cells) + text + source("arms")
+
+
+def gates() -> str:
+    """Cut models by what gates learned, with and without each part, on validation questions."""
+    rows = load("gates")["rows"]
+    cells = []
+    for (budget, name), found in _alike(rows):
+        gated = _spread([{"nats": min(r["gated_nats"].values())} for r in found], "nats") if "gated_nats" in found[0] else ""
+        moved = _spread(found, "moved") if "moved" in found[0] else ""
+        figures = [_spread(found, kind, key) for kind in ("task", "beyond") for key in ("accuracy", "kl_nats")]
+        cells.append([f"{1 / budget:.3g}x", name, str(len(found)), moved, gated, *figures])
+    header = [
+        "fewer FLOPs",
+        "gates",
+        "seeds",
+        "units moved",
+        "gated model, nats",
+        "cut: accuracy",
+        "KL, nats",
+        "beyond: accuracy",
+        "KL, nats",
+    ]
+    kinds = {kind: {(row[kind]["num_questions"], round(row[kind]["dense_accuracy"], 1)) for row in rows} for kind in ("task", "beyond")}
+    text = "; ".join(f"{kind}: {', '.join(f'{n:,} validation questions, dense {a}%' for n, a in sorted(v))}" for kind, v in kinds.items())
+    return table(header, cells) + f"\n\n{text}." + source("gates")
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[tuple[tuple[float, str], list[dict[str, Any]]]]:
+    """Rows with the same name and budget together, whatever their seeds."""
+    keys = dict.fromkeys((row["budget"], row["name"]) for row in rows)
+    return [(key, [row for row in rows if (row["budget"], row["name"]) == key]) for key in keys]
+
+
+def _spread(rows: list[dict[str, Any]], *path: str) -> str:
+    """Mean of a figure over rows, and its range."""
+    values = []
+    for row in rows:
+        value: Any = row
+        for key in path:
+            value = value[key]
+        values.append(value)
+    form = FORMS.get(path[-1], "{:.4f}")
+    spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+    return form.format(sum(values) / len(values)) + spread
 
 
 def training_speed() -> str:
@@ -119,7 +155,7 @@ TRAINING_TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "headline_ways": headline_ways,
     "arms": arms,
-    "terms": terms,
+    "gates": gates,
     "training_speed": training_speed,
     "ffn_gates": ffn_gates,
 }

@@ -247,7 +247,7 @@ def _cut_free(
         clock.lap("decide")
         target = vlm if in_place else vlm.copy()
         if run and options.heads == TRAINED:
-            decisions, statistics, report["heads"] = _train_heads(
+            decisions, report["heads"] = _train_heads(
                 target, solved, decisions, statistics, inputs, workload, dense_flops, probe, options, run, clock
             )
         del solved
@@ -275,8 +275,8 @@ def _cut_free(
 def _train_heads(
     target: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: CalibrationBatches,
     workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor], options: CompressionOptions, run: TrainingRun, clock: Clock,
-) -> tuple[Decisions, Statistics, dict[str, Any]]:  # fmt: skip
-    """Decisions with learned heads, and where asked FFN sizes, starting from ``decisions``; the moments after that, figures for the report.
+) -> tuple[Decisions, dict[str, Any]]:  # fmt: skip
+    """Decisions with learned heads, and where asked FFN sizes, starting from ``decisions``; figures for the report.
 
     The choice that gates start from stays where the model that is cut by it answers validation questions better.
     """
@@ -285,9 +285,6 @@ def _train_heads(
         parts = ffn_parts(target.model, solved, statistics, options, FlopCosts(workload))
     learned = _learn_heads(target, solved, decisions, workload, dense_flops, probe, options, run, parts)
     clock.lap("train heads")
-    if run.options.gate_lora:  # the weights have moved, and with them what calibration saw
-        statistics = statistics_of(target, inputs, options.needs, run.progress)
-        solved = solve_sites(target.model, dense_architecture(target), statistics, options)
     choices = {"trained": learned.choice, "start": learned.start}
     if learned.choice.sizes is not None and learned.choice.kept != learned.start.kept:
         choices["trained heads"] = Choice(learned.choice.kept)
@@ -297,6 +294,7 @@ def _train_heads(
             found[name] = decide(with_choice(solved, choice, options), FlopCosts(workload), dense_flops.total, options)
         except BudgetError as error:  # gates that pay for time may keep what is too dear in FLOPs; the start is known to fit
             run.progress.note(f"the heads of '{name}' are left out: {error}")
+    found = run.processes.same(found)
     best, told = "trained", {}
     if learned.choice != learned.start:
 
@@ -307,7 +305,7 @@ def _train_heads(
         told = {"kept": best, "cut": {name: {"accuracy": a, "cross_entropy": c} for name, (a, c) in figures.items()}}
         clock.lap("choose heads")
     agreement = _check_gates(target, solved, found[best], statistics, inputs, options, parts)
-    return found[best], statistics, learned.as_dict() | told | {"agreement": agreement}
+    return found[best], learned.as_dict() | told | {"agreement": agreement}
 
 
 def _learn_heads(

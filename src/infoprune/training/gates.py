@@ -1,18 +1,14 @@
 """Hard-concrete gates on attention heads: which units a block keeps, learned by gradient descent on frozen weights.
 
-A gated block reads, at its output projection's input,
-
-    c~_u = z_u c_u + (1 - z_u) (m_u + C_u (c - m))
-
-for each unit u: its own context while the gate is open, and what the units that stay can linearly reproduce of it when it is closed
-(C = 0 where only means are put in their place, and no m either without compensation). Gates therefore learn what a unit adds to the
-others, and a closed gate equals removal with the compensation of :func:`infoprune.criteria.heads.compensate`, exactly.
+A gated block's output projection reads the best linear estimate of its contexts from what passes the gates
+(:mod:`infoprune.training.structure`): a unit's own context while its gate is open, and what the open units reproduce of it when it is
+closed; with less compensation its mean, or nothing. Gates therefore learn what a unit adds to the others, and gates at 0 and 1 equal
+removal with the compensation of :func:`infoprune.criteria.heads.compensate`, exactly.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,10 +20,9 @@ from torch import nn
 
 from infoprune.architecture import AttentionSite
 from infoprune.training.costs import Costs
+from infoprune.training.structure import Channel, StandIn
 
 STRETCH_LOW, STRETCH_HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
-# P(z != 0) = sigmoid(a + OPEN_SHIFT), so a gate is more likely open than not above -OPEN_SHIFT.
-OPEN_SHIFT = -TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)
 
 
 def hard_concrete(log_alpha: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -47,8 +42,12 @@ def hard_concrete(log_alpha: torch.Tensor, uniform: torch.Tensor) -> torch.Tenso
 
 
 def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
-    """P(z != 0) = sigmoid(a - b ln(-gamma / zeta)), same reference, eq. 12."""
-    return torch.sigmoid(log_alpha + OPEN_SHIFT)
+    """P(z > 1/2) = sigmoid(a): whether a draw is more open than shut.
+
+    What a gate costs. Not P(z > 0) = sigmoid(a - b ln(-gamma / zeta)) of the reference's eq. 12: at a = 0, where rounding decides, that is
+    0.83, so a budget in it buys units that hardly any draw has.
+    """
+    return torch.sigmoid(log_alpha)
 
 
 def deterministic_gate(log_alpha: torch.Tensor) -> torch.Tensor:
@@ -57,10 +56,11 @@ def deterministic_gate(log_alpha: torch.Tensor) -> torch.Tensor:
 
 
 def start_locations(percentiles: torch.Tensor, spread: float, costs: Costs, target: float) -> torch.Tensor:
-    """Locations a = spread (percentile - 1/2) + shift, the shift being such that the expected cost is the target from the first step.
+    """Locations in the order of ``percentiles``, shifted so that the expected cost is the target from the first step.
 
     Training then moves gates against each other within the budget. Gates that all start open have to be driven there first, by a penalty
-    that for most of the training outweighs what the data say.
+    that for most of the training outweighs what the data say. What goes takes one half of the spread and what stays the other, however
+    few: evenly spread, the few of a small budget would all start close to going.
 
     Args:
         percentiles: (units of all blocks,) place of each unit in a ranking, 0 for the first to go.
@@ -68,7 +68,9 @@ def start_locations(percentiles: torch.Tensor, spread: float, costs: Costs, targ
         costs: Of the units.
         target: Share of their dense cost, in (0, 1].
     """
-    centred = (percentiles.double() - 0.5) * spread
+    goes = min(max(1 - target, 1e-6), 1 - 1e-6)
+    above = percentiles.double() - goes
+    centred = spread / 2 * torch.where(above > 0, above / (1 - goes), above / goes)
     far = spread + 30.0  # beyond it all gates are open, or all shut
 
     def excess(shift: float) -> float:
@@ -132,7 +134,8 @@ class HeadGates(Gates):
         super().__init__()
         self.sites = sites
         self.log_alpha = nn.Parameter(torch.zeros(sum(site.num_units for site in sites)) + initial)
-        self._compensation: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._channels: dict[str, Channel] = {}
+        self._closed: dict[str, StandIn] = {}
 
     def by_site(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Split a (units of all blocks,) tensor by block."""
@@ -140,12 +143,18 @@ class HeadGates(Gates):
 
     def sample_(self, seed: str) -> dict[str, torch.Tensor]:
         """Draw gates and put them in force; the same ``seed`` draws the same ones, whatever was drawn before."""
-        self.values = self.by_site(hard_concrete(self.log_alpha, uniform_draws(seed, self.log_alpha)))
+        self.values, self._closed = self.by_site(hard_concrete(self.log_alpha, uniform_draws(seed, self.log_alpha))), {}
         return self.values
 
-    def compensate_(self, path: str, coefficient: torch.Tensor, mean: torch.Tensor) -> None:
-        """Set C (columns, columns) and m (columns,) of one block; see the module's docstring."""
-        self._compensation[path] = coefficient.to(self.log_alpha), mean.to(self.log_alpha)
+    def close_(self, kept: dict[str, list[int]], stand_ins: dict[str, StandIn]) -> None:
+        """Put gates at exactly 0 and 1 in force, and what then stands in for what is shut."""
+        gates = {site.path: [float(unit in kept[site.path]) for unit in range(site.num_units)] for site in self.sites}
+        self.values = {path: torch.tensor(z, device=self.log_alpha.device) for path, z in gates.items()}
+        self._closed = {path: found.to(self.log_alpha) for path, found in stand_ins.items()}
+
+    def connect_(self, path: str, channel: Channel) -> None:
+        """Set what a block's contexts are while its gates move; without it gates multiply them."""
+        self._channels[path] = channel.to(self.log_alpha.device, self.log_alpha.dtype)
 
     def hooks(self, model: nn.Module) -> Iterator[Callable[[], None]]:
         """Put the gates on; see :class:`Gates`."""
@@ -156,12 +165,12 @@ class HeadGates(Gates):
         def gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self.values is None:
                 return None
-            context = args[0]
-            z = self.values[site.path].repeat_interleave(site.unit_width).to(context.dtype)
-            if site.path not in self._compensation:
-                return (context * z, *args[1:])
-            coefficient, mean = (part.to(context.dtype) for part in self._compensation[site.path])
-            reproduced = mean + (context - mean) @ coefficient.T
-            return (context * z + reproduced * (1 - z), *args[1:])
+            context, z = args[0], self.values[site.path]
+            found = self._closed.get(site.path)
+            if found is None and site.path in self._channels:
+                found = self._channels[site.path].stand_in(z)
+            if found is None:
+                return (context * z.repeat_interleave(site.unit_width).to(context.dtype), *args[1:])
+            return (found.replace(context) if len(found.rest) else context, *args[1:])
 
         return gate

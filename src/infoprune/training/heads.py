@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from infoprune.architecture import AttentionSite
 from infoprune.criteria.heads import Block
 from infoprune.data import Example
 from infoprune.errors import BudgetError, PlanError
@@ -23,7 +22,7 @@ from infoprune.training.ffn_gates import FFNGates, Sizes
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
 from infoprune.training.loop import Terms, Totals
 from infoprune.training.options import RATES, TrainingOptions
-from infoprune.training.structure import BlockStructure, dense_structure, stand_in, structure_of
+from infoprune.training.structure import BlockStructure, Channel, closed, dense_structure, structure_of
 
 AGREEMENT = 1e-4  # masked against compacted logits, relative to the largest
 
@@ -101,6 +100,10 @@ class GateStage:
         self.steps = options.gate_steps
         self.budget = objective.Budget(target)
         self.dense = {path: dense_structure(block) for path, block in blocks.items()}
+        device = gates.log_alpha.device
+        self.channels = {path: Channel.of(block, compensation).to(device, torch.float32) for path, block in blocks.items()}
+        for path, channel in self.channels.items():
+            gates.connect_(path, channel)
         self.structures: dict[str, BlockStructure] = {}
         self.refreshed_at: torch.Tensor | None = None
         self.trajectory: list[list[float]] = []
@@ -115,8 +118,8 @@ class GateStage:
         self._draw = ""
 
     def learning_rate(self, step: int) -> float:
-        """Constant: the budget's multipliers need gates that can still move at the end."""
-        return self.options.gate_rate
+        """Falls to zero over the second half, in which noise would otherwise go on moving what lies near the threshold."""
+        return self.options.gate_rate * min(1.0, 2 * (1 - step / self.steps))
 
     def begin(self, step: int) -> None:
         """Refresh what calibration tells, and name this step's draw of the gates; each backward pass samples it anew."""
@@ -128,20 +131,19 @@ class GateStage:
         self._draw = f"gates {self.seed} {step}"
 
     def refresh(self, log_alpha: torch.Tensor) -> None:
-        """Spectra, directions and compensation at the gates that ``log_alpha`` gives."""
+        """Directions of the spectra at the gates that ``log_alpha`` gives."""
         before = self.gates.by_site(deterministic_gate(self.refreshed_at)) if self.refreshed_at is not None else {}
         self.refreshed_at = log_alpha
         for path, z in self.gates.by_site(deterministic_gate(log_alpha)).items():
             if path in before and torch.equal(before[path], z):  # nothing moved
                 continue
-            self.structures[path] = structure_of(self.blocks[path], self.dense[path], z, self.compensation, self.options.ks_weight > 0)
-        self._compensate()
+            self.structures[path] = structure_of(self.blocks[path], self.dense[path], self.channels[path], z, self.options.ks_weight > 0)
 
     def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
-        """Cross-entropy and distillation."""
-        o = self.options
-        self.gates.sample_(self._draw)
-        self.ffn.sample_(f"{self._draw} ffn")
+        """Cross-entropy and distillation, with a draw of the gates for these rows alone: independent draws average out."""
+        o, draw = self.options, f"{self._draw} {rows[0][0].image.name} {rows[0][0].question}"
+        self.gates.sample_(draw)
+        self.ffn.sample_(f"{draw} ffn")
         if self.cache is not None:
             batch = self.cache.replace(batch, [row[0].image for row in rows])
         logits = answer_logits(self.model, batch)
@@ -181,7 +183,6 @@ class GateStage:
         close_(self.gates, self.blocks, choice.kept, self.compensation)
         self.ffn.close_(choice.sizes or {})
         if not self.moving and choice == self.best.choice and self.best.step >= 0:  # measured before
-            self._compensate()
             self.best.losses[step] = self.best.loss
             return self.best.loss
         o, total, targets = self.options, 0.0, 0
@@ -196,17 +197,11 @@ class GateStage:
             total += o.cross_entropy_weight * float(objective.cross_entropy(logits, batch.targets))
             total += o.distillation_weight * float(objective.distillation(logits, teacher, o.distillation_temperature))
             targets += len(batch.targets)
-        self._compensate()
         if self.moving:  # earlier choices were validated with other weights
             self.best.loss = float("inf")
         (loss,) = self.agree(total / targets)
         self.best.update(choice, loss, step)
         return loss
-
-    def _compensate(self) -> None:
-        if self.compensation != "none":
-            for path, found in self.structures.items():
-                self.gates.compensate_(path, found.coefficient, found.mean)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Multipliers, costs (measured ones differ from run to run), gates of the last refresh, those of all refreshes, the best choice."""
@@ -255,6 +250,9 @@ def choose(gates: HeadGates, costs: Costs, ffn: FFNGates, target: float, multipl
 def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[int]]:
     """Units to keep by path: the least open gates close, no block going below what it must keep, until the cost is within the target.
 
+    What then still fits opens again, the most open first, in blocks that have not gone as a whole: under costs with a fixed part the last
+    unit of a block sets free more than was asked for.
+
     Args:
         gates: Trained.
         costs: Of its blocks.
@@ -278,21 +276,18 @@ def binarise(gates: HeadGates, costs: Costs, target: float) -> dict[str, list[in
             spent -= float(costs.unit[index]) + (float(costs.fixed[block]) if left[block] == 0 else 0.0)
     if spent > budget * (1 + 1e-9):
         raise BudgetError(f"What must stay already takes {spent / costs.dense:.3f} of the attention's cost, above {target:.3f}.")
+    for index in torch.argsort(gates.log_alpha.detach().cpu(), stable=True, descending=True).tolist():
+        if index in closed and left[owner[index]] and spent + float(costs.unit[index]) <= budget * (1 + 1e-9):
+            left[owner[index]] += 1
+            closed.remove(index)
+            spent += float(costs.unit[index])
     flat = torch.tensor([float(index not in closed) for index in range(len(owner))])
     return {path: part.nonzero().flatten().tolist() for path, part in gates.by_site(flat).items()}
 
 
-def gates_of(sites: Sequence[AttentionSite], kept: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Gates at exactly 0 and 1, by path."""
-    return {site.path: torch.tensor([float(unit in kept[site.path]) for unit in range(site.num_units)]) for site in sites}
-
-
 def close_(gates: HeadGates, blocks: dict[str, Block], kept: dict[str, list[int]], compensation: Compensation) -> None:
     """Put gates at exactly 0 and 1 in force, with the compensation for the units that stay."""
-    gates.values = {path: z.to(gates.log_alpha.device) for path, z in gates_of(gates.sites, kept).items()}
-    if compensation != "none":
-        for path, units in kept.items():
-            gates.compensate_(path, *stand_in(blocks[path], units, compensation))
+    gates.close_(kept, {path: closed(blocks[path], units, compensation) for path, units in kept.items()})
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 L = CE + eta T^2 KL(teacher || student)            keeps I(Z;Y)
 + beta sum_u R_u(z_u) / sum_u R_u(1)           squeezes I(X;Z)
 + kappa mean_blocks KS(gated | dense)          keeps the structure
-+ mu_1 (c - c*) + mu_2 (c - c*)^2              meets the budget
++ mu_1 e + mu_2 e^2,   e = c / c* - 1           meets the budget
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class Budget:
     """Augmented Lagrangian on the expected cost (Nocedal & Wright, "Numerical optimization", ch. 17; for pruning Xia et al. 2022).
 
     Attributes:
-        target: c*, share of the gated blocks' dense FLOPs that shall remain.
-        linear, quadratic: Multipliers mu_1 and mu_2; they ascend, the gates descend. mu_2 starts high, so that the cost follows the
-            target closely: where it lags, mu_1 winds up and then drives the cost far below.
+        target: c*, share of the gated blocks' dense cost that shall remain.
+        linear, quadratic: Multipliers mu_1 and mu_2 of the excess relative to the target; they ascend, the gates descend. mu_2 starts
+            high, so that the cost follows the target closely: where it lags, mu_1 winds up and then drives the cost far below.
     """
 
     target: float
@@ -78,12 +78,12 @@ class Budget:
     quadratic: float = 100.0
 
     def penalty(self, cost: torch.Tensor) -> torch.Tensor:
-        """mu_1 (c - c*) + mu_2 (c - c*)^2 at the expected cost share ``cost``."""
-        excess = cost - self.target
+        """mu_1 e + mu_2 e^2 with e = c / c* - 1 at the expected cost share c = ``cost``."""
+        excess = cost / self.target - 1
         return self.linear * excess + self.quadratic * excess.square()
 
     def ascend(self, cost: float, rate: float) -> None:
         """One step of gradient ascent on both multipliers; the linear one may turn negative and pull the cost up to the target."""
-        excess = cost - self.target
+        excess = cost / self.target - 1
         self.linear += rate * excess
         self.quadratic += rate * excess**2

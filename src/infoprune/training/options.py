@@ -24,19 +24,18 @@ class TrainingOptions:
         recovery: After the cut: ``lora`` (merged afterwards), ``full`` (all weights of the layers, and the projector, but no embeddings
             and no language head) or ``none``. Only towers in which something was cut train.
         gate_steps: Updates of the gates (``heads=trained``).
-        gate_rate: Learning rate of the gates' locations.
-        gate_images_per_step: Images of one update of the gates, over all processes: fewer than recovery's, since an update draws its
-            gates once, and that draw is most of the noise.
-        gate_prior: How far apart the gates start: locations are this times the unit's percentile in the training-free choice, shifted so
-            that the expected cost is the budget. 0: all equal.
+        gate_rate: Learning rate of the gates' locations; it falls to zero over the second half.
+        gate_images_per_step: Images of one update of the gates, over all processes; gates are drawn anew for each of them.
+        gate_prior: How far apart the gates start, in the order of the training-free choice and at its budget; what goes in it takes one
+            half, what stays the other. 0: all equal.
         gate_cost: What gates pay for: ``flops``, or ``time``, the seconds that blocks take on this machine in one forward pass. Time
             makes whole blocks go on short inputs; the model's FLOPs budget is met by the FFNs either way.
         attention_share: Share of the attention's cost that gates keep; ``None``: what the training-free allocation gives attention.
         gate_ffn: Gate the sizes of FFNs, ranks or widths, along with the heads (:mod:`infoprune.training.ffn_gates`). Heads and FFNs then
             share one budget, in FLOPs; else FFNs are allocated after the heads, by predicted losses. Factors of all FFNs at full rank are
             kept in memory while gates train.
-        gate_lora: Rank of a LoRA on all linears of the towers with gates, which trains along with these and is merged before the cut; 0:
-            weights stay frozen.
+        gate_lora: Rank of a LoRA on all linears of the towers with gates, which trains along with these; 0: weights stay frozen. It stands
+            in for the refit and recovery that the cut model will have, and is left behind when the gates have trained.
         gate_lora_rate: Its learning rate, constant; ``None``: :data:`RATES` of ``lora``.
         cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
@@ -44,7 +43,7 @@ class TrainingOptions:
         hidden_weight: Recovery: coefficient of the hidden-state distillation, the relative squared distance at a few depths.
         rate_weight: Coefficient beta of the gated heads' information rate relative to the dense model's.
         ks_weight: Coefficient kappa of the mean KS distance between gated and dense block spectra.
-        refresh: Steps between refreshes of spectra, directions and compensation.
+        refresh: Steps between refreshes of the spectra's directions.
         multiplier_rate: Ascent rate of the budget's Lagrange multipliers.
         recovery_steps: Updates of recovery; fewer if it stops early.
         recovery_rate: Peak learning rate of recovery; ``None``: :data:`RATES`. For ``full`` it is relative: a tensor's rate is this times
@@ -80,7 +79,7 @@ class TrainingOptions:
     rate_weight: float = 0.05
     ks_weight: float = 0.1
     refresh: int = 10
-    multiplier_rate: float = 0.3
+    multiplier_rate: float = 3.0
     recovery_steps: int = 200
     recovery_rate: float | None = None
     lora_rank: int = 16

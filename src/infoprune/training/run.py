@@ -121,11 +121,12 @@ class TrainingRun:
     ) -> LearnedHeads:
         """Train gates on ``sites`` under ``target`` of their dense cost, starting from ``prior``, a percentile per unit.
 
-        With ``ffn`` its sizes train along, and the target is its own. With ``gate_lora``, ``vlm`` itself leaves with the LoRA merged into
-        its weights; otherwise it is unchanged.
+        With ``ffn`` its sizes train along, and the target is its own. ``vlm`` is unchanged: a LoRA that trains along is left behind.
         """
         options, model = self.options, vlm.model
-        gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, target))
+        # Gates that are open beyond doubt would never move, though FFNs may be worth trading a head for.
+        aim = target if ffn is None else min(target, 1 - float(costs.unit.min()) / costs.dense)
+        gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, aim))
         start = Choice(binarise(gates, costs, target))
         sizes = FFNGates([] if ffn is None else ffn.parts, None if ffn is None else ffn.start)
         multiple, target = (1, target) if ffn is None else (ffn.multiple, ffn.target)
@@ -149,20 +150,24 @@ class TrainingRun:
                     working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
                     agree=self.processes.agree, seed=self.seed, ffn=sizes, multiple=multiple, autocast=self._autocast(working), **extra,
                 )  # fmt: skip
-                trained = self._train(stage, working, vlm, options.gate_images_per_step)
+                if ffn is None and all(len(start.kept[site.path]) == site.num_units for site in sites):
+                    self.progress.note("all heads stay under this budget: gates have nothing to choose, and do not train")
+                    stage.steps = 0
+                trained = self._train(stage, working, vlm, options.gate_images_per_step, rows_per_forward=1)
         if wrapper is not None:
-            wrapper.merge_and_unload()
+            wrapper.unload()
         values = {path: z.tolist() for path, z in gates.by_site(deterministic_gate(gates.log_alpha.detach())).items()}
         expected = trained.history[-1]["cost"] if trained.history else 1.0
         return LearnedHeads(stage.best.choice, start, trained, values, stage.trajectory, (expected, target), stage.best)
 
     def best_cut(self, cut: Callable[[str], VLM], names: Sequence[str]) -> tuple[str, dict[str, tuple[float, ...]]]:
-        """The name whose cut model answers most validation questions, or as many with less cross-entropy; and the figures of all.
+        """The name whose cut model has the least cross-entropy on validation questions; and accuracy and cross-entropy of all.
 
         What gates learn on the dense model's FFNs need not hold for FFNs that are cut as deep, so it is the cut models that compete.
+        Not by right answers, of which models near the dense one have some to win or lose by chance alone.
         """
         figures = {name: self.processes.agree(*validated(cut(name), self.validation)) for name in names}
-        return max(figures, key=lambda name: (figures[name][0], -figures[name][1])), figures
+        return min(figures, key=lambda name: figures[name][1]), figures
 
     def measured(self, like: Costs, measure: Callable[[], Costs]) -> Costs:
         """What the first process measures, so that all train on the same; a resumed run goes on with what was measured first.
@@ -280,12 +285,14 @@ class TrainingRun:
     def _autocast(self, vlm: VLM) -> bool:
         return wants_bfloat16(self.options.precision, vlm.device)
 
-    def _train(self, stage: Any, vlm: VLM, dense: VLM, images_per_step: int, steps_before: int = 0) -> Trained:
-        """Train ``stage`` on ``vlm``, which may be compressed, in forward passes of as many rows as memory is meant to hold."""
+    def _train(
+        self, stage: Any, vlm: VLM, dense: VLM, images_per_step: int, steps_before: int = 0, rows_per_forward: int = ROWS_PER_FORWARD
+    ) -> Trained:
+        """Train ``stage`` on ``vlm``, which may be compressed, in forward passes of as many rows as memory is meant to hold at most."""
         rows = rows_of(self.examples, self.options.questions_per_image, share_prefix=can_share_prefix(vlm))
         assert dense.architecture is not None
         # A model that is spread is spread for want of memory, and does not tell what it keeps.
-        fitting = 1 if self._spreads else rows_that_fit(vlm, dense.architecture, rows, ROWS_PER_FORWARD)
+        fitting = 1 if self._spreads or rows_per_forward == 1 else rows_that_fit(vlm, dense.architecture, rows, rows_per_forward)
         return train(
             stage, Stream(rows, images_per_step, self.seed), vlm.encoder, vlm.device, autocast=self._autocast(vlm),
             processes=self.processes, progress=self.progress, work=self.work, checkpoint_every=self.options.checkpoint_every,
