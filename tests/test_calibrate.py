@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infoprune import CompressionOptions, compress, memory
+from conftest import ALL, built
+from infoprune import CompressionOptions, compress, fisher, memory
 from infoprune.calibrate import Moments, calibrate
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.errors import CalibrationError
@@ -15,6 +16,8 @@ from infoprune.layers import differentiate_from_first_layers, kept_for_backward,
 from infoprune.linalg import BLOCK
 from infoprune.packing import answer_logits, batches, pack
 from infoprune.progress import SILENT
+from infoprune.saliency import weight_saliencies
+from infoprune.sensitivity import head_sensitivities
 from infoprune.steps import statistics_of
 from infoprune.tokens import all_finite, by_image, rows_of_tokens, unpadded
 
@@ -247,6 +250,34 @@ def test_gradients_in_float16_are_refused(gqa_vlm, questions):
     gqa_vlm.model.half()
     with pytest.raises(CalibrationError, match="vanish in float16"):
         run(gqa_vlm, questions, 2)
+    for gradients in (head_sensitivities, weight_saliencies):
+        with pytest.raises(CalibrationError, match="vanish in float16"):
+            gradients(gqa_vlm.model, gqa_vlm.architecture, [])
+
+
+def test_fisher_samples_of_many_targets_are_drawn_in_parts(monkeypatch):
+    monkeypatch.setattr(fisher, "TARGETS_AT_ONCE", 3)
+    logits = 3 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.stack([fisher.fisher_sample(logits, 1.0, generator) for _ in range(20_000)])
+    p = logits.softmax(-1)
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    torch.testing.assert_close(torch.einsum("dtv,dtw->tvw", draws, draws) / len(draws), expected, atol=0.02, rtol=0)
+
+
+def test_gated_ffns_that_no_gradient_reaches_are_cut_apart_as_well(monkeypatch, questions):
+    """A tower's last layer is not used where features are those of the layer before."""
+    vlm = built(next(tiny for tiny in ALL if tiny.name == "llava-pixtral"), monkeypatch)
+    vlm.model.config.vision_feature_layer = vlm.model.model.config.vision_feature_layer = -2
+    for structure in ("separate", "best"):
+        small = compress(vlm, questions, flops=0.8, ffn="low-rank", structure=structure, examples=6, rank_multiple=2)
+        assert small.flops_ratio <= 0.8
+
+
+def test_heads_alone_want_no_moments_of_factors(gqa_vlm):
+    needs = CompressionOptions(flops=0.9, ffn="none").needs
+    assert needs.neurons and not needs.factors
+    assert not CompressionOptions(flops=0.9, ffn="low-rank").needs.neurons and CompressionOptions(flops=0.9, ffn="low-rank").needs.factors
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

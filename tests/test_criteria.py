@@ -53,6 +53,17 @@ def weighted_loss(block: Block, error: torch.Tensor) -> float:
     return 0.5 * float(((error @ block.metric) * error).sum() / len(error))
 
 
+def test_factors_exist_however_far_off_the_moments_are():
+    """Fewer vectors than dimensions, in float32, about a large mean: eigenvalues below zero by more than the floor."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 120) + 30 * torch.randn(120)
+    moment = ((x.T @ x) / len(x) - torch.outer(x.mean(0), x.mean(0))).double()
+    assert float(torch.linalg.eigvalsh(moment)[0]) < -1e-6 * float(moment.diagonal().max())
+    factor = cholesky_factor(moment)
+    assert torch.isfinite(factor).all()
+    torch.testing.assert_close(factor @ factor.T, moment, atol=2e-2 * float(moment.diagonal().max()), rtol=0)
+
+
 def test_greedy_losses_equal_the_schur_complement_of_each_set():
     block, _ = random_block()
     removal = information_loss(block)

@@ -6,18 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 import infoprune
 from infoprune.data import subset
 from infoprune.errors import DataError
-from infoprune.evaluation.generation import generate_answers
+from infoprune.evaluation import cost
+from infoprune.evaluation.generation import generate_answers, longer_references
 from infoprune.evaluation.metrics import score_answers
-from infoprune.evaluation.quality import Quality, paired_drop, score
-from infoprune.evaluation.runner import evaluate
+from infoprune.evaluation.quality import Quality, can_share_prefix, paired_drop, score, settings_not_scored
+from infoprune.evaluation.runner import bytes_on_disk, evaluate
 from infoprune.packing import PromptEncoder, batches, rows_by_image
 from infoprune.progress import SILENT
+from infoprune.training.data import rows_of
 from infoprune.training.options import TrainingOptions
 from infoprune.training.run import split
 from tiny_models import examples
@@ -123,6 +128,62 @@ def test_questions_lose_the_image_token_that_the_prompt_has(gqa_vlm, questions):
         asked = replace(plain, question=text)
         assert gqa_vlm.encoder.prompt_of(asked) == gqa_vlm.encoder.prompt_of(plain)
         assert score([gqa_vlm], [asked])[0].accuracy == score([gqa_vlm], [plain])[0].accuracy
+
+
+def test_data_made_for_llava_lose_their_image_token_with_every_model(gqa_vlm, questions, monkeypatch):
+    monkeypatch.setattr(gqa_vlm.processor, "image_token", "<image_pad>")
+    for text in ("<image>\nwhat ?", "<image_pad>what ?"):
+        assert gqa_vlm.encoder.prompt_of(replace(questions[0], question=text)) == gqa_vlm.encoder.prompt("what ?")
+
+
+def test_questions_longer_than_the_model_has_places_for_are_refused(gqa_vlm, questions):
+    encoder = replace(gqa_vlm.encoder, longest={"input_ids": 12})
+    example = replace(questions[0], question="what colour is the circle ?")
+    assert encoder.encode(example, example.load_image())
+    for long in (replace(example, question="is the " * 10), replace(example, answer="circle " * 10)):
+        with pytest.raises(DataError, match=r"takes \d+ tokens \(input_ids\), where the model has places for 12"):
+            encoder.encode(long, example.load_image())
+
+
+def test_rows_hold_no_more_text_than_masks_can_bear(questions, monkeypatch):
+    monkeypatch.setattr("infoprune.packing.CHARACTERS_PER_ROW", 100)
+    texts = [replace(questions[0], question="q" * length, answer="") for length in (40, 40, 40, 150, 10, 10)]
+    assert rows_by_image(texts) == [[0, 1], [2], [3], [4, 5]]
+    assert [len(row) for row in rows_of(texts, 1, share_prefix=True)] == [1] * 6
+
+
+def test_only_attention_that_takes_boolean_masks_reads_packed_rows(gqa_vlm):
+    assert can_share_prefix(gqa_vlm)
+    gqa_vlm.model.set_attn_implementation("eager")
+    assert not can_share_prefix(gqa_vlm)
+
+
+def test_settings_that_scoring_ignores_are_named(gqa_vlm):
+    assert settings_not_scored(gqa_vlm) == []
+    gqa_vlm.model.generation_config.repetition_penalty = 1.05
+    gqa_vlm.model.generation_config.suppress_tokens = [3]
+    assert settings_not_scored(gqa_vlm) == ["repetition_penalty=1.05", "suppress_tokens=[3]"]
+
+
+def test_references_that_can_not_be_generated_are_counted(gqa_vlm, questions):
+    short, long = replace(questions[0], answer="red"), replace(questions[0], answer="red circle red circle")
+    assert longer_references(gqa_vlm, [short, long, replace(long, answers=("red",))], 2) == 1
+
+
+def test_weights_on_disk_are_those_that_are_read(checkpoint):
+    vlm = infoprune.load(checkpoint)
+    before = bytes_on_disk(vlm)
+    (checkpoint / "consolidated.safetensors").write_bytes(bytes(1000))
+    assert before == bytes_on_disk(vlm) == (checkpoint / "model.safetensors").stat().st_size
+
+
+def test_attention_of_apples_gpus_is_counted_as_elsewhere():
+    shapes = (2, 4, 7, 8), (2, 4, 9, 8), (2, 4, 9, 8)
+    query, key, value = (torch.randn(shape) for shape in shapes)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert cost._attention(*shapes, out_shape=shapes[0]) == counter.get_total_flops() > 0
+    assert cost.APPLE
 
 
 def test_what_a_processor_can_not_take_is_told(gqa_vlm, questions, monkeypatch):

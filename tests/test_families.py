@@ -269,9 +269,10 @@ def test_sensitivities_are_derivatives_in_gates(vlm, questions):
         found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
         for path, gradient in zip(gates, found, strict=True):
             expected[path] += 0 if gradient is None else gradient.abs() / 2
-    packed = (batch for batch, _ in batches(vlm.encoder, questions[2:4]))
-    for path, found in head_sensitivities(vlm.model, vlm.architecture, packed).items():
-        torch.testing.assert_close(found.float(), expected[path], rtol=1e-3, atol=1e-6)
+    for recompute in (False, True):
+        packed = (batch for batch, _ in batches(vlm.encoder, questions[2:4]))
+        for path, found in head_sensitivities(vlm.model, vlm.architecture, packed, recompute=recompute).items():
+            torch.testing.assert_close(found.float(), expected[path], rtol=1e-3, atol=1e-6)
     assert any(gradient.any() for gradient in expected.values())
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from infoprune import widths
 from infoprune.architecture import FFNSite
-from infoprune.calibrate import calibrate
+from infoprune.calibrate import SiteStatistics, calibrate
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.criteria.neurons import RANKINGS, Neurons, rank_neurons
+from infoprune.criteria.neurons import RANKINGS, Neurons, neurons_of, rank_neurons
 from infoprune.decide import decide
 from infoprune.errors import InfoPruneError, PlanError
 from infoprune.families.towers import LLAMA_STYLE
@@ -44,7 +44,7 @@ def random_neurons(seed: int = 0, site: FFNSite = SITE) -> tuple[Neurons, torch.
     g = normal(300, site.hidden_size)
     inputs = tuple(normal(site.intermediate_size, site.hidden_size) for _ in range(2))
     down, saliency = normal(site.hidden_size, site.intermediate_size), normal(site.intermediate_size).abs()
-    return Neurons(site, moments.variance, inputs, down, g.T @ g / 300, saliency), z
+    return Neurons(site, moments.variance, moments.variance, inputs, down, g.T @ g / 300, saliency), z
 
 
 def solved(criterion: str, count: int = 3) -> list[SolvedSite]:
@@ -63,6 +63,7 @@ def test_diagonal_moments_are_those_of_every_entry():
         diagonal.update(x[part], w[part])
     torch.testing.assert_close(diagonal.mean, whole.mean)
     torch.testing.assert_close(diagonal.variance, whole.covariance.diagonal())
+    torch.testing.assert_close(diagonal.second_moment, whole.second_moment.diagonal())
 
 
 def test_energy_is_the_measured_loss_of_each_neuron_at_its_mean():
@@ -72,6 +73,18 @@ def test_energy_is_the_measured_loss_of_each_neuron_at_its_mean():
         error = torch.outer(z[:, neuron] - z[:, neuron].mean(), neurons.down[:, neuron])
         measured = 0.5 * float(((error @ neurons.metric) * error).sum() / len(z))
         assert float(removal.scores[neuron]) == pytest.approx(measured, rel=1e-9)
+
+
+def test_energy_counts_the_mean_where_nothing_is_left_in_its_place():
+    _, z = random_neurons()
+    statistics = SiteStatistics(neurons=DiagonalMoments(40))
+    statistics.neurons.update(z)
+    generator = torch.Generator().manual_seed(3)
+    down = torch.randn(12, 40, generator=generator)
+    kept, gone = (neurons_of(SITE, statistics, (), down, "identity", centred) for centred in (True, False))
+    measured = 0.5 * (z[:, :, None] * down.double().T).square().sum(2).mean(0)
+    torch.testing.assert_close(RANKINGS["energy"](gone, generator), measured)
+    assert (RANKINGS["energy"](kept, generator) < measured).all()
 
 
 @pytest.mark.parametrize("criterion", RANKINGS)
@@ -87,7 +100,7 @@ def test_removals_are_nested_and_their_losses_grow(criterion):
 
 def test_fluctuation_is_energy_under_a_plain_metric_and_standardised_within_an_ffn():
     neurons, _ = random_neurons()
-    plain = Neurons(SITE, neurons.variance, neurons.inputs, neurons.down, 2 * torch.eye(12, dtype=torch.float64))
+    plain = Neurons(SITE, neurons.variance, neurons.lost, neurons.inputs, neurons.down, 2 * torch.eye(12, dtype=torch.float64))
     found, energy = (rank_neurons(plain, name, torch.Generator()) for name in ("fluctuation", "energy"))
     assert torch.equal(found.order, energy.order)
     assert float(found.scores.mean()) == pytest.approx(0, abs=1e-12) and float(found.scores.std()) == pytest.approx(1)

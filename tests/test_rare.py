@@ -43,10 +43,13 @@ def test_the_spread_is_that_of_log_energies_over_the_prompt(vlm, many):
             vlm.model(**batch.inputs)
         for handle in handles:
             handle.remove()
-        spreads = [held[path].reshape(-1, held[path].shape[-1]).norm(dim=1).square().log().std(correction=0) for path in layers]
+        prompt = slice(int(batch.columns.min()) + 1)
+        spreads = [held[path].view(-1, held[path].shape[-1])[prompt].norm(dim=1).square().log().std(correction=0) for path in layers]
         wanted.append(float(torch.stack(spreads).mean()))
     hooks = [list(module._forward_hooks) for module in vlm.model.modules()]
     assert energy_spread(vlm, asked) == pytest.approx(wanted, rel=1e-4)
+    others = [replace(example, answer="circle square red") for example in asked]
+    assert energy_spread(vlm, others) == pytest.approx(wanted, rel=1e-4)  # it needs no labels
     assert [list(module._forward_hooks) for module in vlm.model.modules()] == hooks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from infoprune.data import Example
 from infoprune.errors import DataError
 from infoprune.evaluation import quality
 from infoprune.evaluation.generation import generate_answers
 from infoprune.evaluation.quality import score
-from infoprune.evaluation.record import RecordFile
+from infoprune.evaluation.record import RecordFile, fingerprint
 from test_cli import run
 from tiny_models import TINY, build, examples
 
@@ -42,6 +44,16 @@ def recorded(tmp_path_factory):
         patched.setattr(RecordFile, "finish", lambda self, found: None)
         score(models, questions, record=folder / "part.jsonl")
     return models, questions, expected, (folder / "whole.jsonl").read_bytes(), (folder / "part.jsonl.0.part").read_bytes()
+
+
+def test_images_of_equal_size_are_told_apart(tmp_path):
+    image = tmp_path / "a.bmp"
+    asked = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(image)
+        os.utime(image, ns=(0, len(asked)))
+        asked.append(fingerprint(build(TINY[1]), [Example(image, "what ?", "red")])["data"])
+    assert asked[0] != asked[1]
 
 
 def test_a_record_holds_what_was_found(recorded, tmp_path):

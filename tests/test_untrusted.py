@@ -221,6 +221,27 @@ def test_answers_end_as_the_template_ends_them_if_generation_stops_there(questio
     assert prompt_encoder(vlm.model, vlm.processor).end == 1
 
 
+USER = "{% for m in messages %}{% if m['role'] == 'user' %}<image>{{ m['content'][1]['text'] }} is{% else %}"
+
+
+@pytest.mark.parametrize(
+    ("assistant", "prefix"), [("", ""), (" ", " "), ("{{ '\n' }}", "\n"), ("{{ 1 / 0 }}", None), ("{% set m = messages[0] %}", None)]
+)
+def test_answers_start_as_the_template_starts_them(assistant, prefix):
+    """Templates of Mistral's and Cohere's models put nothing between the prompt's last token and the answer."""
+    vlm = chatty()
+    vlm.processor.chat_template = USER + assistant + "{{ m['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
+    assert prompt_encoder(vlm.model, vlm.processor).answer_prefix == prefix
+
+
+def test_where_a_dialogue_does_not_go_on_as_its_prompt_ends_the_start_of_answers_is_not_known():
+    vlm = chatty()
+    vlm.processor.chat_template = (
+        USER + " the {{ m['content'][0]['text'] }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %} a{% endif %}"
+    )
+    assert prompt_encoder(vlm.model, vlm.processor).answer_prefix is None
+
+
 @torch.no_grad()
 def test_questions_in_front_of_the_image_are_not_packed(questions, tmp_path):
     vlm = build(TINY[1])
@@ -270,6 +291,8 @@ def test_images_are_read_as_people_see_them(tmp_path):
     exif[0x0112] = 3  # upside down
     turned.save(tmp_path / "turned.png", exif=exif)
     assert read("turned.png")[0].tolist() == [[0, 0, 255], [255, 0, 0]]
+    turned.save(tmp_path / "turned.tif", tiffinfo=exif)
+    assert read("turned.tif")[0].tolist() == [[0, 0, 255], [255, 0, 0]]  # Pillow turns these while it loads them
     entries = struct.pack("<HHIHH", 0x0112, 3, 1, 3, 0) + struct.pack("<HHI4s", 0x0128, 2, 2, b"a")  # a unit that calls itself text
     turned.save(tmp_path / "odd.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
     assert read("odd.png")[0].tolist() == [[0, 0, 255], [255, 0, 0]] and not unreadable([tmp_path / "odd.png"])

@@ -21,7 +21,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
-from infoprune.fisher import fisher_sample
+from infoprune.fisher import fisher_sample, refuse_float16
 from infoprune.freeze import frozen
 from infoprune.layers import differentiate_from_first_layers, recompute_layers, stream_name
 from infoprune.memory import trim_heap
@@ -151,8 +151,8 @@ def calibrate(
         raise CalibrationError("FFNs need moments of their factors or of their neurons.")
     if weighting == "relevance" and not gradients:
         raise CalibrationError("Relevance weighting needs gradients; use uniform weighting or keep gradients on.")
-    if gradients and next(model.parameters()).dtype == torch.float16:
-        raise CalibrationError("Gradients of calibration vanish in float16. Load the model in float32, or with dtype=torch.bfloat16.")
+    if gradients:
+        refuse_float16(model)
     collector = _Collector(_Options(weighting, gradients, branches, magnitudes, split_tokens, factors, neurons))
     generator = torch.Generator().manual_seed(seed)
     training, questions = model.training, 0
@@ -174,7 +174,7 @@ def calibrate(
                 logits = answer_logits(model, batch)
                 collector.check_values()  # before a backward pass would spread a NaN to every site
                 if gradients:
-                    (logits * fisher_sample(logits.detach(), temperature, generator, top_k=top_k)).sum().backward()
+                    logits.backward(fisher_sample(logits.detach(), temperature, generator, top_k=top_k).to(logits.dtype))
                 collector.finish()
                 questions += batch.num_questions
                 progress(batch.num_questions)
@@ -234,6 +234,9 @@ class _Collector:
                 self.sites[path].output_gradient = self.sites[path].output_gradient or gradient
             else:
                 self.sites[path].input_gradient = self.sites[path].input_gradient or gradient
+                if self.options.branches and site.gated:
+                    for name in ("up", "gate"):
+                        self.sites[path].branch_gradients.setdefault(name, Moments(site.hidden_size))
         self._batch, self._pending = None, {}
 
     def check_values(self) -> None:
@@ -291,7 +294,9 @@ class _Collector:
         def after(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs[stream_name(kwargs)]
             left = output[0] if isinstance(output, tuple) else output
-            self.layers[path].update(torch.cosine_similarity(self._tokens(site, before), self._tokens(site, left))[:, None])
+            # In float32: layers that do next to nothing differ by less than what bfloat16 tells from 1.
+            read, written = (self._tokens(site, values).float() for values in (before, left))
+            self.layers[path].update(torch.cosine_similarity(read, written)[:, None])
 
         stack.callback(model.get_submodule(path).register_forward_hook(after, with_kwargs=True).remove)
 

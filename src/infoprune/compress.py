@@ -26,7 +26,7 @@ from infoprune.evaluation.record import weights_digest
 from infoprune.learned import attention_share, unit_percentiles, with_choice
 from infoprune.memory import release_memory
 from infoprune.model import VLM, dense_architecture, precision_name
-from infoprune.options import NONE, TRAINED, UNTRAINED, CompressionOptions
+from infoprune.options import LOW_RANK, NONE, TRAINED, UNTRAINED, WIDTH, CompressionOptions
 from infoprune.packing import answer_logits
 from infoprune.plan import CompressionPlan, FFNDecision
 from infoprune.progress import SILENT, Clock, Progress
@@ -379,7 +379,7 @@ def apply_plan(
         whitening=ffn_options(plan).whitening,
         shrinkage=ffn_options(plan).shrinkage,
         structure="separate" if any(site.gated and _separate(plan.ffn.get(site.path)) for site in architecture.ffn) else "joint",
-        ffn="low-rank" if all(d.keep_neurons is None for d in plan.ffn.values()) else "width",
+        ffn=NONE if not plan.ffn else LOW_RANK if all(d.keep_neurons is None for d in plan.ffn.values()) else WIDTH,
         skip_bad=skip_bad,
         **({"examples": record.count} if record else {}),
         **recorded,

@@ -259,7 +259,8 @@ def _ffn_groups(
     groups = []
     for cost, found in ((dense_inputs, inputs), (dense_down, ladder("down_rank"))):
         faster = [option for option in found if option.cost < cost]  # fewer FLOPs always; less time not always
-        groups.append([*faster, *([Option(cost, 0.0)] if options.allocation == "global" or not faster else [])])
+        whole = options.allocation == "uniform" and share >= 1
+        groups.append([*([] if whole else faster), *([Option(cost, 0.0)] if options.allocation == "global" or whole or not faster else [])])
     return groups
 
 

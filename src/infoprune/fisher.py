@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+from infoprune.errors import CalibrationError
+
+TARGETS_AT_ONCE = 256  # half a dozen tensors of so many rows of the vocabulary are needed on the way
+
+
+def refuse_float16(model: nn.Module) -> None:
+    """Check that gradients can be taken.
+
+    Raises:
+        CalibrationError: The model computes in float16, in which they vanish without an error.
+    """
+    if next(model.parameters()).dtype == torch.float16:
+        raise CalibrationError("Gradients of calibration vanish in float16. Load the model in float32, or with dtype=torch.bfloat16.")
 
 
 def fisher_sample(logits: torch.Tensor, temperature: float, generator: torch.Generator, *, top_k: int | None = None) -> torch.Tensor:
@@ -23,6 +38,10 @@ def fisher_sample(logits: torch.Tensor, temperature: float, generator: torch.Gen
     Returns:
         (targets, vocabulary), zero on tokens that do not count.
     """
+    return torch.cat([_sample(part, temperature, generator, top_k) for part in logits.split(TARGETS_AT_ONCE)])
+
+
+def _sample(logits: torch.Tensor, temperature: float, generator: torch.Generator, top_k: int | None) -> torch.Tensor:
     logits = logits.float()
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1)

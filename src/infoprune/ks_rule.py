@@ -7,7 +7,7 @@ import torch
 from infoprune.architecture import AttentionSite
 from infoprune.criteria.heads import Block, Removal
 from infoprune.decisions import Decisions, head_decision, round_up
-from infoprune.linalg import descending_eigh
+from infoprune.linalg import descending_eigvalsh
 from infoprune.options import CompressionOptions
 from infoprune.plan import FFNDecision, max_rank
 from infoprune.solve import SolvedSite
@@ -49,7 +49,7 @@ def _removable(block: Block, removal: Removal, options: CompressionOptions) -> i
     A block that writes nothing any more has no spectrum: that is the largest distance, whatever the tolerance, from all but a silent block.
     """
     assert options.ks is not None
-    full = descending_eigh(block.out @ block.covariance @ block.out.T)[0]
+    full = descending_eigvalsh(block.out @ block.covariance @ block.out.T)
     count = 0
     for k in range(1, len(removal.order) + 1):
         kept = block.index([u for u in range(block.site.num_units) if u not in removal.order[:k]])
@@ -58,7 +58,7 @@ def _removable(block: Block, removal: Removal, options: CompressionOptions) -> i
         weight = block.out[:, kept]
         if options.compensate == "least-squares" and len(kept):
             weight = torch.linalg.solve(block.covariance[kept][:, kept], block.covariance[kept, :] @ block.out.T).T
-        if ks_distance(full, descending_eigh(weight @ block.covariance[kept][:, kept] @ weight.T)[0]) > options.ks:
+        if ks_distance(full, descending_eigvalsh(weight @ block.covariance[kept][:, kept] @ weight.T)) > options.ks:
             break
         count = k
     return count

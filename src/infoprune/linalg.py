@@ -12,7 +12,8 @@ def cholesky_factor(matrix: torch.Tensor, *, floor: float = RELATIVE_FLOOR) -> t
     """Lower triangular L with L L^T = matrix, for a symmetric positive semi-definite (n, n) matrix; the identity for a zero one.
 
     Where some direction carries less than ``floor`` times the largest diagonal entry given those before it, that much is added to the
-    diagonal: directions that calibration hardly saw are neither amplified by an inverse nor lost.
+    diagonal: directions that calibration hardly saw are neither amplified by an inverse nor lost. Moments of fewer vectors than dimensions
+    with large means are off by more than that, in either direction; there it is ten times as much, and so on until the factor exists.
     """
     matrix = (matrix + matrix.T) / 2
     top = float(matrix.diagonal().max())
@@ -21,7 +22,10 @@ def cholesky_factor(matrix: torch.Tensor, *, floor: float = RELATIVE_FLOOR) -> t
         return identity
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) or float(factor.diagonal().min()) ** 2 < floor * top:
-        factor = torch.linalg.cholesky(matrix + floor * top * identity)
+        factor, failed = torch.linalg.cholesky_ex(matrix + floor * top * identity)
+        while int(failed) and floor < 1:
+            floor *= 10
+            factor, failed = torch.linalg.cholesky_ex(matrix + floor * top * identity)
     return factor
 
 
@@ -57,6 +61,11 @@ def with_ridge(matrix: torch.Tensor, relative: float) -> torch.Tensor:
     scale = float(matrix.diagonal().mean())
     identity = torch.eye(len(matrix), dtype=matrix.dtype)
     return matrix + relative * scale * identity if scale > 0 else identity
+
+
+def descending_eigvalsh(matrix: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues (n,), clamped at 0, largest first: several times faster than with the eigenvectors."""
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0).clamp_min(0)
 
 
 def descending_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from infoprune.errors import InfoPruneError
 
 ACTIVATIONS = 4 * 2**30  # bytes that a forward pass may keep for its backward pass, where there is a choice
+NO_MEMORY = "can't allocate memory"  # what PyTorch's allocator on the CPU says, in a RuntimeError
 INPUTS = 2**30  # bytes of prepared images and masks that wait in memory for the next pass over them
 
 
@@ -66,7 +67,9 @@ def out_of_memory(what: str, images_per_batch: int) -> Iterator[None]:
     """Says what to do where the device's memory does not suffice to ``what`` (score, answer) questions on so many images at once."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)):
+            raise
         raise InfoPruneError(
             f"The device has not enough memory to {what} questions on {images_per_batch} images at once. Lower images_per_batch "
             "(infoprune evaluate --images-per-batch), or load the model in half precision; what is recorded is kept."

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -177,8 +176,21 @@ def prompt_encoder(model: Any, processor: Any, prompt_suffix: str = "") -> Promp
     """The encoder of a dense or compressed model."""
     family = family_of(model)
     rope = getattr(model.model, family.positions) if family.positions else None
-    eos = _end_of_answer(processor, model.get_submodule(family.decoder).generation_config.eos_token_id)
-    return PromptEncoder(processor, model.config.image_token_id, prompt_suffix, family=family, rope=rope, eos=eos)
+    prefix, behind = _around_answers(processor)
+    eos = _end_of_answer(processor, behind, model.get_submodule(family.decoder).generation_config.eos_token_id)
+    return PromptEncoder(
+        processor, model.config.image_token_id, prompt_suffix, answer_prefix=prefix, family=family, rope=rope, eos=eos,
+        longest=_places(model),
+    )  # fmt: skip
+
+
+def _places(model: Any) -> dict[str, int]:
+    """Tokens that there are learned positions for, by the input's name: beyond them the model fails, turned ones go on."""
+    text, questions = model.config.get_text_config(), getattr(model.config, "qformer_config", None)
+    found = {"qformer_input_ids": getattr(questions, "max_position_embeddings", None)}
+    if getattr(text, "rope_parameters", None) is None:
+        found["input_ids"] = getattr(text, "max_position_embeddings", None)
+    return {name: places for name, places in found.items() if places is not None}
 
 
 def _check_prompts(encoder: PromptEncoder, source: str | Path) -> None:
@@ -200,31 +212,39 @@ def _check_prompts(encoder: PromptEncoder, source: str | Path) -> None:
             raise UnsupportedModelError(f"Prompts that the processor of '{source}' makes lack {what}. {hint}")
 
 
-def _end_of_answer(processor: Any, generation: int | list[int] | None) -> int | None:
+def _end_of_answer(processor: Any, behind: list[int], generation: int | list[int] | None) -> int | None:
     """The token that ends answers: of those that generation stops at, the one that the chat template puts behind an answer.
 
     Chat models often have several, and end a turn with another one than a text (Gemma, Llama 3). Without a template that tells, it is the
-    tokenizer's end of sequence, but where generation does not stop at it (BLIP-2 with OPT stops at a line break).
+    tokenizer's end of sequence, but where generation does not stop at it (BLIP-2 with OPT stops at a line break). ``behind``: see
+    :func:`_around_answers`.
     """
     own = processor.tokenizer.eos_token_id
     stops = [stop for stop in (generation if isinstance(generation, list) else [generation]) if stop is not None]
-    told = next((token for token in _behind_answers(processor) if token in (stops or [own])), None)
+    told = next((token for token in behind if token in (stops or [own])), None)
     if told is not None:
         return told
     return own if own in stops or not stops else stops[0]
 
 
-def _behind_answers(processor: Any) -> list[int]:
-    """Ids of what the chat template puts behind an answer; none where there is no template, or it takes no answers."""
+def _around_answers(processor: Any) -> tuple[str | None, list[int]]:
+    """What the chat template puts between the prompt and an answer, and ids of what it puts behind.
+
+    ``None`` and nothing where there is no template, it takes no answers, or a dialogue does not go on as its prompt ends.
+    """
     if not getattr(processor, "chat_template", None):
-        return []
+        return None, []
     turns = [("user", [{"type": "image"}, {"type": "text", "text": "?"}]), ("assistant", [{"type": "text", "text": ANSWER}])]
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        text = processor.apply_chat_template([{"role": role, "content": content} for role, content in turns])
-    except (TemplateError, TypeError, ValueError):
-        return []
-    _, answer, behind = text.rpartition(ANSWER)
-    return processor.tokenizer(behind, add_special_tokens=False)["input_ids"] if answer else []
+        text = processor.apply_chat_template(messages)
+        prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
+    except Exception:  # templates raise many kinds; whether prompts can be made is checked elsewhere
+        return None, []
+    head, answer, behind = text.rpartition(ANSWER)
+    if not answer:
+        return None, []
+    return head[len(prompt) :] if head.startswith(prompt) else None, processor.tokenizer(behind, add_special_tokens=False)["input_ids"]
 
 
 def _local_or_hub(source: str | Path) -> str | Path:
@@ -244,7 +264,7 @@ def _check_whole(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     index = path / "model.safetensors.index.json"
-    for shard in _shards(index) if index.is_file() else ["model.safetensors"]:
+    for shard in weight_files(path):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} points outside its folder: '{shard}'.")
         file = path / shard
@@ -255,6 +275,12 @@ def _check_whole(path: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is corrupt or incomplete ({error}). Copy or download it again.") from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that a checkpoint's weights are read from; others may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    return _shards(index) if index.is_file() else ["model.safetensors"]
 
 
 def _shards(index: Path) -> list[str]:

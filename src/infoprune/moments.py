@@ -110,6 +110,11 @@ class DiagonalMoments:
         return self._sum / self.weight if self.weight > 0 else self._sum
 
     @property
+    def second_moment(self) -> torch.Tensor:
+        """(dimension,) float64, E[x^2] of each entry."""
+        return self._squares / self.weight if self.weight > 0 else self._squares
+
+    @property
     def variance(self) -> torch.Tensor:
         """(dimension,) float64, not negative."""
-        return (self._squares / self.weight - self.mean.square()).clamp_min(0) if self.weight > 0 else self._squares
+        return (self.second_moment - self.mean.square()).clamp_min(0)

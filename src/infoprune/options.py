@@ -277,8 +277,8 @@ class CompressionOptions:
             gradients=self.ffn_metric == "task" or self.weighting == "relevance",
             branches=self.structure != "joint" and self.ffn_metric == "task",
             magnitudes=self.ffn != NONE and self.whitening == "diagonal",
-            factors=self.ffn != WIDTH or whole_layers,
-            neurons=self.ffn == WIDTH,
+            factors=self.ffn == LOW_RANK or whole_layers,
+            neurons=self.ffn != LOW_RANK and not whole_layers,  # without FFNs the smaller of the two: calibration wants one
             layers=whole_layers,
             sensitivities=self.heads == TAYLOR,
             saliencies=not whole_layers and (self.heads == GROUPED_TAYLOR or (self.ffn == WIDTH and self.neurons == NEURON_TAYLOR)),

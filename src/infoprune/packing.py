@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,8 @@ from infoprune.errors import DataError
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
 QUESTIONS_PER_ROW = 32  # each adds to the row's length; an image with more passes the tower once per row
+CHARACTERS_PER_ROW = 12_000  # of questions and answers, some thousands of tokens: a row's mask has the square of them
+LLAVA_IMAGE = "<image>"
 QUESTION = "infoprune"  # stands for a question in a rendered prompt
 
 
@@ -97,11 +99,13 @@ class PromptEncoder:
         processor: A Transformers processor with a tokenizer and an image processor.
         image_token_id: Id that marks image positions.
         suffix: Appended to each question, e.g. an instruction to answer in one word.
-        answer_prefix: Put before the answer. ``None``: a space where the rendered prompt ends in neither space nor newline.
+        answer_prefix: Put before the answer, as the chat template does. ``None``: a space where the rendered prompt ends in neither space
+            nor newline.
         family: The model's family; ``None``: one whose questions can share a prefix and whose tokens have no types.
         rope: What makes the positions of a family that has :attr:`FamilyDeclaration.positions`: token ids, token types and the sizes of the
             images to positions (dimensions, rows, tokens) and something else.
         eos: Id of the token that ends answers; ``None``: the tokenizer's. :attr:`end` is the one in use.
+        longest: Tokens that the model has places for, by the input's name, where places are learned.
     """
 
     processor: Any
@@ -111,6 +115,7 @@ class PromptEncoder:
     family: FamilyDeclaration | None = None
     rope: Callable[..., tuple[torch.Tensor, Any]] | None = None
     eos: int | None = None
+    longest: Mapping[str, int] = field(default_factory=dict)
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,11 +132,14 @@ class PromptEncoder:
     def prompt_of(self, example: Example, *, images: int = 1) -> str:
         """The prompt text of an example: as its benchmark puts the question, unless the user has a suffix of their own.
 
-        Data made for LLaVA say in the question where the image goes; the prompt does, so the question loses the token.
+        Data made for LLaVA say in the question where the image goes, whatever model they are then given to; the prompt does, so the
+        question loses the token, this model's too.
         """
         asked = example.question if self.suffix or example.prompt is None else example.prompt
-        token = getattr(self.processor, "image_token", None)
-        return self.prompt(asked.replace(str(token), "").strip() if token and str(token) in asked else asked, images=images)
+        for token in {LLAVA_IMAGE, str(getattr(self.processor, "image_token", LLAVA_IMAGE))}:
+            if token and token in asked:
+                asked = asked.replace(token, "").strip()
+        return self.prompt(asked, images=images)
 
     def encode(self, example: Example, image: Any) -> Encoded:
         """Ids of one example; ``image`` is its loaded image, or a list of them."""
@@ -167,6 +175,7 @@ class PromptEncoder:
 
     def _encoded(self, inputs: dict[str, torch.Tensor], answer: list[int]) -> Encoded:
         prompt, types = inputs["input_ids"][0].tolist(), self._types(inputs, len(answer))
+        self._check_length("input_ids", len(prompt) + len(answer), f"... and an answer of {len(answer)} tokens")
         question = {name: inputs[name][0] for name in self.question_inputs}
         return Encoded(prompt, [*answer, self.end], types, self._positions(inputs, [*prompt, *answer], types), question)
 
@@ -201,7 +210,16 @@ class PromptEncoder:
         if self.question_inputs:  # on the left, where processors may pad them, padding would move their absolute positions
             alone = [self.processor(text=[text], return_tensors="pt", **options) for text in texts]
             found |= {name: pad_sequence([one[name][0] for one in alone], batch_first=True) for name in self.question_inputs}
+        for name in self.longest:
+            self._check_length(name, found[name].shape[1] if name in found else 0, max(texts, key=len))
         return found
+
+    def _check_length(self, name: str, tokens: int, text: str) -> None:
+        if tokens > self.longest.get(name, tokens):
+            raise DataError(
+                f"A question takes {tokens} tokens ({name}), where the model has places for {self.longest[name]}: {text[:200]!r}. Shorten "
+                "it, or leave it out."
+            )
 
     @contextmanager
     def one_image(self) -> Iterator[None]:
@@ -299,7 +317,22 @@ def rows_by_image(examples: Sequence[Example]) -> list[list[int]]:
     found: dict[Path, list[int]] = {}
     for index, example in enumerate(examples):
         found.setdefault(example.image, []).append(index)
-    return [group[start : start + QUESTIONS_PER_ROW] for group in found.values() for start in range(0, len(group), QUESTIONS_PER_ROW)]
+    return [row for group in found.values() for row in in_rows(group, examples, QUESTIONS_PER_ROW)]
+
+
+def in_rows(group: Sequence[int], examples: Sequence[Example], most: int) -> list[list[int]]:
+    """Indices of questions on one image in rows of at most ``most``; rows of several have no more text than :data:`CHARACTERS_PER_ROW`."""
+    rows: list[list[int]] = []
+    room = 0
+    for index in group:
+        example = examples[index]
+        length = len(example.prompt or example.question) + len(example.answer)
+        if not rows or len(rows[-1]) == most or room < length:
+            rows.append([])
+            room = CHARACTERS_PER_ROW
+        rows[-1].append(index)
+        room -= length
+    return rows
 
 
 def pack(encoder: PromptEncoder, groups: Sequence[Sequence[Example]]) -> PackedBatch:

@@ -61,7 +61,9 @@ def energy_spread(vlm: VLM, examples: Sequence[Example], progress: Progress = SI
             batch = batch.to(vlm.device)
             answer_logits(vlm.model, batch)
             for row, index in enumerate(indices):
-                found[index] = _spread({path: values.view_as(batch.valid)[row][batch.valid[row]] for path, values in energies.items()})
+                asked = int(batch.columns[batch.rows == row].min()) + 1  # tokens of the prompt, the last of which predicts the answer
+                prompt = batch.valid[row, :asked].nonzero().flatten()
+                found[index] = _spread({path: values.view(batch.valid.shape)[row, prompt] for path, values in energies.items()})
             advance(len(indices))
     return found
 

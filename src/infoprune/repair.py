@@ -52,7 +52,9 @@ EVEN = 1.0
 # Of the residual stream before a stack of layers, over all batches; up to fourteen lists of tensors as large are kept at a time (streams,
 # what blocks read and write, drift), and one of what the down projection reads. On CUDA all of them get half of what is free.
 STREAM_BYTES = 2**30
+ELSE_BYTES = 2**33  # in the host's memory: image features that cross-attention reads, masks of towers that need one
 LISTS = 32
+LARGE = 2**20  # bytes of what waits in the host's memory between two layers
 LEAST_ENERGY = 0.01  # of the median: below that a token's stream is as good as nothing, and relative errors say nothing
 _Inputs = dict[str, list[torch.Tensor]]  # what each of a block's input linears read in the dense model, per batch, by its name
 
@@ -77,10 +79,16 @@ class _Stream:
     added: list[torch.Tensor | None]
     tokens: PackedBatch
 
+    @property
+    def beside(self) -> int:
+        """Bytes of all but the stream; what several layers are called with counts once."""
+        tensors = [value for given in self.kwargs for value in given.values()] + list(self.added)
+        return sum({t.data_ptr(): t.nbytes for t in tensors if isinstance(t, torch.Tensor)}.values())
+
     def before(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the layer reads, given what the layer before it left."""
         added = self.added[layer]
-        return hidden if added is None else hidden + added
+        return hidden if added is None else hidden + added.to(hidden.device)
 
 
 @torch.no_grad()
@@ -105,7 +113,7 @@ def cut_and_repair_(
         plan: What to keep.
         statistics: Moments of the dense model, with the token weights of the same batches.
         batches: The calibration batches, in the same order. A stack of layers is repaired on as many of them as keep its stream below
-            :data:`STREAM_BYTES`.
+            :data:`STREAM_BYTES`, and all else that its layers read below :data:`ELSE_BYTES`.
         options: The FFN method.
         ridge: rho relative to the mean diagonal of E[x' x'^T] or E[z z^T].
         even: What is added to the tokens' calibration weights in the mean, in means of the block's.
@@ -151,12 +159,13 @@ def _captured(
     model: nn.Module, layers: Sequence[tuple[AttentionSite, FFNSite]], batches: Sequence[PackedBatch], notify: Callable[[str], None]
 ) -> list[_Stream]:
     """The streams of the first batches, of as many as may be kept: a least squares needs many more tokens than dimensions, not all."""
-    found, kept = [], 0
+    found, kept, beside = [], 0, 0
     most = min(STREAM_BYTES, available_bytes(next(model.parameters()).device) / LISTS)
     for batch in batches:
         found.append(_capture(model, layers, batch))
         kept += found[-1].hidden.nbytes
-        if kept >= most and len(found) < len(batches):
+        beside += found[-1].beside
+        if (kept >= most or beside >= ELSE_BYTES) and len(found) < len(batches):
             where = layers[0][0].path.partition(f".{layers[0][0].names.layers}")[0]
             notify(
                 f"'{where}' is repaired on {len(found)} of {len(batches)} calibration batches, whose activations are all that may be kept"
@@ -170,13 +179,22 @@ def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], b
     layers = [_layer(model, attention) for attention, _ in sites]
     read: list[torch.Tensor] = []
     kwargs: list[dict[str, Any]] = []
+    # By where they are: layers are called with the same tensors. These are held, or others would come to be there.
+    aside: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def waiting(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.nbytes < LARGE:
+            return value
+        if value.data_ptr() not in aside:
+            aside[value.data_ptr()] = value, value.cpu()
+        return aside[value.data_ptr()][1]
 
     def forward(*args: Any, **given: Any) -> torch.Tensor:
         hidden = args[0] if args else given.pop(stream_name(given))
         if len(args) > 1:  # positional after the hidden states: the attention mask, in every declared tower
             given["attention_mask"] = args[1]
         read.append(hidden)
-        kwargs.append(given)
+        kwargs.append({name: waiting(value) for name, value in given.items()})
         if len(read) == len(layers):
             raise _Stop
         return hidden
@@ -187,7 +205,7 @@ def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], b
             layer.forward = forward
         with suppress(_Stop):
             answer_logits(model, batch)
-    added = [None] + [None if now is before else now - before for before, now in itertools.pairwise(read)]
+    added = [None] + [None if now is before else (now - before).cpu() for before, now in itertools.pairwise(read)]
     return _Stream(read[0], kwargs, added, batch.without_inputs())
 
 
@@ -323,7 +341,7 @@ class _LayerRepair:
     def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any], writes: torch.Tensor | None = None) -> torch.Tensor:
         """What the layer leaves. ``writes``: what its attention block writes, where that is known and the block need not run again."""
         with nullcontext() if writes is None else self._writing(writes.view_as(hidden)):
-            output = self.layer(hidden, **kwargs)
+            output = self.layer(hidden, **{k: v.to(hidden.device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.errors import CalibrationError
+from infoprune.fisher import refuse_float16
 from infoprune.freeze import frozen
 from infoprune.layers import recompute_layers
 from infoprune.moments import exact_sum
@@ -44,8 +45,9 @@ def weight_saliencies(
         By site path, (units,) or (neurons,) float64, in nats per answer token.
 
     Raises:
-        CalibrationError: No data, or a gradient that is not finite; names the site.
+        CalibrationError: The model computes in float16, no data, or a gradient that is not finite; names the site.
     """
+    refuse_float16(model)
     sites = (*architecture.attention, *architecture.ffn)
     weights = {site.path: _weights(model, site) for site in sites}
     training, targets = model.training, 0

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite
+from infoprune.fisher import refuse_float16
 from infoprune.freeze import frozen
-from infoprune.layers import differentiate_from_first_layers
+from infoprune.layers import differentiate_from_first_layers, recompute_layers
 from infoprune.moments import exact_sum
 from infoprune.packing import PackedBatch, answer_logits
 
 
 def head_sensitivities(
-    model: nn.Module, architecture: Architecture, batches: Iterable[PackedBatch], progress: Callable[[int], None] = lambda questions: None
+    model: nn.Module,
+    architecture: Architecture,
+    batches: Iterable[PackedBatch],
+    progress: Callable[[int], None] = lambda questions: None,
+    *,
+    recompute: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Mean absolute derivative of a question's loss in a gate on unit u, I_u = E_q |sum over tokens of c_u . dL_q / dc_u|.
 
@@ -32,11 +38,26 @@ def head_sensitivities(
         architecture: Its sites.
         batches: The calibration batches.
         progress: Called with the number of questions after each batch.
+        recompute: Run each layer again in every backward pass instead of keeping its activations.
+
+    Raises:
+        CalibrationError: The model computes in float16.
 
     Returns:
         (units,) float64 by attention path; zero where no answer depends on the block.
     """
-    sites, contexts = architecture.attention, {}
+    refuse_float16(model)
+    sites, contexts, again = architecture.attention, {}, False
+
+    @contextmanager
+    def second_time() -> Iterator[None]:
+        nonlocal again
+        again = True
+        try:
+            yield
+        finally:
+            again = False
+
     sums = {site.path: torch.zeros(site.num_units, dtype=torch.float64) for site in sites}
     training, questions = model.training, 0
     model.eval()
@@ -46,10 +67,13 @@ def head_sensitivities(
             for site in sites:
 
                 def hold(module: nn.Module, args: Any, path: str = site.path) -> None:
-                    contexts[path] = args[0]
+                    if not again:
+                        contexts[path] = args[0]
 
                 out = model.get_submodule(f"{site.path}.{site.names.out}")
                 stack.callback(out.register_forward_pre_hook(hold).remove)
+            if recompute:
+                recompute_layers(model, architecture, stack, second_time)
             for batch in batches:
                 _add_batch_(sums, model, sites, batch, contexts)
                 contexts.clear()

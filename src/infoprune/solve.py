@@ -11,7 +11,7 @@ from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import SiteStatistics, Statistics
-from infoprune.criteria.ffn import Factorization
+from infoprune.criteria.ffn import Factorization, Metric
 from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, block_of, information_loss, rank_units, removal_loss
 from infoprune.criteria.neurons import NeuronRemoval, neurons_of, rank_neurons
 from infoprune.depth import Layer
@@ -102,7 +102,7 @@ def _solve_widths(
     for site in (site for site in architecture.ffn if site.tower in options.towers):
         found: list[Any] = [model.get_submodule(f"{site.path}.{n}") for n in (site.names.up, site.names.gate, site.names.down) if n]
         *inputs, down = (linear.weight.cpu() for linear in found)
-        neurons = neurons_of(site, statistics.sites[site.path], tuple(inputs), down, options.ffn_metric)
+        neurons = neurons_of(site, statistics.sites[site.path], tuple(inputs), down, options.ffn_metric, options.centred)
         solved.append(SolvedSite(site, tokens_per_example(site, statistics), neurons=rank_neurons(neurons, options.neurons, generator)))
         progress()
     return solved
@@ -116,7 +116,7 @@ def _solve_layers(
     for attention, ffn in zip(architecture.attention, architecture.ffn, strict=True):
         if attention.tower in options.towers and not attention.min_units:
             tokens = tokens_per_example(attention, statistics)
-            loss = _whole_loss(model, attention, statistics.sites[attention.path]) + _whole_loss(model, ffn, statistics.sites[ffn.path])
+            loss = sum(_whole_loss(model, site, statistics.sites[site.path], options.ffn_metric) for site in (attention, ffn))
             influence = 1 - statistics.similarity[attention.path.rpartition(".")[0]]
             solved.append(SolvedSite(attention, tokens, layer=Layer(attention, ffn, influence, loss * tokens)))
         progress()
@@ -124,10 +124,10 @@ def _solve_layers(
     return solved
 
 
-def _whole_loss(model: nn.Module, site: AttentionSite | FFNSite, statistics: SiteStatistics) -> float:
+def _whole_loss(model: nn.Module, site: AttentionSite | FFNSite, statistics: SiteStatistics, kind: Metric) -> float:
     """1/2 tr(F E[o o^T]) of a block that leaves nothing but its bias, o what it writes beside that; nats per token.
 
-    F is the identity where no gradients were taken.
+    F is the identity where no gradients were taken, or the metric is.
     """
     if isinstance(site, AttentionSite):
         out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
@@ -138,7 +138,7 @@ def _whole_loss(model: nn.Module, site: AttentionSite | FFNSite, statistics: Sit
         outputs = statistics.pooled("output")
         mean = outputs.mean if down.bias is None else outputs.mean - down.bias.cpu().double()
         moment = outputs.covariance + torch.outer(mean, mean)
-    metric = statistics.output_gradient
+    metric = statistics.output_gradient if kind == "task" else None
     return 0.5 * float(moment.trace() if metric is None else (metric.second_moment * moment).sum())
 
 

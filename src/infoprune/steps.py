@@ -140,7 +140,9 @@ def calibrated(vlm: VLM, examples: Sequence[Example], needs: Needs, progress: Pr
         # One backward pass per question: over the row that it is in, not over several.
         rows = batches(vlm.encoder, examples, images_per_batch=1, share_prefix=can_share_prefix(vlm))
         with progress.task("differentiating in the heads", len(examples)) as advance:
-            found = head_sensitivities(vlm.model, dense_architecture(vlm), (row.to(vlm.device) for row, _ in rows), advance)
+            found = head_sensitivities(
+                vlm.model, dense_architecture(vlm), (row.to(vlm.device) for row, _ in rows), advance, recompute=inputs.recompute
+            )
         for path, sensitivity in found.items():
             statistics.sites[path].sensitivity = sensitivity
     return statistics, inputs

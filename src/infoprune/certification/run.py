@@ -37,6 +37,7 @@ from infoprune.errors import CertificateError, CheckpointError
 from infoprune.evaluation.cost import Flops, num_parameters
 from infoprune.evaluation.generation import MAX_NEW_TOKENS
 from infoprune.evaluation.metrics import EXACT
+from infoprune.evaluation.quality import settings_not_scored
 from infoprune.evaluation.record import weights_digest
 from infoprune.memory import release_memory
 from infoprune.model import VLM, load, precision_name
@@ -61,6 +62,11 @@ def compress_certified(
     clock = Clock()
     split = split_data(vlm, data, options, progress)
     check_enough(split.sizes, options, progress)
+    if split.metric == EXACT and (ignored := settings_not_scored(vlm)):
+        progress.note(
+            f"Warning: the checkpoint generates with {', '.join(ignored)}, which may change its answers; the certificate is of the "
+            "likeliest tokens as they are."
+        )
     with _workplace(vlm, split, options, work) as folder:
         place = _Workplace(folder)
         path = plan_path(vlm, split.calibration, data if isinstance(data, str) else "examples", options, clock, progress)

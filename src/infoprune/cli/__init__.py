@@ -44,7 +44,8 @@ def main() -> None:
     except _Interrupted:
         _fail("Interrupted. Nothing half-written was left behind.", 130)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # by its name, for verbs that need no PyTorch
+        # By what they are called and say, for verbs that need no PyTorch.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         told = next(iter(str(error).splitlines()), "").partition(" GPU ")[0]
         _fail(f"The device ran out of memory ({told}). Take fewer --examples, train without --recovery, or use a larger device.", 2)

@@ -88,7 +88,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
     )
     table.add_column("")
     for name in ("dense", "compressed") if compared else (records[0]["model"],):
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     if compared:
         table.add_column("dense / compressed", justify="right")
 

@@ -65,8 +65,9 @@ def evaluate(
     from infoprune.data import load_counted, parse_spec, subset
     from infoprune.data.seen import seen_warnings
     from infoprune.errors import InfoPruneError
-    from infoprune.evaluation.generation import MAX_NEW_TOKENS, dtype_for, generate_answers
+    from infoprune.evaluation.generation import MAX_NEW_TOKENS, dtype_for, generate_answers, longer_references
     from infoprune.evaluation.metrics import metric_for, score_answers
+    from infoprune.evaluation.quality import settings_not_scored
     from infoprune.evaluation.results import check_results, write_results
     from infoprune.evaluation.runner import check_comparable
     from infoprune.evaluation.runner import evaluate as run
@@ -106,6 +107,11 @@ def evaluate(
     for warning in warnings:
         progress.note(f"Warning: {warning}")
     generated = None
+    if not generate and (ignored := settings_not_scored(models[-1])):
+        progress.note(
+            f"Warning: the checkpoint generates with {', '.join(ignored)}, which may change its answers; scoring takes the likeliest "
+            "tokens as they are. --generate answers with these settings."
+        )
     if generate:
         files = (_beside(answers, "against"), answers)[-len(models) :]
         sizes = {
@@ -113,6 +119,11 @@ def evaluate(
             "images_per_batch": images_per_batch,
         }
         told = {"processes": processes, "progress": progress}
+        if count := longer_references(models[-1], examples, sizes["max_new_tokens"]):
+            progress.note(
+                f"Warning: the reference answers to {count:,} questions are longer than the {sizes['max_new_tokens']} tokens that are "
+                "generated, so no answer can equal them. Raise --max-new-tokens."
+            )
         generated = [generate_answers(vlm, examples, record=file, **sizes, **told) for vlm, file in zip(models, files, strict=True)]
     elif spec.benchmark is not None:
         progress.note("Scored by exact match with one reference answer; --generate gives the benchmark's own metric.")

@@ -15,7 +15,7 @@ from infoprune.architecture import AttentionSite
 from infoprune.calibrate import SiteStatistics
 from infoprune.criteria.ffn import METRIC_RIDGE, Metric
 from infoprune.errors import CalibrationError
-from infoprune.linalg import descending_eigh, with_ridge
+from infoprune.linalg import descending_eigvalsh, with_ridge
 from infoprune.plan import Compensation
 from infoprune.spectrum import effective_rank, gaussian_rate, ks_distance
 
@@ -193,7 +193,7 @@ def head_spectrum(block: Block, unit: int) -> torch.Tensor:
     """Spectrum of Cov(o_h), o_h = c_h W_O^h, from d_h-sized work: eigenvalues of L^T W_O^T W_O L with S_hh = L L^T."""
     c = block.columns(unit)
     root = torch.linalg.cholesky(block.covariance[c, c])
-    return descending_eigh(root.T @ (block.out[:, c].T @ block.out[:, c]) @ root)[0]
+    return descending_eigvalsh(root.T @ (block.out[:, c].T @ block.out[:, c]) @ root)
 
 
 def erank_score(block: Block, generator: torch.Generator) -> list[float]:
@@ -203,11 +203,11 @@ def erank_score(block: Block, generator: torch.Generator) -> list[float]:
 
 def ks_score(block: Block, generator: torch.Generator) -> list[float]:
     """KS distance between the spectra of Cov(block output) with and without the head; in [0, 1]."""
-    full = descending_eigh(block.out @ block.covariance @ block.out.T)[0]
+    full = descending_eigvalsh(block.out @ block.covariance @ block.out.T)
     scores = []
     for unit in range(block.site.num_units):
         k = block.index([u for u in range(block.site.num_units) if u != unit])
-        without = descending_eigh(block.out[:, k] @ block.covariance[k][:, k] @ block.out[:, k].T)[0]
+        without = descending_eigvalsh(block.out[:, k] @ block.covariance[k][:, k] @ block.out[:, k].T)
         scores.append(ks_distance(full, without))
     return scores
 
@@ -232,7 +232,7 @@ def conditional_rate_score(block: Block, generator: torch.Generator) -> list[flo
         c = block.columns(unit)
         residual = torch.linalg.inv(precision[c, c])
         root = torch.linalg.cholesky((residual + residual.T) / 2)
-        scores.append(gaussian_rate(descending_eigh(root.T @ (block.out[:, c].T @ block.out[:, c]) @ root)[0], noise))
+        scores.append(gaussian_rate(descending_eigvalsh(root.T @ (block.out[:, c].T @ block.out[:, c]) @ root), noise))
     return scores
 
 

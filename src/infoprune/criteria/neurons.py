@@ -25,6 +25,7 @@ class Neurons:
     Attributes:
         site: The site.
         variance: (m,) of each neuron.
+        lost: (m,) what goes with each neuron, E[z^2] where nothing is left in its place, else the variance.
         inputs: (m, hidden) weights of the up projection, and of the gate where there is one.
         down: (hidden, m) weight of the down projection.
         metric: (hidden, hidden) F at the FFN's output; the identity where no gradients were taken, zero where none arrives.
@@ -33,6 +34,7 @@ class Neurons:
 
     site: FFNSite
     variance: torch.Tensor
+    lost: torch.Tensor
     inputs: tuple[torch.Tensor, ...]
     down: torch.Tensor
     metric: torch.Tensor
@@ -40,23 +42,30 @@ class Neurons:
 
 
 def neurons_of(
-    site: FFNSite, statistics: SiteStatistics, inputs: tuple[torch.Tensor, ...], down: torch.Tensor, metric: Metric = "task"
+    site: FFNSite,
+    statistics: SiteStatistics,
+    inputs: tuple[torch.Tensor, ...],
+    down: torch.Tensor,
+    metric: Metric = "task",
+    centred: bool = True,
 ) -> Neurons:
-    """Assemble what criteria need; ``statistics`` must have the moments of neurons."""
+    """Assemble what criteria need; ``statistics`` must have the moments of neurons, whose means stay if ``centred``."""
     assert statistics.neurons is not None
+    moments = statistics.neurons
     found = torch.eye(site.hidden_size, dtype=torch.float64)
     if metric == "task" and statistics.output_gradient is not None:
         raw = statistics.output_gradient.second_moment
         found = with_ridge(raw, METRIC_RIDGE) if float(raw.diagonal().sum()) > 0 else torch.zeros_like(raw)
-    return Neurons(site, statistics.neurons.variance, inputs, down.double(), found, statistics.saliency)
+    lost = moments.variance if centred else moments.second_moment
+    return Neurons(site, moments.variance, lost, inputs, down.double(), found, statistics.saliency)
 
 
 def energy_score(neurons: Neurons, generator: torch.Generator) -> torch.Tensor:
-    """Expected loss of replacing a neuron by its mean, 1/2 Var(z_j) w_j^T F w_j, in nats per token (the default).
+    """Expected loss of a neuron's removal, 1/2 Var(z_j) w_j^T F w_j, or E[z_j^2] where its mean goes, too, in nats per token (the default).
 
     Second order, and additive: what neurons share is not seen, so sets of alike neurons are rated too high or too low.
     """
-    return 0.5 * neurons.variance * ((neurons.metric @ neurons.down) * neurons.down).sum(0)
+    return 0.5 * neurons.lost * ((neurons.metric @ neurons.down) * neurons.down).sum(0)
 
 
 def fluctuation_score(neurons: Neurons, generator: torch.Generator) -> torch.Tensor:

@@ -65,6 +65,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         ValueError: See :func:`check_mode`.
     """
     check_mode(image)
+    image.load()  # before the tag is read: Pillow turns TIFFs itself while it loads them, and takes the tag away
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     image = image if turn is None else image.transpose(turn)  # not by Pillow's exif_transpose, which fails on other tags that are damaged
     if image.mode.startswith("I"):

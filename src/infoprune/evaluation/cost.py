@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics as stats
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -19,6 +20,16 @@ from infoprune.data import Example
 from infoprune.freeze import frozen
 from infoprune.packing import PromptEncoder
 from infoprune.plan import CompressionPlan, FFNDecision, ffn_parameters
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any) -> int:
+    """FLOPs of attention with queries (..., heads, asking, width) on keys and values (..., asked, width), from their shapes."""
+    *batch, asking, width = query
+    return 2 * math.prod(batch) * asking * key[-2] * (width + value[-1])
+
+
+# The plain attention kernel of Apple's GPUs is one operator, which PyTorch's counter does not know.
+APPLE: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_attention_math_for_mps: _attention}
 
 
 @dataclass(frozen=True)
@@ -114,10 +125,10 @@ class _Counts:
             for site in sites:
                 module = model.get_submodule(f"{site.path}.{site.names.out}")
                 stack.callback(module.register_forward_pre_hook(partial(self._see, site)).remove)
-            with FlopCounterMode(display=False) as self._prefill:
+            with FlopCounterMode(display=False, custom_mapping=APPLE) as self._prefill:
                 output = model(**inputs, use_cache=True, logits_to_keep=1)
             step = decode_step(model, family, output)
-            with FlopCounterMode(display=False) as self._decode:
+            with FlopCounterMode(display=False, custom_mapping=APPLE) as self._decode:
                 step()
 
     def _see(self, site: AttentionSite, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

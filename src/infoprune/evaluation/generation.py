@@ -17,6 +17,7 @@ from infoprune.evaluation.decoding import batched_answers, can_pack, packed_answ
 from infoprune.evaluation.record import ANSWERS, RecordFile, fingerprint
 from infoprune.memory import out_of_memory
 from infoprune.model import VLM, named_precision
+from infoprune.packing import in_rows
 from infoprune.progress import SILENT, Progress
 from infoprune.training.loop import Processes, wants_bfloat16
 
@@ -128,6 +129,19 @@ def _answer_all(
     return [known[index] for index in range(len(examples))]
 
 
+def longer_references(vlm: VLM, examples: Sequence[Example], max_new_tokens: int) -> int:
+    """How many questions have no reference answer that fits into so many tokens, so that no generated answer can equal it."""
+    tokenizer = vlm.processor.tokenizer
+    lengths: dict[str, int] = {}
+
+    def length(text: str) -> int:
+        if text not in lengths:
+            lengths[text] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return lengths[text]
+
+    return sum(example.answered and min(map(length, {example.answer, *example.answers})) > max_new_tokens for example in examples)
+
+
 def batches(examples: Sequence[Example], images_per_batch: int, *, share_prefix: bool) -> list[list[list[int]]]:
     """Batches of groups of indices, each group on one image; the longest come first, those of one batch are about equally long.
 
@@ -140,7 +154,7 @@ def batches(examples: Sequence[Example], images_per_batch: int, *, share_prefix:
     for index, example in enumerate(examples):
         by_image.setdefault(example.image, []).append(index)
     most = QUESTIONS_PER_ROW if share_prefix else min(QUESTIONS_PER_ROW, 4 * images_per_batch)
-    groups = [group[i : i + most] for group in by_image.values() for i in range(0, len(group), most)]
+    groups = [row for group in by_image.values() for row in in_rows(group, examples, most)]
     groups.sort(key=lambda group: -sum(len(examples[index].question) for index in group))
     found: list[list[list[int]]] = []
     room = 0

@@ -192,9 +192,25 @@ def _greedy_answers(predicted: list[int], batch: PackedBatch) -> list[tuple[list
     return list(zip(answers, right, strict=True))
 
 
+def settings_not_scored(vlm: VLM) -> list[str]:
+    """Generation settings of the checkpoint that change its greedy answers, and that teacher-forced scoring does not know, as text."""
+    neutral = {
+        "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+        "min_length": 0, "min_new_tokens": 0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+        "sequence_bias": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None,
+        "guidance_scale": 1.0,
+    }  # fmt: skip
+    given = {name: getattr(vlm.model.generation_config, name, None) for name in neutral}
+    return [f"{name}={value}" for name, value in given.items() if value not in (None, [], neutral[name])]
+
+
 def can_share_prefix(vlm: VLM) -> bool:
-    """Packing gives every question a full view of the prefix, which a sliding window would cut, and counts positions one by one."""
-    return vlm.encoder.shares_prefix and getattr(vlm.model.config.get_text_config(), "sliding_window", None) is None
+    """Packing gives every question a full view of the prefix, which a sliding window would cut, and counts positions one by one.
+
+    Its masks are boolean, which of Transformers' attentions only SDPA takes for what they are: eager attention adds them to the scores.
+    """
+    text = vlm.model.config.get_text_config()
+    return vlm.encoder.shares_prefix and getattr(text, "sliding_window", None) is None and text._attn_implementation == "sdpa"
 
 
 def paired_drop(

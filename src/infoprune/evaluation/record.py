@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from infoprune.data import Example
+from infoprune.data.seen import image_digest
 from infoprune.errors import DataError
 from infoprune.model import VLM, precision_name
 
@@ -219,10 +220,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def fingerprint(vlm: VLM, examples: Sequence[Example], kind: Kind = ANSWERS, **settings: Any) -> dict[str, Any]:
     """What a file of ``kind`` depends on: model (configuration, weights, precision), processor, prompt, data and ``settings``.
 
-    The data are known by questions, names and sizes of the image files; the batch size and the number of processes don't matter.
+    The data are known by questions, and names and contents of the image files; the batch size and the number of processes don't matter.
     """
-    sizes = {example.image: example.image.stat().st_size for example in examples if example.image.is_file()}
-    asked = [(example.id, example.image.name, sizes.get(example.image), vlm.encoder.prompt_of(example)) for example in examples]
+    found = {example.image: image_digest(example.image) for example in examples if example.image.is_file()}
+    asked = [(example.id, example.image.name, found.get(example.image), vlm.encoder.prompt_of(example)) for example in examples]
     images = getattr(vlm.processor, "image_processor", None)
     return {
         "format": kind.format,

@@ -23,7 +23,7 @@ from infoprune.evaluation.cost import Flops, num_parameters, prompt_inputs, typi
 from infoprune.evaluation.cost import count_flops as _count_flops
 from infoprune.evaluation.differences import differences
 from infoprune.evaluation.metrics import Scores, score_answers
-from infoprune.model import VLM, precision_name
+from infoprune.model import VLM, precision_name, weight_files
 from infoprune.progress import SILENT, Progress
 from infoprune.resolve import family_of
 
@@ -163,8 +163,8 @@ def bytes_on_disk(vlm: VLM) -> int | None:
 
         folder = ensure_demo()
     else:
-        folder = Path(vlm.model_id)
-    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")] if folder.is_dir() else []
+        folder = Path(vlm.model_id).expanduser()
+    sizes = [(folder / name).stat().st_size for name in weight_files(folder) if (folder / name).is_file()] if folder.is_dir() else []
     return sum(sizes) or None
 
 

@@ -119,7 +119,7 @@ class InfoPrune(lmms):
             options, stops = generation_options(questions[0].given)
             encoder = self.vlm.encoder
             with self._readable(questions):
-                texts = [encoder.prompt(question.text, images=len(question.images)) for question in questions]
+                texts = [encoder.prompt_of(Example(Path(), q.text, ""), images=len(q.images)) for q in questions]
                 inputs = encoder.inputs(texts, [question.images for question in questions])
             inputs = {name: self._placed(value) for name, value in inputs.items()}
             new = self.vlm.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]

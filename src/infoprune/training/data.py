@@ -15,7 +15,7 @@ import torch
 from infoprune.data import Example
 from infoprune.data.images import identities
 from infoprune.errors import DataError
-from infoprune.packing import TOKEN_INPUTS, PackedBatch, PromptEncoder, pack
+from infoprune.packing import TOKEN_INPUTS, PackedBatch, PromptEncoder, in_rows, pack
 from infoprune.resolve import family_of
 
 CACHE_BYTES = 2_000_000_000
@@ -65,10 +65,11 @@ def rows_of(examples: Sequence[Example], questions_per_image: int, *, share_pref
         raise DataError("There are no examples to train on.")
     if not share_prefix:
         return [[example] for example in examples]
-    groups: dict[Path, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.image, []).append(example)
-    return [group[i : i + questions_per_image] for group in groups.values() for i in range(0, len(group), questions_per_image)]
+    groups: dict[Path, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(example.image, []).append(index)
+    rows = [row for group in groups.values() for row in in_rows(group, examples, questions_per_image)]
+    return [[examples[index] for index in row] for row in rows]
 
 
 def hold_out(examples: Sequence[Example], seed: int, share: int = 20) -> tuple[list[Example], list[Example]]:

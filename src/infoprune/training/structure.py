@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from infoprune.criteria.heads import Block, head_spectrum, noise_energy
-from infoprune.linalg import descending_eigh
+from infoprune.linalg import descending_eigh, descending_eigvalsh
 from infoprune.plan import Compensation
 from infoprune.spectrum import normalize
 
@@ -133,7 +133,7 @@ class DenseStructure:
 def dense_structure(block: Block) -> DenseStructure:
     """Constants of one block, whatever its gates."""
     snr = torch.stack([head_spectrum(block, u) for u in range(block.site.num_units)]) / noise_energy(block)
-    return DenseStructure(snr, normalize(descending_eigh(block.out @ block.covariance @ block.out.T)[0]).cumsum(0))
+    return DenseStructure(snr, normalize(descending_eigvalsh(block.out @ block.covariance @ block.out.T)).cumsum(0))
 
 
 @dataclass(frozen=True)
