@@ -183,7 +183,7 @@ def test_sizes_that_were_started_from_come_back(gqa_vlm, questions):
         assert settled.predicted_loss == pytest.approx(decisions.predicted_loss)
 
 
-@pytest.mark.parametrize("flops", [0.75, 0.8])
+@pytest.mark.parametrize("flops", [0.6, 0.7, 0.75, 0.8])
 def test_gates_that_have_not_moved_choose_what_they_start_from(gqa_vlm, questions, monkeypatch, flops):
     given = GATED | {"ffn": "width", "flops": flops, "gate_steps": 1, "gate_rate": 1e-9}
     free = infoprune.compress(gqa_vlm, hold_out(questions, 0)[0], **given | {"heads": "information-loss", "gate_ffn": False}).vlm.plan

@@ -239,7 +239,8 @@ def choose(gates: HeadGates, costs: Costs, ffn: FFNGates, target: float, multipl
     if not ffn.parts:
         return Choice(binarise(gates, costs, target))
     least = sum(costs.block(number, site.min_units) for number, site in enumerate(gates.sites)) / costs.dense
-    reached = float(costs.share(torch.sigmoid(gates.log_alpha.detach()).cpu().double()))
+    # To the nearest unit: rounding alone would otherwise take one from heads that have not moved.
+    reached = float(costs.share(open_probability(gates.log_alpha.detach()).cpu().double()) + 0.5 * costs.unit.min() / costs.dense)
     kept = binarise(gates, costs, min(max(reached, least), 1.0))
     heads = sum(costs.block(number, len(kept[site.path])) for number, site in enumerate(gates.sites))
     budget = target * (costs.dense + ffn.dense)
