@@ -122,7 +122,7 @@ class GateStage:
         return self.options.gate_rate * min(1.0, 2 * (1 - step / self.steps))
 
     def begin(self, step: int) -> None:
-        """Refresh what calibration tells, and name this step's draw of the gates; each backward pass samples it anew."""
+        """Refresh what calibration tells, and name this step's draws of the gates."""
         if step == 0:
             self.validate(step)
         if step % self.options.refresh == 0:

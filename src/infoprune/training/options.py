@@ -36,7 +36,7 @@ class TrainingOptions:
             kept in memory while gates train.
         gate_lora: Rank of a LoRA on all linears of the towers with gates, which trains along with these; 0: weights stay frozen. It stands
             in for the refit and recovery that the cut model will have, and is left behind when the gates have trained.
-        gate_lora_rate: Its learning rate, constant; ``None``: :data:`RATES` of ``lora``.
+        gate_lora_rate: Its learning rate, which falls as that of the gates does; ``None``: :data:`RATES` of ``lora``.
         cross_entropy_weight: Coefficient of the reference answers' cross-entropy.
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
         distillation_temperature: T.

@@ -1,12 +1,12 @@
 """What calibration tells the gates: what stands in for what they shut off, information rates, and spectra of a block's output.
 
 For one block with contexts c (mean m, covariance S, that of unit u alone S_uu) a gate z_u is a channel that passes z_u (c_u - m_u) and
-noise of covariance (1 - z_u^2) S_uu, so that power is kept. The best linear estimate of all contexts from what comes through is
+noise of covariance (1 - z_u^2) S_uu, so that power is kept. The best linear estimate of all contexts from what comes through, y, is
 
-    c^ = m + S Z M(z)^-1 (.),    M(z) = Z S Z + (I - Z^2) blockdiag(S_uu),
+    c^ = m + S Z M(z)^-1 y,    M(z) = Z S Z + (I - Z^2) blockdiag(S_uu),
 
 with Z = diag(z) (the Gaussian channel of the information bottleneck: Chechik, Globerson, Tishby & Weiss, JMLR 6, 2005; the estimate is
-Wiener's). Its covariance is C^(z) = S Z M(z)^-1 Z S. At gates of 0 and 1 the estimate is the regression on the units that stay, S_.K
+Wiener's). Its covariance is C^(z) = S Z M(z)^-1 Z S. Gates themselves add no noise: they send its mean, y = Z (c - m). At gates of 0 and 1 the estimate is the regression on the units that stay, S_.K
 S_KK^-1, which is what least-squares compensation leaves; with all gates open it is c. A unit whose gate falls is missed by all that lean
 on it, and one whose gate rises helps them, so that what a gate does is what the set-wise loss of
 :func:`infoprune.criteria.heads.information_loss` charges for it.
