@@ -3,35 +3,31 @@
     python benchmarks/gates.py [--shares S ...] [--seeds N ...] [--variants NAME ...] [--steps N]
 
 For each share of the model's FLOPs, gates train down to the attention's share of it that the training-free allocation gives, once with
-the defaults and once without each part. The heads they choose go into the same cut, with fewer neurons under the rest of the budget and
-refitted, as do those of the training-free choice; no recovery. Questions on some of easy-VQA's validation images choose between steps of
-training. The cut models answer questions on others, and on these altered, in words that calibration does not have
-(``shifted.VALIDATION``). No test question is used: the defaults of ``TrainingOptions`` come from here. Rows already in the result file
-are kept, so a stopped run goes on where it was.
+the defaults and once without each part, all on one thinned model. The heads they choose go into the same cut, with fewer neurons under
+the rest of the budget and refitted, as do those of the training-free choice; no recovery. Questions on some of easy-VQA's validation
+images choose between steps of training. The cut models answer questions on others, and on these altered, in words that calibration does
+not have (``shifted.VALIDATION``). No test question is used: the defaults of ``TrainingOptions`` come from here. Rows already in the
+result file are kept, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import infoprune
 from common import RESULTS, command, commit, log, write
-from infoprune.architecture import AttentionSite
 from infoprune.cli.console import BarProgress
 from infoprune.data import Example, subset
 from infoprune.decide import decide
 from infoprune.evaluation import quality
-from infoprune.evaluation.cost import Flops, Workload
-from infoprune.learned import attention_share, unit_percentiles, with_choice
 from infoprune.options import CompressionOptions
 from infoprune.site_costs import FlopCosts
-from infoprune.solve import SolvedSite, solve_sites
+from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_statistics, measure
-from infoprune.training.costs import flop_costs
+from infoprune.trained_heads import Ground, start_of, thinned
 from infoprune.training.heads import Choice
 from infoprune.training.loop import Processes
 from infoprune.training.options import TrainingOptions
@@ -54,42 +50,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CHOOSING, JUDGING, BEYOND = 500, 600, 400  # questions: gates' validation, the cut models' task, and beyond it
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What all variants of a share and seed start from."""
-
-    dense: infoprune.VLM
-    solved: list[SolvedSite]
-    statistics: Any
-    inputs: Any
-    workload: Workload
-    dense_flops: Flops
-    options: CompressionOptions
-
-    def learn(self, run: TrainingRun, compensation: Any) -> LearnedHeads:
-        """Train gates; a LoRA that trains along stays behind."""
-        sites = [item.site for item in self.solved if isinstance(item.site, AttentionSite)]
-        blocks = {item.site.path: item.block for item in self.solved if item.block is not None}
-        costs = flop_costs(sites, self.workload)
-        decided = decide(self.solved, FlopCosts(self.workload), self.dense_flops.total, self.options)
-        target = attention_share(self.solved, decided, self.workload)
-        prior = unit_percentiles(self.solved, costs, target)
-        model = self.dense.copy() if run.options.gate_lora else self.dense
-        return run.learn_heads(model, sites, blocks, costs, target, prior, compensation)
-
-    def cut(self, choice: Choice) -> infoprune.VLM:
-        """The model with these heads, and FFNs under the rest of the budget."""
-        decisions = decide(with_choice(self.solved, choice, self.options), FlopCosts(self.workload), self.dense_flops.total, self.options)
-        return apply_decisions(self.dense, decisions, self.options, self.statistics, self.inputs)
-
-
 def ground(dense: infoprune.VLM, share: float, seed: int) -> Ground:
-    """Calibrate and score."""
+    """Calibrate, score and decide training-free."""
     assert dense.architecture is not None
     options = CompressionOptions(flops=share, heads="trained", seed=seed)
     statistics, inputs = calibration_statistics(dense, "easy-vqa:train", options)
-    _, flops, workload = measure(dense, infoprune.load_examples("easy-vqa:train"))
-    return Ground(dense, solve_sites(dense.model, dense.architecture, statistics, options), statistics, inputs, workload, flops, options)
+    probe, flops, workload = measure(dense, infoprune.load_examples("easy-vqa:train"))
+    solved = solve_sites(dense.model, dense.architecture, statistics, options)
+    decisions = decide(solved, FlopCosts(workload), flops.total, options)
+    return Ground(dense, solved, decisions, statistics, inputs, workload, flops, probe, options)
 
 
 def parts(seed: int) -> tuple[list[Example], dict[str, list[Example]]]:
@@ -118,18 +87,28 @@ def main() -> None:
         if not lacking:
             continue
         choosing, questions = parts(seed)
-        start = ground(dense, share, seed)
-        log(f"{share:.4g}, seed {seed}: calibrated")
+        from_here = ground(dense, share, seed)
+
+        def run(choosing: list[Example] = choosing, seed: int = seed, **settings: Any) -> TrainingRun:
+            options = TrainingOptions(gate_steps=args.steps, evaluate_every=max(1, args.steps // 3), **settings)
+            return TrainingRun(options, pool, choosing, seed, Processes(), BarProgress())
+
+        def judged(choice: Choice, from_here: Ground = from_here, questions: dict[str, list[Example]] = questions) -> dict[str, Any]:
+            """Figures of the model that is cut so, beside the dense one, by the kind of question."""
+            model = apply_decisions(dense, from_here.decided(choice), from_here.options, from_here.statistics, from_here.inputs)
+            return {name: quality.comparison(*quality.score([dense, model], asked), asked) for name, asked in questions.items()}
+
+        start = start_of(from_here, run())
+        gated = thinned(from_here, start, run())
+        log(f"{share:.4g}, seed {seed}: ready")
+        facts = {"budget": share, "seed": seed, "steps": args.steps, "commit": commit(), "command": command()}
+        if TRAINING_FREE not in known:
+            rows.append(named(TRAINING_FREE) | facts | judged(start.choice))
         for name in lacking:
-            settings = {"gate_steps": args.steps, "evaluate_every": max(1, args.steps // 3)} | VARIANTS[name]
-            compensation = settings.pop("compensation", start.options.compensate)
-            training = TrainingRun(TrainingOptions(**settings), pool, choosing, seed, Processes(), BarProgress())
-            learned = start.learn(training, compensation)
-            facts = {"budget": share, "seed": seed, "steps": args.steps, "commit": commit(), "command": command()}
-            if TRAINING_FREE not in known:
-                rows.append(named(TRAINING_FREE) | facts | judged(start.cut(learned.start), dense, questions))
-                known.add(TRAINING_FREE)
-            rows.append(named(name) | facts | judged(start.cut(learned.choice), dense, questions) | told(learned))
+            settings = dict(VARIANTS[name])
+            compensation = settings.pop("compensation", from_here.options.compensate)
+            learned = gated.learn(run(**settings), compensation, start.costs)
+            rows.append(named(name) | facts | judged(learned.choice) | told(learned, start.choice))
             log(f"{name}: {learned.best.losses}, cut {rows[-1]['task']['accuracy']:.1f}%, KL {rows[-1]['task']['kl_nats']:.4f}")
             write("gates", rows, seeds=sorted({row["seed"] for row in rows}), data="easy-vqa:validation")
 
@@ -139,14 +118,9 @@ def named(name: str) -> dict[str, str]:
     return {"method": f"infoprune:{name}", "name": name}
 
 
-def judged(model: infoprune.VLM, dense: infoprune.VLM, questions: dict[str, list[Example]]) -> dict[str, dict[str, Any]]:
-    """Figures of a cut model beside the dense one, by the kind of question."""
-    return {name: quality.comparison(*quality.score([dense, model], asked), asked) for name, asked in questions.items()}
-
-
-def told(learned: LearnedHeads) -> dict[str, Any]:
+def told(learned: LearnedHeads, start: Choice) -> dict[str, Any]:
     """How gates trained."""
-    moved = sum(len(set(units) ^ set(learned.start.kept[path])) for path, units in learned.choice.kept.items())
+    moved = sum(len(set(units) ^ set(start.kept[path])) for path, units in learned.choice.kept.items())
     return {
         "target_share": learned.cost_share[1], "expected_share": learned.cost_share[0], "gated_nats": learned.best.losses,
         "kept_of_step": learned.best.step, "moved": moved, "gate_seconds": learned.trained.seconds,

@@ -20,19 +20,22 @@ from typer.testing import CliRunner
 
 import infoprune
 from conftest import ALL, built
+from infoprune.calibrate import calibrate
 from infoprune.cli import compress as compress_verb
 from infoprune.cli import evaluate as evaluate_verb
 from infoprune.cli.device import own_device
 from infoprune.compress import logs_folder
 from infoprune.criteria.heads import Block, Removal, block_of, compensate, removal_loss
+from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, CalibrationError, CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.cost import Workload, attention_flops
 from infoprune.learned import unit_percentiles
+from infoprune.options import CompressionOptions
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, HeadDecision
 from infoprune.progress import SILENT
-from infoprune.solve import SolvedSite
-from infoprune.steps import measure
+from infoprune.solve import SolvedSite, block_of_model
+from infoprune.steps import apply_decisions, measure
 from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
@@ -53,6 +56,7 @@ from infoprune.training.recovery import (
 )
 from infoprune.training.run import TrainingRun, _is_test, split
 from infoprune.training.structure import Channel, closed, dense_structure, structure_of
+from infoprune.training.thinned import Thinning
 from test_families import inputs_of, statistics_of
 from tiny_models import examples
 
@@ -132,10 +136,6 @@ def test_open_gates_are_the_dense_model_and_nothing_stays_behind(vlm, questions)
 
 @pytest.mark.parametrize("compensation", ["least-squares", "mean", "none"])
 def test_masked_equals_compacted(vlm, questions, compensation):
-    from infoprune.decisions import Decisions
-    from infoprune.options import CompressionOptions
-    from infoprune.steps import apply_decisions
-
     statistics = statistics_of(vlm, questions)
     batch = next(iter(batches(vlm.encoder, questions)))[0]
     blocks = blocks_of(vlm, questions)
@@ -794,7 +794,7 @@ def test_a_resumed_run_goes_on_with_the_times_that_were_measured_first(gqa_vlm, 
         measured.append(replace(found, unit=found.unit * (1 + 3 * len(measured) * torch.arange(len(found.unit)))))
         return measured[-1]
 
-    monkeypatch.setattr(sys.modules["infoprune.compress"], "time_costs", times)
+    monkeypatch.setattr(sys.modules["infoprune.trained_heads"], "time_costs", times)
     whole = infoprune.compress(gqa_vlm, questions, **options)
     measured.clear()
     resumed = stopped_once(monkeypatch, ("gates", 4), lambda: infoprune.compress(gqa_vlm, questions, work=tmp_path / "work", **options))
@@ -804,7 +804,7 @@ def test_a_resumed_run_goes_on_with_the_times_that_were_measured_first(gqa_vlm, 
 
 def test_heads_that_the_budget_has_no_room_for_are_left_out(gqa_vlm, questions, monkeypatch):
     real, given = (
-        sys.modules["infoprune.compress"].decide,
+        sys.modules["infoprune.trained_heads"].decide,
         QUICK | {"gate_steps": 4, "evaluate_every": 2, "gate_rate": 3.0, "gate_prior": 6.0},
     )
     choices = []
@@ -820,7 +820,7 @@ def test_heads_that_the_budget_has_no_room_for_are_left_out(gqa_vlm, questions, 
         self.choice, self.loss, self.step = choice, loss, step
 
     monkeypatch.setattr(BestGates, "update", update)
-    monkeypatch.setattr(sys.modules["infoprune.compress"], "decide", no_room)
+    monkeypatch.setattr(sys.modules["infoprune.trained_heads"], "decide", no_room)
     found = infoprune.compress(gqa_vlm, questions, **given)
     assert found.training["heads"]["kept"] == "start" and list(found.training["heads"]["cut"]) == ["start"]
 
@@ -1253,3 +1253,76 @@ def test_two_processes_get_the_result_of_one(checkpoint, jsonl, tmp_path):
         assert expected.keys() == found.keys()
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+
+
+# --- the model that gates train on -------------------------------------------------------------------------------------------------
+
+
+def thinning_of(vlm):
+    sites = tuple(vlm.architecture.attention)
+    return Thinning(sites, {s.path: list(range(s.num_units))[number % 3 :] for number, s in enumerate(sites)})
+
+
+def test_what_is_learned_of_the_units_that_are_left_is_told_of_all(vlm):
+    thinning = thinning_of(vlm)
+    sites, gone = thinning.sites, [path for path, kept in thinning.kept.items() if not kept]
+    assert {s.path for s in sites} | set(gone) == set(thinning.kept) and all(s.num_units == len(thinning.kept[s.path]) for s in sites)
+    workload = Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in thinning.dense})
+    dense = flop_costs(thinning.dense, workload)
+    left = thinning.costs(dense)
+    cost = sum(dense.block(number, len(thinning.kept[s.path])) for number, s in enumerate(thinning.dense))
+    assert left.dense == pytest.approx(cost) and len(left.unit) == sum(map(len, thinning.kept.values()))
+    for number, site in enumerate(sites):
+        assert left.block(number, 1) == pytest.approx(dense.block([s.path for s in thinning.dense].index(site.path), 1))
+    first = Choice({site.path: [0] for site in sites})
+    assert thinning.numbered(first).kept == {path: kept[:1] for path, kept in thinning.kept.items()}
+    spread = thinning.spread([1.0] * len(left.unit))
+    whole = [float(unit in thinning.kept[s.path]) for s in thinning.dense for unit in range(s.num_units)]
+    assert spread == whole
+
+
+@torch.no_grad()
+def test_open_gates_on_a_thinned_model_leave_it_as_it_is(vlm, questions):
+    """Also where grouped heads have one group left, which looks like heads that share one key."""
+    thinning, inputs = thinning_of(vlm), inputs_of(vlm, questions)
+    statistics = statistics_of(vlm, questions)
+    heads = {
+        s.path: HeadDecision(keep_units=tuple(thinning.kept[s.path]), num_units=s.num_units, compensate="least-squares")
+        for s in thinning.dense
+        if len(thinning.kept[s.path]) < s.num_units and len(thinning.kept[s.path]) >= s.min_units
+    }
+    thinning = replace(thinning, kept=thinning.kept | {s.path: list(range(s.num_units)) for s in thinning.dense if s.path not in heads})
+    options = CompressionOptions(flops=0.9, repair=False)
+    small = apply_decisions(vlm, Decisions(heads, {}, 0.0), options, statistics, [next(iter(batches(vlm.encoder, questions)))[0]])
+    before = small.model(**inputs).logits
+    left = replace(vlm.architecture, attention=tuple(thinning.sites), ffn=())
+    found = calibrate(small.model, left, [b for b, _ in batches(vlm.encoder, questions)])
+    gates = HeadGates(thinning.sites)
+    for site in thinning.sites:
+        block = block_of_model(small.model, site, found, options)
+        assert len(block.covariance) == site.num_units * site.unit_width == block.out.shape[1]
+        gates.connect_(site.path, Channel.of(block, "least-squares"))
+    with gates.attached(small.model):
+        gates.values = {site.path: torch.ones(site.num_units) for site in thinning.sites}
+        assert torch.equal(small.model(**inputs).logits, before)
+        gates.values = {site.path: torch.full((site.num_units,), 0.5) for site in thinning.sites}
+        assert not torch.allclose(small.model(**inputs).logits, before, atol=1e-4)
+
+
+def test_gates_train_on_a_model_with_the_ffns_that_are_aimed_at(gqa_vlm, questions, monkeypatch):
+    seen, real = [], TrainingRun.learn_heads
+
+    def watched(self, vlm, sites, *rest):
+        seen.append((vlm, sites))
+        return real(self, vlm, sites, *rest)
+
+    monkeypatch.setattr(TrainingRun, "learn_heads", watched)
+    found = infoprune.compress(gqa_vlm, questions, **QUICK | {"flops": 0.6})
+    (gated, sites), heads = seen[0], found.training["heads"]
+    widths = [gated.model.get_submodule(f"{s.path}.{s.names.down}").weight.shape[1] for s in gqa_vlm.architecture.ffn]
+    assert any(width < s.intermediate_size for width, s in zip(widths, gqa_vlm.architecture.ffn, strict=True))
+    kept = {path: set(decision.keep_units) for path, decision in found.vlm.plan.heads.items()}
+    left = {site.path: set(site.kept) for site in sites}
+    assert all(units <= left.get(path, set()) for path, units in kept.items())
+    assert {path: len(z) for path, z in heads["gates"].items()} == {s.path: s.num_units for s in gqa_vlm.architecture.attention}
+    assert all(len(values) == sum(s.num_units for s in gqa_vlm.architecture.attention) for values in heads["trajectory"])

@@ -12,26 +12,21 @@ from typing import Any
 import torch
 
 from infoprune._version import __version__
-from infoprune.architecture import AttentionSite
-from infoprune.calibrate import Statistics
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example
 from infoprune.data.seen import digests
 from infoprune.decide import decide
-from infoprune.decisions import Decisions
 from infoprune.errors import BudgetError, InfoPruneError, PlanError
-from infoprune.evaluation.cost import Flops, Workload, count_flops, num_parameters
+from infoprune.evaluation.cost import count_flops, num_parameters
 from infoprune.evaluation.record import weights_digest
-from infoprune.learned import attention_share, unit_percentiles, with_choice
 from infoprune.memory import release_memory
 from infoprune.model import VLM, dense_architecture, precision_name
 from infoprune.options import LOW_RANK, NONE, TRAINED, UNTRAINED, WIDTH, CompressionOptions
-from infoprune.packing import answer_logits
 from infoprune.plan import CompressionPlan, FFNDecision
 from infoprune.progress import SILENT, Clock, Progress
 from infoprune.site_costs import FlopCosts
-from infoprune.solve import SolvedSite, solve_sites
+from infoprune.solve import solve_sites
 from infoprune.speedup import Speed, cut_to_speed
 from infoprune.steps import (
     Compressed,
@@ -50,14 +45,11 @@ from infoprune.steps import (
     statistics_of,
 )
 from infoprune.surgery import ffn_options
-from infoprune.training.costs import flop_costs, time_costs
-from infoprune.training.ffn_gates import FFNGates, FFNPart, ffn_parts, sizes_of
-from infoprune.training.gates import HeadGates, start_locations
-from infoprune.training.heads import Choice, binarise, check_agreement, masked_logits
+from infoprune.trained_heads import Ground, train_heads
 from infoprune.training.loop import Processes, check_trackers
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import require_peft
-from infoprune.training.run import GatedFFNs, LearnedHeads, TrainingRun, split
+from infoprune.training.run import TrainingRun, split
 from infoprune.training.sharding import check_sharding
 from infoprune.training.state import WorkFolder
 
@@ -247,9 +239,9 @@ def _cut_free(
         clock.lap("decide")
         target = vlm if in_place else vlm.copy()
         if run and options.heads == TRAINED:
-            decisions, report["heads"] = _train_heads(
-                target, solved, decisions, statistics, inputs, workload, dense_flops, probe, options, run, clock
-            )
+            ground = Ground(target, solved, decisions, statistics, inputs, workload, dense_flops, probe, options)
+            decisions, report["heads"] = train_heads(ground, run, clock)
+            del ground
         del solved
         plan = make_plan(vlm, decisions, options, record)
         cut_(target, plan, statistics, inputs, progress)
@@ -270,90 +262,6 @@ def _cut_free(
         target, dense_flops, flops, workload, decisions.predicted_loss, dense_parameters, num_parameters(target.model), clock.laps, probe,
         report, speed=speed,
     )  # fmt: skip
-
-
-def _train_heads(
-    target: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: CalibrationBatches,
-    workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor], options: CompressionOptions, run: TrainingRun, clock: Clock,
-) -> tuple[Decisions, dict[str, Any]]:  # fmt: skip
-    """Decisions with learned heads, and where asked FFN sizes, starting from ``decisions``; figures for the report.
-
-    The choice that gates start from stays where the model that is cut by it answers validation questions better.
-    """
-    parts = []
-    if run.options.gate_ffn:
-        parts = ffn_parts(target.model, solved, statistics, options, FlopCosts(workload))
-    learned = _learn_heads(target, solved, decisions, workload, dense_flops, probe, options, run, parts)
-    clock.lap("train heads")
-    choices = {"trained": learned.choice, "start": learned.start}
-    if learned.choice.sizes is not None and learned.choice.kept != learned.start.kept:
-        choices["trained heads"] = Choice(learned.choice.kept)
-    found: dict[str, Decisions] = {}
-    for name, choice in choices.items():
-        try:
-            found[name] = decide(with_choice(solved, choice, options), FlopCosts(workload), dense_flops.total, options)
-        except BudgetError as error:  # gates that pay for time may keep what is too dear in FLOPs; the start is known to fit
-            run.progress.note(f"the heads of '{name}' are left out: {error}")
-    found = run.processes.same(found)
-    best, told = "trained", {}
-    if learned.choice != learned.start:
-
-        def cut(name: str) -> VLM:
-            return apply_decisions(target, found[name], options, statistics, inputs, progress=run.progress)
-
-        best, figures = run.best_cut(cut, list(found))
-        told = {"kept": best, "cut": {name: {"accuracy": a, "cross_entropy": c} for name, (a, c) in figures.items()}}
-        clock.lap("choose heads")
-    agreement = _check_gates(target, solved, found[best], statistics, inputs, options, parts)
-    return found[best], learned.as_dict() | told | {"agreement": agreement}
-
-
-def _learn_heads(
-    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, workload: Workload, dense_flops: Flops, probe: dict[str, torch.Tensor],
-    options: CompressionOptions, run: TrainingRun, parts: list[FFNPart],
-) -> LearnedHeads:  # fmt: skip
-    """Gates start from the training-free choice under the same cost, by default with the share that the allocation gives attention.
-
-    Raises:
-        BudgetError: With as many heads as they start with, FFNs can't meet the budget: told before anything trains.
-    """
-    blocks = {item.site.path: item.block for item in solved if item.block is not None}
-    sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
-    if not sites:
-        raise InfoPruneError("heads=trained: no attention block of the chosen towers can lose a head. Take heads=none.")
-    target = run.options.attention_share or attention_share(solved, decisions, workload)
-    costs = flop_costs(sites, workload)
-    if run.options.gate_cost == "time":
-        costs = run.measured(costs, lambda: time_costs(vlm.model, sites, probe, workload))
-    prior = run.processes.same(unit_percentiles(solved, costs, target))
-    start = HeadGates(sites, start_locations(torch.tensor(prior), run.options.gate_prior, costs, target))
-    chosen = Choice(binarise(start, costs, target))
-    decide(with_choice(solved, chosen, options), FlopCosts(workload), dense_flops.total, options)
-    ffn = None
-    if parts:
-        gated = costs.dense + sum(float(part.costs.sum()) for part in parts)
-        share = 1 - (1 - options.cost_share) * dense_flops.total / gated
-        ffn = GatedFFNs(parts, sizes_of(decisions.ffn), share * (1 - 1e-9), options.rank_multiple)
-    return run.learn_heads(vlm, sites, blocks, costs, target, prior, options.compensate, ffn)
-
-
-def _check_gates(
-    vlm: VLM, solved: list[SolvedSite], decisions: Decisions, statistics: Statistics, inputs: CalibrationBatches,
-    options: CompressionOptions, parts: list[FFNPart],
-) -> float:  # fmt: skip
-    """The gated model with gates at 0 and 1 answers like the model that is cut so, without refit; see ``heads.check_agreement``.
-
-    FFNs are compared as far as they have gates.
-    """
-    blocks = {item.site.path: item.block for item in solved if item.block is not None}
-    sites = [item.site for item in solved if isinstance(item.site, AttentionSite)]
-    kept = {s.path: list(decisions.heads[s.path].keep_units) if s.path in decisions.heads else list(range(s.num_units)) for s in sites}
-    ffn = decisions.ffn if parts else {}
-    choice, gates = Choice(kept, sizes_of(ffn)), HeadGates(sites).to(vlm.device)
-    masked = masked_logits(vlm.model, gates, blocks, choice, inputs[0], options.compensate, FFNGates(parts).to(vlm.device))
-    without = apply_decisions(vlm, replace(decisions, ffn=ffn), replace(options, repair=False), statistics, inputs[:1])
-    with torch.no_grad():
-        return check_agreement(masked, answer_logits(without.model, inputs[0]))
 
 
 def apply_plan(

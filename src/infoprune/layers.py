@@ -41,10 +41,9 @@ def differentiate_from_first_layers(model: nn.Module, architecture: Architecture
         name = stream_name(kwargs)
         return args, kwargs | {name: leaf(kwargs[name])}
 
-    for site in architecture.attention:
-        if site.layer == 0:
-            layer = model.get_submodule(site.path.rpartition(".")[0])
-            stack.callback(layer.register_forward_pre_hook(start, with_kwargs=True).remove)
+    first = {site.stack: site.path.rpartition(".")[0] for site in reversed(architecture.attention)}
+    for path in first.values():
+        stack.callback(model.get_submodule(path).register_forward_pre_hook(start, with_kwargs=True).remove)
 
 
 def recompute_layers(

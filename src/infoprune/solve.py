@@ -60,7 +60,7 @@ def solve_sites(
     if options.heads != NONE:
         sites = [s for s in architecture.attention if s.tower in options.towers and s.min_units < s.num_units]
         setwise = options.heads in (INFORMATION_LOSS, TRAINED)  # trained heads are first given the share that the set-wise loss gives them
-        blocks: Iterable[Block] = (_block(model, site, statistics, options) for site in sites)
+        blocks: Iterable[Block] = (block_of_model(model, site, statistics, options) for site in sites)
         scores: dict[str, list[float]] = {}
         if not setwise:  # rankings compare all blocks, which a removal by itself needs one at a time: their matrices are large
             blocks = list(blocks)
@@ -89,7 +89,8 @@ def solve_sites(
     return solved
 
 
-def _block(model: nn.Module, site: AttentionSite, statistics: Statistics, options: CompressionOptions) -> Block:
+def block_of_model(model: nn.Module, site: AttentionSite, statistics: Statistics, options: CompressionOptions) -> Block:
+    """What criteria see of an attention block of ``model``."""
     out: Any = model.get_submodule(f"{site.path}.{site.names.out}")
     return block_of(site, statistics.sites[site.path], out.weight.cpu(), options.ffn_metric)
 

@@ -6,10 +6,10 @@ noise of covariance (1 - z_u^2) S_uu, so that power is kept. The best linear est
     c^ = m + S Z M(z)^-1 y,    M(z) = Z S Z + (I - Z^2) blockdiag(S_uu),
 
 with Z = diag(z) (the Gaussian channel of the information bottleneck: Chechik, Globerson, Tishby & Weiss, JMLR 6, 2005; the estimate is
-Wiener's). Its covariance is C^(z) = S Z M(z)^-1 Z S. Gates themselves add no noise: they send its mean, y = Z (c - m). At gates of 0 and 1 the estimate is the regression on the units that stay, S_.K
-S_KK^-1, which is what least-squares compensation leaves; with all gates open it is c. A unit whose gate falls is missed by all that lean
-on it, and one whose gate rises helps them, so that what a gate does is what the set-wise loss of
-:func:`infoprune.criteria.heads.information_loss` charges for it.
+Wiener's). Its covariance is C^(z) = S Z M(z)^-1 Z S. Gates themselves add no noise: they send its mean, y = Z (c - m). At gates of 0 and 1
+the estimate is the regression on the units that stay, S_.K S_KK^-1, which is what least-squares compensation leaves; with all gates open
+it is c. A unit whose gate falls is missed by all that lean on it, and one whose gate rises helps them, so that what a gate does is what
+the set-wise loss of :func:`infoprune.criteria.heads.information_loss` charges for it.
 """
 
 from __future__ import annotations
