@@ -24,6 +24,7 @@ from infoprune.training.gates import HeadGates
 from infoprune.training.loop import wants_bfloat16
 from infoprune.training.objective import cross_entropy
 from infoprune.training.recovery import layer_weights
+from infoprune.training.structure import Channel
 
 STEPS = 12
 SHARE = 1 / 3.2
@@ -48,7 +49,7 @@ def main() -> None:
     gates = HeadGates(list(dense.architecture.attention))
     for site in gates.sites:
         width = site.num_units * site.unit_width
-        gates.compensate_(site.path, torch.zeros(width, width), torch.zeros(width))
+        gates.connect_(site.path, Channel(torch.eye(width), torch.zeros(width), site.unit_width, True))
 
     def gate_step() -> None:
         with gates.attached(dense.model):

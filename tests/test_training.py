@@ -425,9 +425,11 @@ def test_lora_trains_along_with_the_gates_and_is_left_behind(gqa_vlm, questions,
     from infoprune.training import run as training_run
 
     before, added, real = {name: p.clone() for name, p in gqa_vlm.model.named_parameters()}, {}, training_run.add_lora
+    gated = []
 
-    def watched(*given):
-        wrapper, lora = real(*given)
+    def watched(model, *given):
+        gated.append((model, {name: p.clone() for name, p in model.named_parameters()}))
+        wrapper, lora = real(model, *given)
         added.update(lora)
         return wrapper, lora
 
@@ -436,6 +438,9 @@ def test_lora_trains_along_with_the_gates_and_is_left_behind(gqa_vlm, questions,
     result = infoprune.compress(gqa_vlm, questions, **options, gate_lora=2, gate_lora_rate=1e-2)
     assert result.training["heads"]["agreement"] < 1e-4
     assert added and any(p.abs().max() > 0 for name, p in added.items() if "lora_B" in name)  # which starts at zero
+    ((model, untouched),) = gated
+    after = dict(model.named_parameters())
+    assert after.keys() == untouched.keys() and all(torch.equal(after[name], p) for name, p in untouched.items())
     assert all(torch.equal(before[name], p) for name, p in gqa_vlm.model.named_parameters())
     assert not any("lora" in name or "base_layer" in name for name, _ in result.vlm.model.named_parameters())
     plan = result.vlm.plan
@@ -1259,8 +1264,10 @@ def test_two_processes_get_the_result_of_one(checkpoint, jsonl, tmp_path):
 
 
 def thinning_of(vlm):
+    """Whole blocks gone where they may, a tower's first among them, and others thinned."""
     sites = tuple(vlm.architecture.attention)
-    return Thinning(sites, {s.path: list(range(s.num_units))[number % 3 :] for number, s in enumerate(sites)})
+    kept = {s.path: list(range(s.num_units))[(number + 1) % 3 :] for number, s in enumerate(sites)}
+    return Thinning(sites, kept | {s.path: [] for s in sites if s.layer == 0 and not s.min_units})
 
 
 def test_what_is_learned_of_the_units_that_are_left_is_told_of_all(vlm):
@@ -1307,6 +1314,30 @@ def test_open_gates_on_a_thinned_model_leave_it_as_it_is(vlm, questions):
         assert torch.equal(small.model(**inputs).logits, before)
         gates.values = {site.path: torch.full((site.num_units,), 0.5) for site in thinning.sites}
         assert not torch.allclose(small.model(**inputs).logits, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"attention_share": 0.01}, {"attention_share": 0.05, "gate_cost": "time"}, {"attention_share": 0.3}])
+def test_vision_heads_alone_are_trained_as_far_as_any_stay(vlm, questions, options):
+    """Down to none, with which there is nothing to train."""
+    given = QUICK | {"towers": ("vision",), "flops": 0.93, "gate_steps": 2} | options
+    if options["attention_share"] < 0.1 and any(s.min_units for s in vlm.architecture.attention if s.tower == "vision"):
+        with pytest.raises(BudgetError, match="What must stay"):
+            infoprune.compress(vlm, questions, **given)
+        return
+    found = infoprune.compress(vlm, questions, **given)
+    assert found.flops_ratio <= 0.93 and found.training["heads"]["steps"] in (0, 2)
+
+
+def test_the_spread_of_the_start_breaks_between_what_stays_and_what_goes():
+    """Also where the units of one tower cost ten times those of the other."""
+    owner = torch.arange(2).repeat_interleave(60)
+    unit = torch.tensor([1.0, 10.0], dtype=torch.float64)[owner]
+    costs = Costs(torch.zeros(2, dtype=torch.float64), unit, owner, torch.zeros(2).bool())
+    percentiles = torch.cat([torch.arange(60, 120), torch.arange(60)]) / 120  # the cheap ones stay
+    found = start_locations(percentiles, 30.0, costs, 60 / 660)
+    stays, goes = found[:60], found[60:]
+    assert float(stays.min()) > float(goes.max()) and (stays > 0).sum() >= 54 and (goes < 0).all()
+    assert float(costs.share(open_probability(found.double()))) == pytest.approx(60 / 660, abs=1e-6)
 
 
 def test_gates_train_on_a_model_with_the_ffns_that_are_aimed_at(gqa_vlm, questions, monkeypatch):

@@ -225,7 +225,16 @@ USER = "{% for m in messages %}{% if m['role'] == 'user' %}<image>{{ m['content'
 
 
 @pytest.mark.parametrize(
-    ("assistant", "prefix"), [("", ""), (" ", " "), ("{{ '\n' }}", "\n"), ("{{ 1 / 0 }}", None), ("{% set m = messages[0] %}", None)]
+    ("assistant", "prefix"),
+    [
+        ("", ""),
+        (" ", " "),
+        ("{{ '\n' }}", "\n"),
+        ("{{ 1 / 0 }}", None),
+        ("{% set m = messages[0] %}", None),
+        ("<eos>", "<eos>"),
+        ("no thoughts ", None),
+    ],
 )
 def test_answers_start_as_the_template_starts_them(assistant, prefix):
     """Templates of Mistral's and Cohere's models put nothing between the prompt's last token and the answer."""

@@ -198,7 +198,9 @@ class Architecture:
     @property
     def layers(self) -> list[str]:
         """Paths of the layers of both towers."""
-        return list(dict.fromkeys(site.path.rpartition(".")[0] for site in (*self.attention, *self.ffn)))
+        inside = (*self.attention, *(site for site in self.ffn if site.names.ffn))
+        alone = (site.path for site in self.ffn if not site.names.ffn)  # whose linears are in the layer itself
+        return list(dict.fromkeys([*(site.path.rpartition(".")[0] for site in inside), *alone]))
 
     def site(self, path: str) -> AttentionSite | FFNSite:
         """The site at a module path.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from infoprune.errors import CalibrationError
+
 RELATIVE_FLOOR = 1e-6
 BLOCK = 192  # rows of the blocks of symmetric products, of which those below the diagonal are not formed
 
@@ -14,6 +16,9 @@ def cholesky_factor(matrix: torch.Tensor, *, floor: float = RELATIVE_FLOOR) -> t
     Where some direction carries less than ``floor`` times the largest diagonal entry given those before it, that much is added to the
     diagonal: directions that calibration hardly saw are neither amplified by an inverse nor lost. Moments of fewer vectors than dimensions
     with large means are off by more than that, in either direction; there it is ten times as much, and so on until the factor exists.
+
+    Raises:
+        CalibrationError: It never does.
     """
     matrix = (matrix + matrix.T) / 2
     top = float(matrix.diagonal().max())
@@ -26,6 +31,8 @@ def cholesky_factor(matrix: torch.Tensor, *, floor: float = RELATIVE_FLOOR) -> t
         while int(failed) and floor < 1:
             floor *= 10
             factor, failed = torch.linalg.cholesky_ex(matrix + floor * top * identity)
+        if int(failed):
+            raise CalibrationError("A matrix of moments has no factor: it is not finite, or not of moments.")
     return factor
 
 

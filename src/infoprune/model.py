@@ -244,7 +244,12 @@ def _around_answers(processor: Any) -> tuple[str | None, list[int]]:
     head, answer, behind = text.rpartition(ANSWER)
     if not answer:
         return None, []
-    return head[len(prompt) :] if head.startswith(prompt) else None, processor.tokenizer(behind, add_special_tokens=False)["input_ids"]
+    between = head[len(prompt) :] if head.startswith(prompt) else None
+    if between and between.strip():
+        # A token that marks answers is the answer's to give; more than that is what templates fill in, thoughts that were not had.
+        ids = processor.tokenizer(between.strip(), add_special_tokens=False)["input_ids"]
+        between = between if len(ids) == 1 and ids[0] in processor.tokenizer.all_special_ids else None
+    return between, processor.tokenizer(behind, add_special_tokens=False)["input_ids"]
 
 
 def _local_or_hub(source: str | Path) -> str | Path:

@@ -136,8 +136,8 @@ class PromptEncoder:
         question loses the token, this model's too.
         """
         asked = example.question if self.suffix or example.prompt is None else example.prompt
-        for token in {LLAVA_IMAGE, str(getattr(self.processor, "image_token", LLAVA_IMAGE))}:
-            if token and token in asked:
+        for token in {LLAVA_IMAGE, str(getattr(self.processor, "image_token", None) or LLAVA_IMAGE)}:
+            if token in asked:
                 asked = asked.replace(token, "").strip()
         return self.prompt(asked, images=images)
 

@@ -82,8 +82,9 @@ class _Stream:
     @property
     def beside(self) -> int:
         """Bytes of all but the stream; what several layers are called with counts once."""
-        tensors = [value for given in self.kwargs for value in given.values()] + list(self.added)
-        return sum({t.data_ptr(): t.nbytes for t in tensors if isinstance(t, torch.Tensor)}.values())
+        values = [value for given in self.kwargs for value in given.values()] + list(self.added)
+        tensors = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}.values())
 
     def before(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the layer reads, given what the layer before it left."""
@@ -180,14 +181,17 @@ def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], b
     read: list[torch.Tensor] = []
     kwargs: list[dict[str, Any]] = []
     # By where they are: layers are called with the same tensors. These are held, or others would come to be there.
-    aside: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    aside: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def waiting(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(waiting, value))
         if not isinstance(value, torch.Tensor) or value.nbytes < LARGE:
             return value
-        if value.data_ptr() not in aside:
-            aside[value.data_ptr()] = value, value.cpu()
-        return aside[value.data_ptr()][1]
+        place = value.data_ptr(), value.dtype, value.shape, value.stride()
+        if place not in aside:
+            aside[place] = value, value.cpu()
+        return aside[place][1]
 
     def forward(*args: Any, **given: Any) -> torch.Tensor:
         hidden = args[0] if args else given.pop(stream_name(given))
@@ -207,6 +211,13 @@ def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], b
             answer_logits(model, batch)
     added = [None] + [None if now is before else (now - before).cpu() for before, now in itertools.pairwise(read)]
     return _Stream(read[0], kwargs, added, batch.without_inputs())
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """Back where layers compute, what waited elsewhere."""
+    if isinstance(value, tuple):
+        return tuple(_placed(part, device) for part in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _layer(model: nn.Module, site: AttentionSite) -> nn.Module:
@@ -341,7 +352,7 @@ class _LayerRepair:
     def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any], writes: torch.Tensor | None = None) -> torch.Tensor:
         """What the layer leaves. ``writes``: what its attention block writes, where that is known and the block need not run again."""
         with nullcontext() if writes is None else self._writing(writes.view_as(hidden)):
-            output = self.layer(hidden, **{k: v.to(hidden.device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
+            output = self.layer(hidden, **{name: _placed(value, hidden.device) for name, value in kwargs.items()})
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager

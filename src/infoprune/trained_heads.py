@@ -32,6 +32,9 @@ from infoprune.training.heads import Choice, binarise, check_agreement, masked_l
 from infoprune.training.run import GatedFFNs, LearnedHeads, TrainingRun
 from infoprune.training.thinned import ROOM, ROOM_UNITS, Thinning
 
+NOT_TRAINED: dict[str, Any] = {"steps": 0, "questions": 0, "seconds": 0.0, "questions_per_second": None, "validation": {}, "kept": "start"}
+NOT_TRAINED |= {"gates": {}, "history": [], "trajectory": []}
+
 
 @dataclass(frozen=True)
 class Ground:
@@ -100,6 +103,9 @@ def train_heads(ground: Ground, run: TrainingRun, clock: Clock) -> tuple[Decisio
         InfoPruneError: No attention block can lose a head.
     """
     start, parts = start_of(ground, run), []
+    if not any(start.choice.kept.values()):
+        run.progress.note("no head stays under this budget: gates have nothing to choose, and do not train")
+        return start.decisions, NOT_TRAINED
     if run.options.gate_ffn:
         parts = ffn_parts(ground.vlm.model, ground.solved, ground.statistics, ground.options, FlopCosts(ground.workload))
     if parts:
@@ -144,9 +150,9 @@ def start_of(ground: Ground, run: TrainingRun) -> Start:
     costs = flop_costs(sites, ground.workload)
     if run.options.gate_cost == "time":
         costs = run.measured(costs, lambda: time_costs(ground.vlm.model, sites, ground.probe, ground.workload))
-    prior = run.processes.same(unit_percentiles(ground.solved, costs, target))
-    choice = _of_ranking(sites, prior, costs, target, run)
-    return Start(costs, target, prior, choice, ground.decided(choice))
+    prior = run.remembered("ranking", lambda: unit_percentiles(ground.solved, costs, target))
+    choice = _of_ranking(sites, prior, costs, target, run) if target > 0 else Choice({site.path: [] for site in sites})
+    return Start(costs, target, prior, choice, run.processes.same(ground.decided(choice)))
 
 
 def _of_ranking(sites: Sequence[AttentionSite], prior: Sequence[float], costs: Costs, target: float, run: TrainingRun) -> Choice:
@@ -187,7 +193,8 @@ def thinned(ground: Ground, start: Start, run: TrainingRun) -> Thinned:
     """A refitted model with the FFNs aimed at and :data:`infoprune.training.thinned.ROOM` times the attention, calibrated anew."""
     options, architecture = ground.options, dense_architecture(ground.vlm)
     room = min(1.0, max(ROOM * start.target, start.target + ROOM_UNITS * float(start.costs.unit.max()) / start.costs.dense))
-    thinning = Thinning(tuple(ground.sites), _of_ranking(ground.sites, start.prior, start.costs, room, run).kept)
+    kept = run.remembered("thinning", lambda: _of_ranking(ground.sites, start.prior, start.costs, room, run).kept)
+    thinning = Thinning(tuple(ground.sites), kept)
     heads = {
         site.path: HeadDecision(keep_units=tuple(thinning.kept[site.path]), num_units=site.num_units, compensate=options.compensate)
         for site in ground.sites
@@ -198,14 +205,14 @@ def thinned(ground: Ground, start: Start, run: TrainingRun) -> Thinned:
     run.processes.same_weights_(cut.model)
     vlm = replace(cut, architecture=replace(architecture, attention=tuple(thinning.sites)), plan=None)
     attention = replace(vlm, architecture=replace(architecture, attention=tuple(thinning.sites), ffn=()))
-    statistics = statistics_of(attention, ground.inputs, options.needs, run.progress)
+    statistics = statistics_of(attention, ground.inputs, replace(options.needs, saliencies=False), run.progress)
     solved = []
     for site in thinning.sites:
         block = block_of_model(vlm.model, site, statistics, options)
         solved.append(SolvedSite(site, tokens_per_example(site, statistics), information_loss(block, options.compensate), block))
     costs = thinning.costs(start.costs)
     target = min(1.0, start.target * start.costs.dense / costs.dense)
-    prior = run.processes.same(unit_percentiles(solved, costs, target))
+    prior = run.remembered("thinned-ranking", lambda: unit_percentiles(solved, costs, target))
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
     return Thinned(vlm, thinning, blocks, costs, target, prior)
 

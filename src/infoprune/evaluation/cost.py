@@ -29,7 +29,8 @@ def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *
 
 
 # The plain attention kernel of Apple's GPUs is one operator, which PyTorch's counter does not know.
-APPLE: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_attention_math_for_mps: _attention}
+_ON_APPLE = "_scaled_dot_product_attention_math_for_mps"
+APPLE: dict[Any, Any] = {getattr(torch.ops.aten, _ON_APPLE): _attention} if hasattr(torch.ops.aten, _ON_APPLE) else {}
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def start_locations(percentiles: torch.Tensor, spread: float, costs: Costs, targ
         costs: Of the units.
         target: Share of their dense cost, in (0, 1].
     """
-    goes = min(max(1 - target, 1e-6), 1 - 1e-6)
+    goes = min(max(_break(percentiles, costs, target), 1e-6), 1 - 1e-6)
     above = percentiles.double() - goes
     centred = spread / 2 * torch.where(above > 0, above / (1 - goes), above / goes)
     far = spread + 30.0  # beyond it all gates are open, or all shut
@@ -81,11 +81,25 @@ def start_locations(percentiles: torch.Tensor, spread: float, costs: Costs, targ
     return (centred + root_scalar(excess, bracket=(-far, far), xtol=1e-9).root).float()
 
 
+def _break(percentiles: torch.Tensor, costs: Costs, target: float) -> float:
+    """The percentile between what stays at a share of the cost, from the highest down, and what goes."""
+    order = torch.argsort(percentiles, descending=True, stable=True).tolist()
+    spent, begun = 0.0, set()
+    for place, index in enumerate(order):
+        block = int(costs.owner[index])
+        spent += float(costs.unit[index]) + (0.0 if block in begun else float(costs.fixed[block]))
+        begun.add(block)
+        if spent > target * costs.dense * (1 + 1e-9):
+            above = float(percentiles[order[place - 1]]) if place else 1.0
+            return (above + float(percentiles[index])) / 2
+    return 0.0
+
+
 class Gates(nn.Module, ABC):
     """Gates that can be put on a model and taken off.
 
     Attributes:
-        values: The gates in force; ``None``: all open, the dense model.
+        values: The gates in force; ``None``: all open, the model as it is.
     """
 
     values: Any = None
@@ -107,7 +121,7 @@ class Gates(nn.Module, ABC):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The dense model, for the teacher's forward pass."""
+        """The model as it is, for the teacher's forward pass."""
         held, self.values = self.values, None
         try:
             yield

@@ -42,7 +42,7 @@ class BestGates:
     Attributes:
         choice: What to keep.
         loss: Data terms of the objective on the validation questions, nats per answer token.
-        step: Updates before it; 0: the training-free choice that gates start from.
+        step: Updates before it; 0: what gates start from.
         losses: All validations, by step.
     """
 
@@ -59,7 +59,7 @@ class BestGates:
 
 
 class GateStage:
-    """The stage that trains gates; its model stays dense, and is its own teacher with all gates open.
+    """The stage that trains gates; its model stays as it is, and is its own teacher with all gates open.
 
     Sampled gates that train well may still binarise badly, and the choice that they start from is a good one, so what is kept is
     decided on validation questions: the units that the gates would keep at the start, every so many steps, and at the end.

@@ -2,7 +2,7 @@
 
 L = CE + eta T^2 KL(teacher || student)            keeps I(Z;Y)
 + beta sum_u R_u(z_u) / sum_u R_u(1)           squeezes I(X;Z)
-+ kappa mean_blocks KS(gated | dense)          keeps the structure
++ kappa mean_blocks KS(gated | open)          keeps the structure
 + mu_1 e + mu_2 e^2,   e = c / c* - 1           meets the budget
 """
 
@@ -59,7 +59,7 @@ def relative_rate(structures: dict[str, BlockStructure], gates: dict[str, torch.
 
 
 def mean_ks(structures: dict[str, BlockStructure], gates: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over blocks of the KS distance between gated and dense output spectra, in [0, 1]."""
+    """Mean over blocks of the KS distance between the spectra of the gated output and of that with all gates open, in [0, 1]."""
     return torch.stack([structures[path].ks(z) for path, z in gates.items()]).mean()
 
 

@@ -41,8 +41,8 @@ class TrainingOptions:
         distillation_weight: Coefficient eta of T^2 KL(teacher || student) at the answer tokens.
         distillation_temperature: T.
         hidden_weight: Recovery: coefficient of the hidden-state distillation, the relative squared distance at a few depths.
-        rate_weight: Coefficient beta of the gated heads' information rate relative to the dense model's.
-        ks_weight: Coefficient kappa of the mean KS distance between gated and dense block spectra.
+        rate_weight: Coefficient beta of the gated heads' information rate relative to that with all gates open.
+        ks_weight: Coefficient kappa of the mean KS distance between blocks' spectra gated and with all gates open.
         refresh: Steps between refreshes of the spectra's directions.
         multiplier_rate: Ascent rate of the budget's Lagrange multipliers.
         recovery_steps: Updates of recovery; fewer if it stops early.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ from infoprune.training.sharding import spread
 from infoprune.training.state import WorkFolder, load_state, save_state
 
 CUT, COSTS = "cut", "costs"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,23 @@ class TrainingRun:
     def best_cut(self, cut: Callable[[str], VLM], names: Sequence[str]) -> tuple[str, dict[str, tuple[float, ...]]]:
         """The name whose cut model has the least cross-entropy on validation questions; and accuracy and cross-entropy of all.
 
-        What gates learn on the dense model's FFNs need not hold for FFNs that are cut as deep, so it is the cut models that compete.
-        Not by right answers, of which models near the dense one have some to win or lose by chance alone.
+        What gates learn before the last refit need not hold behind it, so it is the cut models that compete. Not by right answers, of
+        which models near the dense one have some to win or lose by chance alone.
         """
         figures = {name: self.processes.agree(*validated(cut(name), self.validation)) for name in names}
         return min(figures, key=lambda name: figures[name][1]), figures
+
+    def remembered(self, name: str, find: Callable[[], Found]) -> Found:
+        """What the first process finds; a resumed run goes on with what was found first. Anything that JSON has, without tuples."""
+        file = None if self.work is None else self.work.file(name)
+        known = load_state(file) if file is not None else None
+        if known is not None:
+            return known[1]["found"]
+        found = self.processes.same(find())
+        if file is not None and self.processes.index == 0:
+            save_state(file, {}, {"found": found})
+        self.processes.wait()
+        return found
 
     def measured(self, like: Costs, measure: Callable[[], Costs]) -> Costs:
         """What the first process measures, so that all train on the same; a resumed run goes on with what was measured first.

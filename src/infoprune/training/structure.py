@@ -83,6 +83,8 @@ class Channel:
 
     def wiener(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Columns K with gates above 0 (k,), their z (k,), and M_KK^-1 Z_K S_K. (k, n), which depends on the gates differentiably."""
+        if not ((gates > 0) & (gates < 1)).any():  # where all are clamped nothing comes back to them, and matrices need not wait for it
+            gates = gates.detach()
         through = self.columns(gates > 0)
         z, unit = gates.repeat_interleave(self.unit_width)[through], through // self.unit_width
         seen = self.covariance[through]
