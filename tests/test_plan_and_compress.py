@@ -138,6 +138,12 @@ def test_every_criterion_of_neurons_meets_the_budget(gqa_vlm, questions, neurons
     assert torch.isfinite(result.vlm.model(**result.probe).logits).all()
 
 
+@pytest.mark.parametrize("ffn", ["low-rank", "width"])
+def test_uniform_shares_leave_ffns_whole_where_all_may_stay(gqa_vlm, questions, ffn):
+    found = compress(gqa_vlm, questions, flops=1.0, ffn=ffn, allocation="uniform", rank_multiple=2, examples=6)
+    assert not found.vlm.plan.ffn and found.flops_ratio == 1.0
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

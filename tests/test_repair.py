@@ -272,6 +272,23 @@ def test_a_stack_with_more_tokens_than_may_be_kept_is_repaired_on_some(vlm, ques
         torch.testing.assert_close(a, b, msg=name)
 
 
+@torch.no_grad()
+def test_all_that_layers_read_may_wait_elsewhere_and_counts(vlm, questions, monkeypatch):
+    inputs = [b for b, _ in batches(vlm.encoder, questions, images_per_batch=2)]
+    with torch.enable_grad():
+        statistics = calibrate(vlm.model, vlm.architecture, inputs)
+    other, told, plan = vlm.copy(), [], plan_of(vlm)
+    cut_and_repair_(other.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
+    monkeypatch.setattr("infoprune.repair.LARGE", 0)  # everything waits
+    cut = vlm.copy()
+    cut_and_repair_(cut.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
+    for (name, a), b in zip(cut.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    monkeypatch.setattr("infoprune.repair.ELSE_BYTES", 1)
+    cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions(), notify=told.append)
+    assert any(f"1 of {len(inputs)}" in text for text in told)  # rotary positions, masks, cross-attention's features
+
+
 def test_least_squares_of_half_precision_sums_in_float32():
     generator = torch.Generator().manual_seed(0)
     z, goal = (torch.randn(5000, 8, generator=generator).bfloat16() + 1 for _ in range(2))

@@ -225,6 +225,23 @@ def test_what_stands_in_is_differentiable_in_gates_and_contexts():
         assert torch.autograd.gradcheck(lambda z, channel=channel, d=directions: channel.energies(z, d), (z,))
 
 
+@pytest.mark.parametrize("location", [-30.0, 30.0])
+def test_draws_that_are_clamped_in_all_blocks_have_a_backward_pass_all_the_same(gqa_vlm, questions, location):
+    """Or processes that share a model would wait for it."""
+    gates = HeadGates(list(gqa_vlm.architecture.attention), initial=location)
+    for path, block in blocks_of(gqa_vlm, questions).items():
+        gates.connect_(path, Channel.of(block, "least-squares"))
+    reached = []
+    gqa_vlm.model.requires_grad_(False)
+    first = gqa_vlm.architecture.attention[0]
+    with gates.attached(gqa_vlm.model):
+        gates.sample_("a")
+        out = gqa_vlm.model.get_submodule(f"{first.path}.{first.names.out}")
+        out.register_forward_hook(lambda module, args, output: output.register_hook(reached.append) and None)
+        answer_logits(gqa_vlm.model, next(iter(batches(gqa_vlm.encoder, questions)))[0]).sum().backward()
+    assert reached and gates.log_alpha.grad is not None and not gates.log_alpha.grad.any()
+
+
 def test_terms_of_weight_zero_are_not_computed(gqa_vlm, questions):
     heads = infoprune.compress(gqa_vlm, questions, rate_weight=0.0, ks_weight=0.0, **QUICK).training["heads"]
     assert len(heads["history"]) == QUICK["gate_steps"]

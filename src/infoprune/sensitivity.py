@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -47,17 +47,7 @@ def head_sensitivities(
         (units,) float64 by attention path; zero where no answer depends on the block.
     """
     refuse_float16(model)
-    sites, contexts, again = architecture.attention, {}, False
-
-    @contextmanager
-    def second_time() -> Iterator[None]:
-        nonlocal again
-        again = True
-        try:
-            yield
-        finally:
-            again = False
-
+    sites, contexts, again = architecture.attention, {}, _Again()
     sums = {site.path: torch.zeros(site.num_units, dtype=torch.float64) for site in sites}
     training, questions = model.training, 0
     model.eval()
@@ -67,13 +57,13 @@ def head_sensitivities(
             for site in sites:
 
                 def hold(module: nn.Module, args: Any, path: str = site.path) -> None:
-                    if not again:
+                    if not again.inside:
                         contexts[path] = args[0]
 
                 out = model.get_submodule(f"{site.path}.{site.names.out}")
                 stack.callback(out.register_forward_pre_hook(hold).remove)
             if recompute:
-                recompute_layers(model, architecture, stack, second_time)
+                recompute_layers(model, architecture, stack, lambda: again)
             for batch in batches:
                 _add_batch_(sums, model, sites, batch, contexts)
                 contexts.clear()
@@ -82,6 +72,18 @@ def head_sensitivities(
     finally:
         model.train(training)
     return {path: total / max(questions, 1) for path, total in sums.items()}
+
+
+class _Again:
+    """Surrounds what runs a second time; may be entered any number of times, as every question's backward pass does."""
+
+    inside = False
+
+    def __enter__(self) -> None:
+        self.inside = True
+
+    def __exit__(self, *_: Any) -> None:
+        self.inside = False
 
 
 def _add_batch_(

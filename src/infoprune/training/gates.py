@@ -185,6 +185,8 @@ class HeadGates(Gates):
                 found = self._channels[site.path].stand_in(z)
             if found is None:
                 return (context * z.repeat_interleave(site.unit_width).to(context.dtype), *args[1:])
-            return (found.replace(context) if len(found.rest) else context, *args[1:])
+            context = found.replace(context) if len(found.rest) else context
+            # Processes that share a model meet in every layer's backward pass, so that all must have one, whatever was drawn.
+            return (context + 0 * z.sum().to(context.dtype) if z.requires_grad else context, *args[1:])
 
         return gate
