@@ -3,8 +3,9 @@
     python benchmarks/gates.py [--shares S ...] [--seeds N ...] [--variants NAME ...] [--steps N]
 
 For each share of the model's FLOPs, gates train down to the attention's share of it that the training-free allocation gives, once with
-the defaults and once without each part, all on one thinned model. The heads they choose go into the same cut, with fewer neurons under
-the rest of the budget and refitted, as do those of the training-free choice; no recovery. Questions on some of easy-VQA's validation
+the defaults and once without each part, all on one thinned model; once that model, with all gates open, teaches, not the dense one. The
+heads they choose go into the same cut, with fewer neurons under the rest of the budget and refitted, as do those of the training-free
+choice; no recovery. Questions on some of easy-VQA's validation
 images choose between steps of training. The cut models answer questions on others, and on these altered, in words that calibration does
 not have (``shifted.VALIDATION``). No test question is used: the defaults of ``TrainingOptions`` come from here. Rows already in the
 result file are kept, so a stopped run goes on where it was.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without rate": {"rate_weight": 0.0},
     "without KS": {"ks_weight": 0.0},
     "without compensation": {"compensation": "none"},
+    "taught by itself": {"teacher": None},
     "close together": {"gate_prior": 10.0},
     "with LoRA": {"gate_lora": 8, "gate_lora_rate": 1e-3},
 }
@@ -107,7 +110,8 @@ def main() -> None:
         for name in lacking:
             settings = dict(VARIANTS[name])
             compensation = settings.pop("compensation", from_here.options.compensate)
-            learned = gated.learn(run(**settings), compensation, start.costs)
+            taught = replace(gated, teacher=settings.pop("teacher", gated.teacher))
+            learned = taught.learn(run(**settings), compensation, start.costs)
             rows.append(named(name) | facts | judged(learned.choice) | told(learned, start.choice))
             log(f"{name}: {learned.best.losses}, cut {rows[-1]['task']['accuracy']:.1f}%, KL {rows[-1]['task']['kl_nats']:.4f}")
             write("gates", rows, seeds=sorted({row["seed"] for row in rows}), data="easy-vqa:validation")

@@ -20,8 +20,9 @@ from infoprune.evaluation.generation import generate_answers, longer_references
 from infoprune.evaluation.metrics import score_answers
 from infoprune.evaluation.quality import Quality, can_share_prefix, paired_drop, score, settings_not_scored
 from infoprune.evaluation.runner import bytes_on_disk, evaluate
-from infoprune.packing import PromptEncoder, batches, rows_by_image
+from infoprune.packing import batches, rows_by_image
 from infoprune.progress import SILENT
+from infoprune.prompts import PromptEncoder
 from infoprune.training.data import rows_of
 from infoprune.training.options import TrainingOptions
 from infoprune.training.run import split

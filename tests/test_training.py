@@ -1357,12 +1357,32 @@ def test_the_spread_of_the_start_breaks_between_what_stays_and_what_goes():
     assert float(costs.share(open_probability(found.double()))) == pytest.approx(60 / 660, abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"gate_lora": 2}, {"gate_ffn": True}], ids=["heads", "lora", "ffn"])
+def test_the_dense_model_teaches(gqa_vlm, questions, monkeypatch, options):
+    """Also gates that train on a model that is cut already."""
+    found, real = [], GateStage._teacher
+
+    def watched(self, batch, images):
+        found.append((real(self, batch, images), batch, self.taught is None))
+        return found[-1][0]
+
+    asked = {parameter: parameter.requires_grad for parameter in gqa_vlm.model.parameters()}
+    with monkeypatch.context() as patched:
+        patched.setattr(GateStage, "_teacher", watched)
+        infoprune.compress(gqa_vlm, questions, **QUICK | {"flops": 0.6} | options)
+    assert found and all(itself == ("gate_ffn" in options) for *_, itself in found)
+    for given, batch, _ in found:
+        assert not given.requires_grad
+        torch.testing.assert_close(given, answer_logits(gqa_vlm.model, batch), rtol=1e-4, atol=1e-4)
+    assert {parameter: parameter.requires_grad for parameter in gqa_vlm.model.parameters()} == asked
+
+
 def test_gates_train_on_a_model_with_the_ffns_that_are_aimed_at(gqa_vlm, questions, monkeypatch):
     seen, real = [], TrainingRun.learn_heads
 
-    def watched(self, vlm, sites, *rest):
+    def watched(self, vlm, sites, *rest, **options):
         seen.append((vlm, sites))
-        return real(self, vlm, sites, *rest)
+        return real(self, vlm, sites, *rest, **options)
 
     monkeypatch.setattr(TrainingRun, "learn_heads", watched)
     found = infoprune.compress(gqa_vlm, questions, **QUICK | {"flops": 0.6})

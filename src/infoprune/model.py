@@ -18,8 +18,8 @@ from infoprune.architecture import Architecture
 from infoprune.data.seen import FILE as IMAGES
 from infoprune.data.seen import Seen, read_seen
 from infoprune.errors import CheckpointError, DataError, InfoPruneError, UnsupportedModelError
-from infoprune.packing import QUESTION, PromptEncoder
 from infoprune.plan import CompressionPlan
+from infoprune.prompts import QUESTION, PromptEncoder
 from infoprune.resolve import COMPRESSED, family_of, resolve, supported, towers_of
 
 DEMO = "demo"

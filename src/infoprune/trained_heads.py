@@ -167,6 +167,7 @@ class Thinned:
 
     Attributes:
         vlm: The model; its architecture has the blocks that are left.
+        teacher: The dense model; ``None``: ``vlm`` with all gates open.
         thinning: Which units are left.
         blocks: Their matrices, by path.
         costs: Of the units that are left.
@@ -175,6 +176,7 @@ class Thinned:
     """
 
     vlm: VLM
+    teacher: VLM | None
     thinning: Thinning
     blocks: dict[str, Block]
     costs: Costs
@@ -184,7 +186,7 @@ class Thinned:
     def learn(self, run: TrainingRun, compensation: Compensation, dense: Costs) -> LearnedHeads:
         """Train gates; what they learn is told of the dense model, whose blocks cost ``dense``."""
         learned = run.learn_heads(
-            self.vlm, self.thinning.sites, self.blocks, self.costs, self.target, self.prior, compensation
+            self.vlm, self.thinning.sites, self.blocks, self.costs, self.target, self.prior, compensation, teacher=self.teacher
         )  # fmt: skip
         return self.thinning.told(learned, dense)
 
@@ -214,7 +216,7 @@ def thinned(ground: Ground, start: Start, run: TrainingRun) -> Thinned:
     target = min(1.0, start.target * start.costs.dense / costs.dense)
     prior = run.remembered("thinned-ranking", lambda: unit_percentiles(solved, costs, target))
     blocks = {item.site.path: item.block for item in solved if item.block is not None}
-    return Thinned(vlm, thinning, blocks, costs, target, prior)
+    return Thinned(vlm, ground.vlm, thinning, blocks, costs, target, prior)
 
 
 def _learned_with_ffns(ground: Ground, start: Start, parts: list[FFNPart], run: TrainingRun) -> LearnedHeads:

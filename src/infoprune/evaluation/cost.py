@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from infoprune.architecture import Architecture, AttentionSite, FamilyDeclaration, FFNSite
 from infoprune.data import Example
 from infoprune.freeze import frozen
-from infoprune.packing import PromptEncoder
 from infoprune.plan import CompressionPlan, FFNDecision, ffn_parameters
+from infoprune.prompts import PromptEncoder
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any) -> int:

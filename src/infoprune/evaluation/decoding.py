@@ -21,7 +21,8 @@ from transformers import DynamicCache
 from infoprune.data import Example
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.model import VLM
-from infoprune.packing import TOKEN_INPUTS, PackedBatch, encode_groups, logits_at, pack_encoded, visible
+from infoprune.packing import PackedBatch, logits_at, pack_encoded, visible
+from infoprune.prompts import TOKEN_INPUTS, encode_groups
 from infoprune.resolve import family_of
 
 GREEDY = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}

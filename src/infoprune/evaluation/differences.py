@@ -11,7 +11,7 @@ from infoprune.data import Example
 from infoprune.data.images import identities
 from infoprune.evaluation.certify import by_image, mcnemar, rate_interval, upper_bounds
 from infoprune.evaluation.quality import Quality
-from infoprune.packing import PromptEncoder
+from infoprune.prompts import PromptEncoder
 
 LOST, CHANGED, WON = "lost", "changed", "won"
 

@@ -15,7 +15,8 @@ import torch
 from infoprune.data import Example
 from infoprune.data.images import identities
 from infoprune.errors import DataError
-from infoprune.packing import TOKEN_INPUTS, PackedBatch, PromptEncoder, in_rows, pack
+from infoprune.packing import PackedBatch, in_rows, pack
+from infoprune.prompts import TOKEN_INPUTS, PromptEncoder
 from infoprune.resolve import family_of
 
 CACHE_BYTES = 2_000_000_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ class BestGates:
 
 
 class GateStage:
-    """The stage that trains gates; its model stays as it is, and is its own teacher with all gates open.
+    """The stage that trains gates on a model that stays as it is.
 
     Sampled gates that train well may still binarise badly, and the choice that they start from is a good one, so what is kept is
     decided on validation questions: the units that the gates would keep at the start, every so many steps, and at the end.
@@ -83,17 +82,18 @@ class GateStage:
         multiple: int = 1,
         autocast: bool = False,
         extra: dict[str, torch.nn.Parameter] | None = None,
-        without_extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
         cache: VisionCache | None = None,
+        taught: Callable[[PackedBatch, Sequence[Path]], torch.Tensor] | None = None,
         agree: Callable[..., tuple[float, ...]] = lambda *values: values,
     ) -> None:
         """Beside what they are called: ``ffn`` are gates on the sizes of FFNs, multiples of ``multiple``, and ``target`` is of both's cost.
 
+        ``taught`` gives the teacher's logits for a batch and the image of each row; ``None``: the model itself, all gates open, teaches.
         ``agree`` makes figures the same on all processes.
         """
         self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
         self.compensation: Compensation = compensation
-        self.seed, self.cache, self.without_extra = seed, cache, without_extra
+        self.seed, self.cache, self.taught = seed, cache, taught
         self.validation, self.autocast, self.agree = validation, autocast, agree
         self.ffn, self.multiple = ffn or FFNGates([]), multiple
         self.best = BestGates(Choice({site.path: list(range(site.num_units)) for site in gates.sites}))
@@ -144,16 +144,24 @@ class GateStage:
         o, draw = self.options, f"{self._draw} {rows[0][0].image.name} {rows[0][0].question}"
         self.gates.sample_(draw)
         self.ffn.sample_(f"{draw} ffn")
-        if self.cache is not None:
-            batch = self.cache.replace(batch, [row[0].image for row in rows])
-        logits = answer_logits(self.model, batch)
+        images = [row[0].image for row in rows]
+        logits = self._logits(batch, images)
         terms = {"cross_entropy": (o.cross_entropy_weight, objective.cross_entropy(logits, batch.targets) / totals.targets)}
         if o.distillation_weight:
-            with self.gates.opened(), self.ffn.opened(), self.without_extra(), torch.no_grad():
-                teacher = answer_logits(self.model, batch)
-            value = objective.distillation(logits, teacher, o.distillation_temperature)
+            value = objective.distillation(logits, self._teacher(batch, images), o.distillation_temperature)
             terms["distillation"] = (o.distillation_weight, value / totals.targets)
         return terms
+
+    def _logits(self, batch: PackedBatch, images: Sequence[Path]) -> torch.Tensor:
+        return answer_logits(self.model, batch if self.cache is None else self.cache.replace(batch, images))
+
+    @torch.no_grad()
+    def _teacher(self, batch: PackedBatch, images: Sequence[Path]) -> torch.Tensor:
+        """The teacher's logits. Every time anew: with a large vocabulary, those of all answers would be too large to keep."""
+        if self.taught is not None:
+            return self.taught(batch, images)
+        with self.gates.opened(), self.ffn.opened():
+            return self._logits(batch, images)
 
     def shared_terms(self, step: int) -> Terms:
         """Rate, KS and budget, functions of the gates alone."""
@@ -188,12 +196,8 @@ class GateStage:
         o, total, targets = self.options, 0.0, 0
         for batch, images in self.validation():
             with torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=self.autocast):
-                if self.cache is not None:
-                    batch = self.cache.replace(batch, images)
-                logits = answer_logits(self.model, batch)
-                with self.gates.opened(), self.ffn.opened(), self.without_extra():
-                    # Every time anew: with a large vocabulary, logits of all answers would be too large to keep.
-                    teacher = answer_logits(self.model, batch) if o.distillation_weight else logits
+                logits = self._logits(batch, images)
+                teacher = self._teacher(batch, images) if o.distillation_weight else logits
             total += o.cross_entropy_weight * float(objective.cross_entropy(logits, batch.targets))
             total += o.distillation_weight * float(objective.distillation(logits, teacher, o.distillation_temperature))
             targets += len(batch.targets)

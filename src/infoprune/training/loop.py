@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from infoprune.data import Example
 from infoprune.errors import CalibrationError, InfoPruneError
-from infoprune.packing import PackedBatch, PromptEncoder
+from infoprune.packing import PackedBatch
 from infoprune.progress import Progress
+from infoprune.prompts import PromptEncoder
 from infoprune.training.data import Stream, pack_rows
 from infoprune.training.sharding import as_part, whole
 from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, optimizer_updates, restore_optimizer_, save_state

@@ -20,7 +20,7 @@ from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.freeze import frozen
 from infoprune.model import VLM, load
-from infoprune.packing import PackedBatch, batches
+from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.plan import Compensation
 from infoprune.progress import Progress
 from infoprune.steps import fingerprint
@@ -119,10 +119,12 @@ class TrainingRun:
         prior: Sequence[float],
         compensation: Compensation,
         ffn: GatedFFNs | None = None,
+        teacher: VLM | None = None,
     ) -> LearnedHeads:
         """Train gates on ``sites`` under ``target`` of their dense cost, starting from ``prior``, a percentile per unit.
 
         With ``ffn`` its sizes train along, and the target is its own. ``vlm`` is unchanged: a LoRA that trains along is left behind.
+        ``teacher``: where ``vlm``, all gates open, is not what shall teach.
         """
         options, model = self.options, vlm.model
         # Gates that are open beyond doubt would never move, though FFNs may be worth trading a head for.
@@ -134,11 +136,11 @@ class TrainingRun:
         towers: set[TowerName] = {gated.tower for gated in (*sites, *sizes.parts)}
         extra: dict[str, Any] = {}
         wrapper = None
-        with frozen(model):
+        with frozen(model), frozen((teacher or vlm).model), self._taught(teacher) as taught:
             if options.gate_lora:
                 assert vlm.architecture is not None
                 wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed, towers)
-                extra = {"extra": lora, "without_extra": wrapper.disable_adapter}
+                extra = {"extra": lora}
             elif not self._spreads and towers == {"text"}:
                 extra = {"cache": VisionCache(model)}
             # While a copy is spread, the model itself waits in the host's memory: all that computes is where the copy is.
@@ -149,7 +151,8 @@ class TrainingRun:
             ):
                 stage = GateStage(
                     working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
-                    agree=self.processes.agree, seed=self.seed, ffn=sizes, multiple=multiple, autocast=self._autocast(working), **extra,
+                    agree=self.processes.agree, seed=self.seed, ffn=sizes, multiple=multiple, autocast=self._autocast(working),
+                    taught=taught, **extra,
                 )  # fmt: skip
                 if ffn is None and all(len(start.kept[site.path]) == site.num_units for site in sites):
                     self.progress.note("all heads stay under this budget: gates have nothing to choose, and do not train")
@@ -289,6 +292,16 @@ class TrainingRun:
         device = vlm.device
         with spread(vlm.model, dense.architecture.layers, device) as model:
             yield replace(vlm, model=model)
+
+    @contextmanager
+    def _taught(self, teacher: VLM | None) -> Iterator[Callable[[PackedBatch, Sequence[Path]], torch.Tensor] | None]:
+        """The teacher's answer logits for a batch and the image of each row; ``None`` without a teacher."""
+        if teacher is None:
+            yield None
+            return
+        cache = None if self._spreads else VisionCache(teacher.model)
+        with self._spread(teacher, teacher) as known:
+            yield lambda batch, images: answer_logits(known.model, batch if cache is None else cache.replace(batch, images))
 
     def _validation(self, vlm: VLM) -> Iterator[tuple[PackedBatch, list[Path]]]:
         """Batches of the validation questions on the model's device, and the image of each row."""
