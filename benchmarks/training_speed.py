@@ -3,7 +3,8 @@
     python benchmarks/training_speed.py
 
 FLOPs of one update are counted by PyTorch's counter over its forward and backward passes; the bound divides the throughput of a large
-matrix product, in the precision that training uses, by them. Also: what packing the questions of an image into one row saves.
+matrix product, in the precision that training uses, by them. Gates train on a thinned model, the dense one being the teacher. Also: what
+packing the questions of an image into one row saves.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import infoprune
 from common import log, throughput, write
+from gates import ground
+from infoprune.cli.console import BarProgress
 from infoprune.packing import PackedBatch, answer_logits, pack
+from infoprune.trained_heads import start_of, thinned
 from infoprune.training.data import rows_of
 from infoprune.training.gates import HeadGates
-from infoprune.training.loop import wants_bfloat16
+from infoprune.training.loop import Processes, wants_bfloat16
 from infoprune.training.objective import cross_entropy
+from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import layer_weights
+from infoprune.training.run import TrainingRun
 from infoprune.training.structure import Channel
 
 STEPS = 12
@@ -41,22 +47,28 @@ def main() -> None:
         evaluate_every=STEPS, validation="easy-vqa:validation", validation_questions=8,
     )  # fmt: skip
     log("trained")
-    examples = rows_of(infoprune.load_examples("easy-vqa:train"), 16, share_prefix=True)[:8]
+    pool = infoprune.load_examples("easy-vqa:train")
+    from_here = ground(dense, SHARE, 0)
+    run = TrainingRun(TrainingOptions(), pool, [], 0, Processes(), BarProgress())
+    gated = thinned(from_here, start_of(from_here, run), run)
+    log("thinned")
+    examples = rows_of(pool, 16, share_prefix=True)[:8]
     packed, apart = pack(dense.encoder, examples), pack(dense.encoder, [[e] for row in examples for e in row])
     student, questions = result.vlm.model, packed.num_questions
     trainable = layer_weights(student, dense.architecture)
-    dense.model.requires_grad_(False)
-    gates = HeadGates(list(dense.architecture.attention))
+    for model in (dense.model, gated.vlm.model):
+        model.requires_grad_(False)
+    gates = HeadGates(list(gated.thinning.sites))
     for site in gates.sites:
         width = site.num_units * site.unit_width
         gates.connect_(site.path, Channel(torch.eye(width), torch.zeros(width), site.unit_width, True))
 
     def gate_step() -> None:
-        with gates.attached(dense.model):
+        with gates.attached(gated.vlm.model):
             gates.sample_("count")
-            cross_entropy(answer_logits(dense.model, packed), packed.targets).backward()
-            with gates.opened(), torch.no_grad():
-                answer_logits(dense.model, packed)
+            update(gated.vlm.model, packed)
+        with torch.no_grad():
+            answer_logits(dense.model, packed)
 
     def recovery_step() -> None:
         update(student, packed)
