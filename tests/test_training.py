@@ -417,6 +417,24 @@ def test_cached_vision_features_change_nothing(vlm, questions):
     assert not calls
 
 
+@torch.no_grad()
+def test_cached_vision_features_do_not_depend_on_the_images_beside(vlm, questions, monkeypatch):
+    """A run that goes on where it was lacks other images than one that went through, and shall find the same bits."""
+    sizes, base = [], vlm.model.base_model
+    real = getattr(base, "get_image_features", None)
+
+    def watched(**pixels):
+        sizes.extend(len(value) for value in pixels.values() if isinstance(value, torch.Tensor))
+        return real(**pixels)
+
+    if real is not None:
+        monkeypatch.setattr(base, "get_image_features", watched)
+    batch = next(iter(batches(vlm.encoder, questions)))[0]
+    images = list(dict.fromkeys(e.image for e in questions))
+    used = VisionCache(vlm.model).replace(batch, images) is not batch
+    assert bool(sizes) == used and set(sizes) <= {1}
+
+
 # --- the whole -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ class VisionCache:
     limit: int = CACHE_BYTES
     _features: dict[Path, torch.Tensor] = field(default_factory=dict)
     _bytes: int = 0
-    _stacked: bool = False  # the family wants one tensor, not one per image
+    _joined: bool = False  # the family wants one tensor, with one or more entries (tiles) per image, not one tensor per image
     _others: dict[str, Any] = field(default_factory=dict)  # what a family adds to the features, the same for every image
 
     @torch.no_grad()
@@ -120,20 +120,21 @@ class VisionCache:
         pixels = {name: value for name, value in batch.inputs.items() if name not in TOKEN_INPUTS}
         if any(len(value) != len(images) for value in pixels.values()):
             return batch
-        missing = [row for row, image in enumerate(images) if image not in self._features]
         fresh: dict[int, torch.Tensor] = {}
-        if missing:
-            output = base.get_image_features(**{n: v[missing] for n, v in pixels.items()}, return_dict=True)
+        for row, image in enumerate(images):
+            if image in self._features:
+                continue
+            # One by one: the last bits of a batch depend on its size, and a resumed run lacks other images than one that went through.
+            output = base.get_image_features(**{n: v[row : row + 1] for n, v in pixels.items()}, return_dict=True)
             self._others = {name: None if name in OF_THE_TOWER else value for name, value in output.items()}
             found = output.pooler_output
-            self._stacked = isinstance(found, torch.Tensor)
-            fresh = dict(zip(missing, (f.detach() for f in found), strict=True))
-            for row, features in fresh.items():
-                if self._bytes + features.nbytes <= self.limit:
-                    self._features[images[row]] = features.clone()
-                    self._bytes += features.nbytes
+            self._joined = isinstance(found, torch.Tensor)
+            fresh[row] = (found if self._joined else found[0]).detach()
+            if self._bytes + fresh[row].nbytes <= self.limit:
+                self._features[image] = fresh[row].clone()
+                self._bytes += fresh[row].nbytes
         features = [fresh[row] if row in fresh else self._features[image] for row, image in enumerate(images)]
-        held = SimpleNamespace(**self._others | {"pooler_output": torch.stack(features) if self._stacked else features})
+        held = SimpleNamespace(**self._others | {"pooler_output": torch.cat(features) if self._joined else features})
         text = {name: value for name, value in batch.inputs.items() if name in TOKEN_INPUTS}
         return replace(batch, inputs=text | {"pixel_values": None, "mm_encoder_outputs": {"image": held}})
 
