@@ -8,7 +8,7 @@ from typing import Any
 from result_tables import load, source, table
 
 MANY = 10  # points
-FORMS = {"accuracy": "{:.1f}%", "moved": "{:.0f}", "nats": "{:.2f}"}
+FORMS = {"accuracy": "{:.1f}%", "moved": "{:.0f}", "gate_seconds": "{:.0f}", "nats": "{:.2f}"}
 HEADS_OF = {"training-free": "training-free heads", "trained": "trained heads"}
 START = "training-free heads by time"  # where what gates learned lost against what they start from, which --gate-cost time prices
 
@@ -80,13 +80,14 @@ def gates() -> str:
     cells = []
     for (budget, name), found in _alike(rows):
         gated = _spread([{"nats": min(r["gated_nats"].values())} for r in found], "nats") if "gated_nats" in found[0] else ""
-        moved = _spread(found, "moved") if "moved" in found[0] else ""
+        moved, seconds = (_spread(found, key) if key in found[0] else "" for key in ("moved", "gate_seconds"))
         figures = [_spread(found, kind, key) for kind in ("task", "beyond") for key in ("accuracy", "kl_nats")]
-        cells.append([f"{1 / budget:.3g}x", name, str(len(found)), moved, gated, *figures])
+        cells.append([f"{1 / budget:.3g}x", name, str(len(found)), seconds, moved, gated, *figures])
     header = [
         "fewer FLOPs",
         "gates",
         "seeds",
+        "seconds",
         "units moved",
         "gated model, nats",
         "cut: accuracy",
