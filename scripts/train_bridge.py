@@ -29,7 +29,8 @@ from torch import nn
 
 from infoprune.data import Example, load_examples
 from infoprune.demo.assemble import BRIDGE, LORA_ALPHA, LORA_RANK, build_without_bridge
-from infoprune.packing import Encoded, PackedBatch, PromptEncoder, pack_encoded
+from infoprune.packing import PackedBatch, pack_encoded
+from infoprune.prompts import Encoded, PromptEncoder
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COLOURS = ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"]

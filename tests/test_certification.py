@@ -24,11 +24,10 @@ from infoprune.evaluation import quality
 from infoprune.evaluation.differences import changed_questions, differences
 from infoprune.evaluation.quality import Quality, score
 from infoprune.evaluation.runner import evaluate
-from infoprune.packing import answer_logits, batches
 from infoprune.progress import Clock
 from infoprune.report.model_card import base_licence, model_card
 from infoprune.report.page import check_page, page, thumbnail, write_page
-from tiny_models import TINY, build, examples
+from tiny_models import TINY, build, examples, teach_
 
 LOOSE = {"max_drop": 25.0, "rank_multiple": 2, "shares": (0.9, 0.8, 0.7), "examples": 12}
 
@@ -43,15 +42,7 @@ def many(tmp_path_factory):
 def taught(many):
     """A tiny model that answers these questions, so that there is something to lose."""
     vlm = build(TINY[1])
-    optimizer = torch.optim.Adam(vlm.model.parameters(), lr=3e-3)
-    groups = [batch for batch, _ in batches(vlm.encoder, many[:36], images_per_batch=12)]
-    for _ in range(30):
-        for batch in groups:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(answer_logits(vlm.model, batch), batch.targets).backward()
-            optimizer.step()
-    for parameter in vlm.model.parameters():
-        parameter.grad = None
+    teach_(vlm, many[:36])
     assert score([vlm], many)[0].accuracy > 90
     return vlm
 
@@ -63,6 +54,11 @@ def certified(taught, many):
 
 def options(**fields) -> CompressionOptions:
     return CompressionOptions(**(LOOSE | fields))
+
+
+def test_a_drop_that_a_model_without_answers_would_keep_to_is_not_certified(many):
+    with pytest.raises(CertificateError, match=r"scores 0\.0% on the certification data by the metric 'exact'"):
+        infoprune.compress(build(TINY[1]), many, **LOOSE)
 
 
 # --- data --------------------------------------------------------------------------------------------------------------------------
@@ -462,4 +458,6 @@ def test_the_card_names_base_model_and_licence_and_stays_valid(gqa_vlm, question
     assert base_licence(str(tmp_path)) == "mit"
     (tmp_path / "README.md").write_text("---\nlicense: [oops\n---\n")
     assert base_licence(str(tmp_path)) is None
-    assert base_licence("org/model-1B") is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ndate: 2024-02-30\n---\n")
+    assert base_licence(str(tmp_path)) is None
+    assert base_licence("org/model-1B") is None and base_licence("~nobody-of-this-name") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from infoprune.checkpoint import rounded_
 from infoprune.compress import compress
 from infoprune.data.seen import seen_warnings
 from infoprune.errors import CheckpointError, UnsupportedModelError
+from infoprune.model import weight_files
 from test_families import inputs_of
 
 
@@ -230,3 +232,41 @@ def test_the_command_line_keeps_the_precision_of_the_original(gqa_vlm, jsonl, tm
     assert dtypes(tmp_path / "full") == {torch.float32}
     told = run(tmp_path / "none", "--weights", "int3")
     assert told.returncode == 2 and "no precision 'int3'" in told.stderr and not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_that_the_memory_can_not_hold_twice_is_kept(gqa_vlm, questions, tmp_path, monkeypatch):
+    result = compress(gqa_vlm, questions, flops=0.8, rank_multiple=2, examples=12)
+
+    def too_large(*args, **options):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError as error:
+            raise CheckpointError("could not be loaded") from error
+
+    told = []
+    with monkeypatch.context() as patched:
+        patched.setattr("infoprune.checkpoint.load", too_large)
+        folder = infoprune.save(result.vlm, tmp_path / "small", probe=result.probe, notify=told.append)
+    assert "not compared" in told[-1]
+    assert infoprune.load(folder).plan == result.vlm.plan
+
+    def damaged(*args, **options):
+        raise CheckpointError("damaged")
+
+    monkeypatch.setattr("infoprune.checkpoint.load", damaged)
+    with pytest.raises(CheckpointError, match="damaged"):
+        infoprune.save(result.vlm, tmp_path / "other", probe=result.probe)
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_are_those_that_transformers_reads(gqa_vlm, tmp_path):
+    """What an earlier save left beside them, whole or in shards, is not read, and not counted."""
+    for name, first in (("whole", "100GB"), ("shards", "50KB")):
+        gqa_vlm.model.save_pretrained(tmp_path / name, max_shard_size=first)
+        gqa_vlm.processor.save_pretrained(tmp_path / name)
+    shards = weight_files(tmp_path / "shards")
+    assert weight_files(tmp_path / "whole") == ["model.safetensors"] and len(shards) > 1
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "shards")
+    assert weight_files(tmp_path / "shards") == ["model.safetensors"]
+    (tmp_path / "shards" / shards[0]).unlink()
+    infoprune.load(tmp_path / "shards")

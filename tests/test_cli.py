@@ -8,6 +8,8 @@ import sys
 import pytest
 import yaml
 
+from tiny_models import teach_
+
 
 def run(*arguments, status=0, env=None):
     command = [sys.executable, "-m", "infoprune", *map(str, arguments)]
@@ -71,8 +73,10 @@ def test_neurons_and_layers(checkpoint, jsonl, tmp_path):
     assert "leave out heads and ffn" in refused
 
 
-def test_certified_compression_and_a_report(checkpoint, jsonl, tmp_path):
+def test_certified_compression_and_a_report(checkpoint, jsonl, gqa_vlm, questions, tmp_path):
     out, page = tmp_path / "small", tmp_path / "report.html"
+    teach_(gqa_vlm, questions)
+    gqa_vlm.model.save_pretrained(checkpoint)
     refused = run("compress", checkpoint, "--data", jsonl, "--max-drop", 0.5, "-o", out, status=2).stderr
     assert "at least 602 images" in refused
     assert "calibrating" not in refused  # told before any work
@@ -171,7 +175,8 @@ def test_bad_records_are_counted_and_skipped_on_request(checkpoint, jsonl):
     assert json.loads(done.stdout)["skipped"] == 2
 
 
-def test_interrupt_leaves_nothing(checkpoint, jsonl, tmp_path):
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+def test_interrupt_leaves_nothing(checkpoint, jsonl, tmp_path, sent):
     import signal
     import time
 
@@ -184,7 +189,7 @@ def test_interrupt_leaves_nothing(checkpoint, jsonl, tmp_path):
         if "calibrating" in line:
             break
     time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, sent))
     rest = process.stderr.read()
     assert process.wait(timeout=60) in (0, 130)  # 0: it was faster than the signal
     if process.returncode == 130:

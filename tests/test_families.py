@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from contextlib import ExitStack
 
 import pytest
@@ -311,6 +312,10 @@ def test_save_and_load_are_bit_identical(vlm, questions, tmp_path):
         assert torch.equal(reloaded.model(**inputs).logits, result.vlm.model(**inputs).logits)
     state = result.vlm.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in reloaded.model.state_dict().items())
+    assert infoprune.save(result.vlm, folder, overwrite=True) == folder  # all files of its processor are known to be an output's
+    for tokenizer in folder.rglob("tokenizer.json"):
+        told = json.loads(tokenizer.read_text())
+        assert told["padding"] is None and told["truncation"] is None
 
 
 @pytest.mark.capability("load without infoprune", "push and load")

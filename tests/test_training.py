@@ -1380,8 +1380,8 @@ def test_the_dense_model_teaches(gqa_vlm, questions, monkeypatch, options):
     """Also gates that train on a model that is cut already."""
     found, real = [], GateStage._teacher
 
-    def watched(self, batch, images):
-        found.append((real(self, batch, images), batch, self.taught is None))
+    def watched(self, batch, own, images):
+        found.append((real(self, batch, own, images), batch, self.taught is None))
         return found[-1][0]
 
     asked = {parameter: parameter.requires_grad for parameter in gqa_vlm.model.parameters()}

@@ -56,14 +56,24 @@ def test_outputs_never_take_the_place_of_what_is_no_output(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match="no earlier output"):  # other people's checkpoints have a config.json, too
         check_output_folder(source, overwrite=True)
     (source / "plan.json").write_text("{}")
+    for told in ("{}", "[", "[" * 100_000, "\x00"):  # nor does a list make an output that is none
+        (source / "files.json").write_text(told)
+        with pytest.raises(CheckpointError, match="no earlier output"):
+            check_output_folder(source, overwrite=True)
+    written = ["config.json", "plan.json", "files.json", "qformer_tokenizer/tokenizer.json"]
+    (source / "files.json").write_text(json.dumps(written))
+    (source / "__pycache__").mkdir()
+    (source / "__pycache__" / "modeling_infoprune.cpython-311.pyc").write_bytes(b"")
     assert check_output_folder(source, overwrite=True) == source
-    (source / "model-00001-of-00002.safetensors").write_bytes(b"")
-    for theirs in ("results.json", "adapter_model.safetensors", "dense/model.safetensors", "notes/mine.txt"):
+    for theirs in ("results.json", "notes.txt", "mine.py", "adapter_model.safetensors", "dense/model.safetensors", "notes/mine.txt"):
         (source / theirs).parent.mkdir(exist_ok=True)
         (source / theirs).write_bytes(b"")
         with pytest.raises(CheckpointError, match=f"holds {theirs}, which is no part of an output"):
             check_output_folder(source, overwrite=True)
         (source / theirs).unlink()
+    with pytest.raises(CheckpointError, match="names the built-in model"):
+        check_output_folder("demo")
+    assert check_output_folder("~nobody-of-this-name/small") == notes / "~nobody-of-this-name" / "small"
     monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mounted")
     with pytest.raises(CheckpointError, match="file system is mounted"):
         check_output_folder(tmp_path / "mounted")
@@ -113,6 +123,7 @@ MADE_UP = ["[]", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_m
 
 @pytest.mark.parametrize("index", MADE_UP)
 def test_made_up_indices_of_weights(copied, index):
+    (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match="not a valid weight index"):
         load(copied)

@@ -37,6 +37,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 
 from infoprune.data import Example
 from infoprune.model import VLM, prompt_encoder
+from infoprune.packing import answer_logits, batches
 from infoprune.resolve import resolve
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
@@ -209,3 +210,16 @@ def examples(folder: Path, images: int = 6, seed: int = 0) -> list[Example]:
             Example(path, "what shape ?", "circle"),
         ]
     return found
+
+
+def teach_(vlm: VLM, questions: list[Example]) -> None:
+    """Train a tiny model until it answers ``questions``, so that there is something to lose."""
+    optimizer = torch.optim.Adam(vlm.model.parameters(), lr=3e-3)
+    groups = [batch for batch, _ in batches(vlm.encoder, questions, images_per_batch=12)]
+    for _ in range(30):
+        for batch in groups:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(answer_logits(vlm.model, batch), batch.targets).backward()
+            optimizer.step()
+    for parameter in vlm.model.parameters():
+        parameter.grad = None

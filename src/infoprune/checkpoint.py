@@ -25,22 +25,18 @@ from transformers import (
 from infoprune import modeling_infoprune as modeling
 from infoprune.certification.certificate import FILE as CERTIFICATE
 from infoprune.certification.certificate import Certificate, plan_digest, stored_digest
+from infoprune.data.images import home_expanded
 from infoprune.data.seen import FILE as IMAGES
-from infoprune.errors import CheckpointError
+from infoprune.errors import CheckpointError, InfoPruneError, out_of_memory
 from infoprune.evaluation.record import weights_digest
 from infoprune.families import FAMILIES
 from infoprune.geometry import state_geometry_
-from infoprune.model import VLM, load, precision_name
+from infoprune.model import DEMO, VLM, load, precision_name
 from infoprune.report.model_card import base_licence, model_card
 
-TOLERANCE = 1e-4
-OUTPUTS = ("plan.json", "graphs.json")  # one of these is in every folder that this library wrote
-# What else can be in such folders: weights, configuration, tokenizers, code that travels along, graphs, the model card.
-WRITTEN = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|(model\.safetensors\.index|plan|images|graphs|report|certificate|config|generation_config|preprocessor_config"
-    r"|video_preprocessor_config|processor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
-    r"|README\.md|[^/]+\.(txt|model|jinja|py|onnx|data|xml|bin)|additional_chat_templates/.+\.jinja|__pycache__/.+\.pyc"
-)
+TOLERANCE = 1e-4  # of the largest logit, or of 1
+FILES = "files.json"  # in every folder that this library wrote: what it wrote there
+COMPILED = re.compile(r"__pycache__/[^/]+\.pyc")  # of the code that travels along, once it was imported
 
 
 def register() -> None:
@@ -82,12 +78,14 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
 
     Raises:
         CheckpointError: It is not empty (with ``overwrite``: and holds no earlier output, or other files beside it), it contains the source
-            model or the folder one is in, a file system is mounted there, or its parent can't be written.
+            model or the folder one is in, a file system is mounted there, its parent can't be written, or its name is the demo model's.
     """
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    if str(folder) == DEMO:
+        raise CheckpointError(f"'{DEMO}' names the built-in model, so nothing would read the output by that name. Give it another one.")
+    folder = Path(os.path.abspath(home_expanded(str(folder))))
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder} exists and is not a folder.")
-    original = Path(source).expanduser() if source else None
+    original = home_expanded(str(source)) if source else None
     if original is not None and original.exists() and original.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(
             f"The output folder {folder} is the model's own folder, or contains it. Choose another one; sources are never modified."
@@ -99,18 +97,7 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise CheckpointError(f"The output folder {folder} is not empty. Choose another one, or pass --overwrite.")
-        if not any((folder / name).is_file() for name in OUTPUTS):
-            raise CheckpointError(
-                f"The output folder {folder} holds none of {', '.join(OUTPUTS)}, so it is no earlier output, and --overwrite would delete "
-                "what is in it. Choose another one."
-            )
-        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
-        others = [file for file in files if not WRITTEN.fullmatch(file)]
-        if others:
-            raise CheckpointError(
-                f"The output folder {folder} holds {others[0]}, which is no part of an output, and --overwrite would "
-                "delete it. Move it, or choose another folder."
-            )
+        _check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-"):
@@ -118,6 +105,26 @@ def check_output_folder(folder: str | Path, *, source: str | Path = "", overwrit
     except OSError as error:
         raise CheckpointError(f"Cannot write to {folder.parent}: {error.strerror or error}.") from error
     return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Whether all that is in ``folder`` was written by this library, as its list says."""
+    try:
+        written = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        if not isinstance(written, list):
+            raise ValueError("it is no list")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"The output folder {folder} holds no {FILES} that lists an output's files ({error}), so it is no earlier output of this "
+            "version, and --overwrite would delete what is in it. Delete it yourself, or choose another one."
+        ) from error
+    found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    others = [file for file in found if file not in written and not COMPILED.fullmatch(file)]
+    if others:
+        raise CheckpointError(
+            f"The output folder {folder} holds {others[0]}, which is no part of an output, and --overwrite would delete it. Move it, or "
+            "choose another folder."
+        )
 
 
 @torch.no_grad()
@@ -177,7 +184,7 @@ def save(
         (aside / "README.md").write_text(card, encoding="utf-8")
         if probe is not None:
             notify("reloading the checkpoint and comparing logits")
-            _verify(vlm, aside, probe)
+            _verify(vlm, aside, probe, notify)
     return folder
 
 
@@ -195,6 +202,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside = Path(scratch) / folder.name
         try:
             yield aside
+            written = [file.relative_to(aside).as_posix() for file in aside.rglob("*") if not file.is_dir()]
+            (aside / FILES).write_text(json.dumps(sorted([*written, FILES]), indent=1) + "\n", encoding="utf-8")
             _put_in_place(aside, folder, Path(scratch) / "replaced")
         except (OSError, SafetensorError) as error:  # the safetensors library reports a full disk as its own error type
             raise CheckpointError(
@@ -207,11 +216,12 @@ def _put_in_place(aside: Path, folder: Path, replaced: Path) -> None:
     if not folder.exists():
         aside.rename(folder)
         return
-    folder.rename(replaced)
     try:
+        folder.rename(replaced)
         aside.rename(folder)
     except BaseException:
-        replaced.rename(folder)
+        if replaced.exists() and not folder.exists():  # Ctrl-C may also come behind either
+            replaced.rename(folder)
         raise
 
 
@@ -243,12 +253,11 @@ def _write(vlm: VLM, folder: Path, rounded: torch.dtype | None) -> None:
 
 
 def save_processor(processor: Any, folder: Path) -> None:
-    """Its files, free of what the last call left in the tokenizer: how it padded and truncated, which others would take for its own."""
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_padding()
-        backend.no_truncation()
-    processor.tokenizer.init_kwargs["padding_side"] = processor.tokenizer.padding_side  # else it would be read off the state that is gone
+    """Its files, free of how the last call made its tokenizers pad and truncate, which others would take for their own ways."""
+    for tokenizer in (part for part in vars(processor).values() if hasattr(part, "backend_tokenizer")):  # InstructBLIP has two
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it would be read off the state that is gone
     processor.save_pretrained(folder)
 
 
@@ -285,11 +294,18 @@ def _restated(config: Any, dtype: str) -> Any:
     return [_restated(item, dtype) for item in config] if isinstance(config, list) else config
 
 
-def _verify(vlm: VLM, folder: Path, probe: dict[str, torch.Tensor]) -> None:
+def _verify(vlm: VLM, folder: Path, probe: dict[str, torch.Tensor], notify: Callable[[str], None]) -> None:
+    """Compare the checkpoint, loaded again, with the model in memory; to be told where there is no memory for a second one."""
     expected = vlm.model(**probe).logits
-    reloaded = load(folder, device=str(vlm.device), dtype=expected.dtype, trust_remote_code=vlm.trusted)
-    difference = float((reloaded.model(**probe).logits - expected).abs().max())
-    if not difference <= TOLERANCE:
+    try:
+        reloaded = load(folder, device=str(vlm.device), dtype=expected.dtype, trust_remote_code=vlm.trusted)
+        difference = float((reloaded.model(**probe).logits - expected).abs().max())
+    except (InfoPruneError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        notify("Warning: the memory is not enough to load the checkpoint beside the model; it was saved, and not compared.")
+        return
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise CheckpointError(
             f"The reloaded checkpoint differs from the compressed model by {difference:.3g} in its logits; nothing was kept."
         )

@@ -33,3 +33,13 @@ class CalibrationError(InfoPruneError):
 
 class CertificateError(InfoPruneError):
     """A certificate can't be given: too little data for the bound asked for, or no plan on the path holds it; says what would do."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device's or the host's memory ran out, here or in what led here; by names and words, for code that needs no PyTorch."""
+    found: BaseException | None = error
+    while found is not None:
+        if type(found).__name__ == "OutOfMemoryError" or isinstance(found, MemoryError) or "can't allocate memory" in str(found):
+            return True
+        found = found.__cause__
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from infoprune.architecture import Architecture
+from infoprune.data.images import home_expanded
 from infoprune.data.seen import FILE as IMAGES
 from infoprune.data.seen import Seen, read_seen
 from infoprune.errors import CheckpointError, DataError, InfoPruneError, UnsupportedModelError
@@ -23,6 +25,7 @@ from infoprune.prompts import QUESTION, PromptEncoder
 from infoprune.resolve import COMPRESSED, family_of, resolve, supported, towers_of
 
 DEMO = "demo"
+WHOLE = "model.safetensors"  # weights that are not in shards
 ANSWER = QUESTION  # stands for an answer in a rendered conversation
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -116,6 +119,8 @@ def load(
     if str(model.config.model_type).startswith(COMPRESSED):
         file = cached_file(str(path), "plan.json", **OPTIONAL)  # beside the weights, also on a hub
         plan = CompressionPlan.read(Path(file)) if file else None
+        if plan is not None and plan.shapes() != model.config.infoprune:
+            raise CheckpointError(f"The plan.json of '{source}' is not the one that its weights were cut by; restore the original file.")
         images = cached_file(str(path), IMAGES, **OPTIONAL)
         seen = read_seen(Path(images)) if images else {}
         architecture = None
@@ -253,7 +258,7 @@ def _around_answers(processor: Any) -> tuple[str | None, list[int]]:
 
 
 def _local_or_hub(source: str | Path) -> str | Path:
-    path = Path(source).expanduser()
+    path = home_expanded(str(source))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"The folder {path} has no config.json; it is not a Transformers checkpoint.")
@@ -283,9 +288,10 @@ def _check_whole(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that a checkpoint's weights are read from; others may lie beside them."""
+    """Names of the files that Transformers reads a checkpoint's weights from; others, of an earlier save, may lie beside them."""
     index = folder / "model.safetensors.index.json"
-    return _shards(index) if index.is_file() else ["model.safetensors"]
+    whole = (folder / WHOLE).is_file()
+    return _shards(index) if index.is_file() and not whole else [WHOLE]
 
 
 def _shards(index: Path) -> list[str]:
@@ -316,6 +322,8 @@ def _from_pretrained(
     path: str | Path, source: str | Path, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[Any, Any, torch.dtype | None]:
     """Model, processor, and the precision that the configuration gives the weights."""
+    # Else Transformers asks a public service to convert pickled weights of a hub's repository, and reads what a pull request holds.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     options = {"trust_remote_code": trust_remote_code}  # said either way: Transformers asks at a terminal where it is not told
     try:
         config = AutoConfig.from_pretrained(path, **options)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors import SafetensorError, safe_open
 from scipy.stats import spearmanr
 
+from infoprune.data.images import home_expanded
 from infoprune.data.seen import DIGITS as IMAGE_DIGITS
 from infoprune.data.seen import image_digest
 from infoprune.errors import CheckpointError
@@ -170,8 +171,8 @@ class Certificate(_Strict):
         assert measured is not None
         return (
             f"With {100 * self.confidence:g}% confidence the accuracy ({self.metric}) is at most {self.max_drop_points:g} points below the "
-            f"dense model's; measured: {measured.drop_points:+.2f} points on {self.data.num_questions:,} questions about "
-            f"{self.data.num_images:,} images{self._asked}."
+            f"dense model's ({self.dense_accuracy:.1f}%); measured: {measured.drop_points:+.2f} points on {self.data.num_questions:,} "
+            f"questions about {self.data.num_images:,} images{self._asked}."
         )
 
     @property
@@ -248,7 +249,7 @@ def certificate_of(model: str, images: Iterable[Path]) -> tuple[Certificate | No
     Raises:
         CheckpointError: The certificate or the weights can't be read.
     """
-    folder = Path(model).expanduser()
+    folder = home_expanded(str(model))
     certificate = Certificate.read(folder) if folder.is_dir() else None
     if certificate is None:
         return None, []

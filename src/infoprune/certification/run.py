@@ -34,6 +34,7 @@ from infoprune.checkpoint import save
 from infoprune.data import Example
 from infoprune.data.seen import DIGITS, digests
 from infoprune.errors import CertificateError, CheckpointError
+from infoprune.evaluation.certify import by_image, p_value
 from infoprune.evaluation.cost import Flops, num_parameters
 from infoprune.evaluation.generation import MAX_NEW_TOKENS
 from infoprune.evaluation.metrics import EXACT
@@ -74,6 +75,7 @@ def compress_certified(
         if dense is None:
             dense = score_dense(vlm, split, progress, folder=folder)
             place.keep_dense(dense)
+        check_telling(dense, split, options)
         steps, scores = _walk(path, dense, split, place, progress)
         passed = sum(step.measured is not None and step.measured.certified for step in steps) - 1
         if passed < 0:
@@ -87,6 +89,23 @@ def compress_certified(
         target, path.dense_flops, scores[passed].flops, path.workload, path.decisions[passed].predicted_loss, num_parameters(vlm.model),
         scores[passed].parameters, clock.laps, path.probe, certificate=certificate,
     )  # fmt: skip
+
+
+def check_telling(dense: np.ndarray, split: CertificationSplit, options: CompressionOptions) -> None:
+    """A drop can't be larger than what the dense model scores, so that where this is little every model would pass.
+
+    Raises:
+        CertificateError: A model that scores nothing at all would be certified.
+    """
+    assert options.max_drop is not None
+    if p_value(by_image(dense, split.images), options.max_drop / 100, options.confidence) > 1 - options.confidence:
+        return
+    raise CertificateError(
+        f"The dense model scores {100 * float(dense.mean()):.1f}% on the certification data by the metric '{split.metric}', so that one "
+        f"which answers nothing would be certified, too: a drop of at most {options.max_drop:g} points says nothing here. Put the "
+        "questions so that answers are like the references (--prompt-suffix), judge by another metric (--certify-metric), or ask for a "
+        "smaller drop."
+    )
 
 
 def _walk(

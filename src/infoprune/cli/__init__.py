@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -26,9 +27,11 @@ def main() -> None:
     """Entry point: errors the user can mend become one message and exit status 2."""
     _quiet_libraries()
     from infoprune.cli import ask, compress, evaluate, export, families, inspect, plan
-    from infoprune.errors import InfoPruneError
+    from infoprune.errors import InfoPruneError, out_of_memory
 
     signal.signal(signal.SIGINT, _interrupt)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # what a scheduler sends; launchers end their processes by it, and they shall not wait
+        signal.signal(signal.SIGTERM, _interrupt)
     for module in (inspect, compress, evaluate, ask, plan, export, families):
         module.register(app)
     try:
@@ -44,8 +47,7 @@ def main() -> None:
     except _Interrupted:
         _fail("Interrupted. Nothing half-written was left behind.", 130)
     except RuntimeError as error:
-        # By what they are called and say, for verbs that need no PyTorch.
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         told = next(iter(str(error).splitlines()), "").partition(" GPU ")[0]
         _fail(f"The device ran out of memory ({told}). Take fewer --examples, train without --recovery, or use a larger device.", 2)

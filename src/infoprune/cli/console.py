@@ -124,7 +124,8 @@ def comparison_table(result: dict[str, Any]) -> Table:
     if "milliseconds" in records[0]:
         for part in records[0]["milliseconds"]:
             row(f"time, {part.replace('_', ' ')}", [r["milliseconds"][part]["median"] for r in records], lambda v: f"{v:.1f} ms")
-    table.add_row("peak memory, this process", f"{result['peak_rss_gb']:.2f} GB", *([""] * (len(table.columns) - 2)))
+    if result["peak_rss_gb"] is not None:
+        table.add_row("peak memory, this process", f"{result['peak_rss_gb']:.2f} GB", *([""] * (len(table.columns) - 2)))
     return table
 
 

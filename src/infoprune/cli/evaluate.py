@@ -144,16 +144,16 @@ def evaluate(
         images_per_batch=images_per_batch, progress=progress,
     )  # fmt: skip
     result["skipped"], result["warnings"] = loaded.skipped, warnings
-    if report is not None:
-        write_page(result, report, certificate)
     if json_output:
         print_json(result)
-        return
-    console.print(comparison_table(result))
-    if generated is not None:
-        console.print(metric_table(result["models"]))
-    if changed := result.get("comparison", {}).get("changed"):
-        console.print(changed_table(changed))
+    else:
+        console.print(comparison_table(result))
+        if generated is not None:
+            console.print(metric_table(result["models"]))
+        if changed := result.get("comparison", {}).get("changed"):
+            console.print(changed_table(changed))
+    if report is not None:  # behind what is printed, which a full disk shall not take along
+        write_page(result, report, certificate)
 
 
 def _beside(answers: Path | None, what: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Users' own data: a ``.jsonl`` or ``.json`` file of records."""
+"""Users' own data: a ``.jsonl`` (``.ndjson``) or ``.json`` file of records."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from infoprune.data.benchmark import Doubtful, Row, Text, complaint, distinct_keys, most_frequent, read_json
 from infoprune.data.example import Example
@@ -16,24 +16,37 @@ from infoprune.data.images import ImageFolder, OutsideError
 from infoprune.data.problems import Problems
 from infoprune.errors import DataError
 
+LINES = (".jsonl", ".ndjson")
+
+
+def _text(value: Any) -> Any:
+    """Numbers as their text: answers to counting questions often are. Not truth values, which may stand for yes and no, or for words."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Answer = Annotated[str, BeforeValidator(_text)]
+
 
 class _Record(Row):
     image: Text
     question: Text
-    answer: str = ""
-    answers: list[str] = Field(default_factory=list)
-    id: str | int | None = None
-    kinds: dict[str, str] = Field(default_factory=dict)
+    answer: Answer | None = None  # tables have null for what is not there
+    answers: list[Answer] | None = None
+    id: Answer | None = None
+    kinds: dict[str, str] | None = None
 
 
 def read(path: Path, problems: Problems) -> Iterator[Example]:
     """Examples of a file whose records have ``image``, ``question``, ``answer`` or ``answers``, and may have ``id`` and ``kinds``.
 
     Raises:
-        DataError: The file can't be read, or is no list.
+        DataError: The file can't be read, is no list, or of another kind than these.
     """
+    kind = path.suffix.lower()
+    if kind not in (*LINES, ".json"):
+        raise DataError(f"{path} is of no kind that is read: give a .jsonl file, a record a line, or a .json file with a list of records.")
     images = ImageFolder(path.parent)
-    for where, item in _lines(path, problems) if path.suffix == ".jsonl" else _items(path, problems):
+    for where, item in _lines(path, problems) if kind in LINES else _items(path, problems):
         if isinstance(item, Doubtful):  # told, and not used
             continue
         try:
@@ -47,9 +60,9 @@ def read(path: Path, problems: Problems) -> Iterator[Example]:
             if image is None:
                 problems.add(f"image missing in {path.parent}", f"{where}: {record.image}")
                 continue
-            answer = record.answer.strip() or most_frequent(record.answers)
-            id = None if record.id is None else str(record.id)
-            yield Example(image, record.question, answer, id=id, answers=tuple(record.answers), kinds=record.kinds)
+            answers = record.answers or []
+            answer = (record.answer or "").strip() or most_frequent(answers)
+            yield Example(image, record.question, answer, id=record.id, answers=tuple(answers), kinds=record.kinds or {})
 
 
 def _image(name: str, images: ImageFolder) -> Path | None:

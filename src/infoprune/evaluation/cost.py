@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,8 +77,9 @@ class Flops:
 
 
 def typical_example(encoder: PromptEncoder, examples: Sequence[Example]) -> tuple[Example, int]:
-    """The example of median prompt length among the first 64, and the median number of answer tokens."""
-    encoded = [(encoder.encode(e, e.load_image()), e) for e in examples[:64]]
+    """The example of median prompt length, and the median number of answer tokens, of 64 that are spread evenly over all."""
+    places = dict.fromkeys(round(place) for place in np.linspace(0, len(examples) - 1, min(len(examples), 64)))
+    encoded = [(encoder.encode(examples[place], examples[place].load_image()), examples[place]) for place in places]
     by_length = sorted(encoded, key=lambda pair: len(pair[0].prompt))
     return by_length[len(by_length) // 2][1], int(stats.median(len(ids.answer) for ids, _ in encoded))
 

@@ -13,6 +13,7 @@ import torch
 
 from infoprune.architecture import FamilyDeclaration
 from infoprune.evaluation.cost import decode_step
+from infoprune.evaluation.decoding import GREEDY
 from infoprune.model import VLM
 from infoprune.progress import SILENT, Progress
 from infoprune.timing.stopwatch import synchronizer
@@ -91,7 +92,7 @@ def _one_round(vlm: VLM, family: FamilyDeclaration, inputs: dict[str, torch.Tens
 
 def answering(model: Any, inputs: dict[str, torch.Tensor], answer_tokens: int) -> Callable[[], Any]:
     """The work that is timed from end to end: ``generate`` of ``answer_tokens`` tokens."""
-    return partial(model.generate, **inputs, max_new_tokens=answer_tokens, min_new_tokens=answer_tokens, do_sample=False)
+    return partial(model.generate, **inputs, max_new_tokens=answer_tokens, min_new_tokens=answer_tokens, **GREEDY)
 
 
 def _stopwatch(module: Any, path: str, taken: dict[str, float], sync: Callable[[], None]) -> list[Any]:

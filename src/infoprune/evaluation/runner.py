@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from infoprune.data import Example
-from infoprune.data.images import identities
+from infoprune.data.images import home_expanded, identities
 from infoprune.errors import InfoPruneError
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.certify import check_confidence
@@ -163,14 +162,18 @@ def bytes_on_disk(vlm: VLM) -> int | None:
 
         folder = ensure_demo()
     else:
-        folder = Path(vlm.model_id).expanduser()
+        folder = home_expanded(vlm.model_id)
     sizes = [(folder / name).stat().st_size for name in weight_files(folder) if (folder / name).is_file()] if folder.is_dir() else []
     return sum(sizes) or None
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: device memory on CUDA, resident memory otherwise."""
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Peak memory of this process: device memory on CUDA, resident memory otherwise; ``None`` where the system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9

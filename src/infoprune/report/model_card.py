@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from infoprune.certification.certificate import Certificate
+from infoprune.data.images import home_expanded
 from infoprune.plan import CompressionPlan
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -41,11 +42,11 @@ def model_card(
 
 def base_licence(model_id: str) -> str | None:
     """The licence that the original's own card states, where that card is at hand: in the checkpoint's folder."""
-    card = Path(model_id).expanduser() / "README.md"
+    card = home_expanded(model_id) / "README.md"
     try:
         text = card.read_text(encoding="utf-8")
         matter = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):  # ValueError: dates that there are not
         return None
     found = matter.get("license") if isinstance(matter, dict) else None
     return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]{1,60}", found) else None

@@ -145,23 +145,25 @@ class GateStage:
         self.gates.sample_(draw)
         self.ffn.sample_(f"{draw} ffn")
         images = [row[0].image for row in rows]
-        logits = self._logits(batch, images)
+        own = self._own(batch, images)
+        logits = answer_logits(self.model, own)
         terms = {"cross_entropy": (o.cross_entropy_weight, objective.cross_entropy(logits, batch.targets) / totals.targets)}
         if o.distillation_weight:
-            value = objective.distillation(logits, self._teacher(batch, images), o.distillation_temperature)
+            value = objective.distillation(logits, self._teacher(batch, own, images), o.distillation_temperature)
             terms["distillation"] = (o.distillation_weight, value / totals.targets)
         return terms
 
-    def _logits(self, batch: PackedBatch, images: Sequence[Path]) -> torch.Tensor:
-        return answer_logits(self.model, batch if self.cache is None else self.cache.replace(batch, images))
+    def _own(self, batch: PackedBatch, images: Sequence[Path]) -> PackedBatch:
+        """What the gated model reads: with the features of images that it knows, if these do not change."""
+        return batch if self.cache is None else self.cache.replace(batch, images)
 
     @torch.no_grad()
-    def _teacher(self, batch: PackedBatch, images: Sequence[Path]) -> torch.Tensor:
+    def _teacher(self, batch: PackedBatch, own: PackedBatch, images: Sequence[Path]) -> torch.Tensor:
         """The teacher's logits. Every time anew: with a large vocabulary, those of all answers would be too large to keep."""
         if self.taught is not None:
             return self.taught(batch, images)
         with self.gates.opened(), self.ffn.opened():
-            return self._logits(batch, images)
+            return answer_logits(self.model, own)
 
     def shared_terms(self, step: int) -> Terms:
         """Rate, KS and budget, functions of the gates alone."""
@@ -196,8 +198,9 @@ class GateStage:
         o, total, targets = self.options, 0.0, 0
         for batch, images in self.validation():
             with torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=self.autocast):
-                logits = self._logits(batch, images)
-                teacher = self._teacher(batch, images) if o.distillation_weight else logits
+                own = self._own(batch, images)
+                logits = answer_logits(self.model, own)
+                teacher = self._teacher(batch, own, images) if o.distillation_weight else logits
             total += o.cross_entropy_weight * float(objective.cross_entropy(logits, batch.targets))
             total += o.distillation_weight * float(objective.distillation(logits, teacher, o.distillation_temperature))
             targets += len(batch.targets)

@@ -136,7 +136,7 @@ class TrainingRun:
         towers: set[TowerName] = {gated.tower for gated in (*sites, *sizes.parts)}
         extra: dict[str, Any] = {}
         wrapper = None
-        with frozen(model), frozen((teacher or vlm).model), self._taught(teacher) as taught:
+        with frozen(model), frozen((teacher or vlm).model), self._taught(teacher if options.distillation_weight else None) as taught:
             if options.gate_lora:
                 assert vlm.architecture is not None
                 wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed, towers)
