@@ -9,6 +9,7 @@ from result_tables import load, source, table
 
 MANY = 10  # points
 FORMS = {"accuracy": "{:.1f}%", "moved": "{:.0f}", "gate_seconds": "{:.0f}", "nats": "{:.2f}"}
+ARMS = ("trained", "training-free", "random")
 HEADS_OF = {"training-free": "training-free heads", "trained": "trained heads"}
 START = "training-free heads by time"  # where what gates learned lost against what they start from, which --gate-cost time prices
 
@@ -60,7 +61,7 @@ def headline_ways() -> str:
 
 def arms() -> str:
     """Models whose heads were trained, chosen training-free, or drawn, before and after the same recovery."""
-    rows = [r for r in load("arms")["rows"] if "error" not in r]
+    rows = sorted((r for r in load("arms")["rows"] if "error" not in r), key=lambda r: (-r["budget"], ARMS.index(r["name"]), r["seed"]))
     cells = []
     for (budget, name), found in _alike(rows):
         figures = [_spread(found, *key) for key in (("as_cut", "accuracy"), ("as_cut", "kl_nats"), ("accuracy",), ("kl_nats",))]
