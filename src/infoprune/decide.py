@@ -316,7 +316,7 @@ def _forced_heads(
     counts = {item.site.path: 0 for item in attention}
     saved = 0.0
     for _, _, path, cost in sorted(candidates, key=lambda c: c[:2]):
-        if saved + cost > most or (alone and saved >= least):
+        if saved + cost > most * (1 + 1e-9) or (alone and saved >= least * (1 - 1e-9)):
             break
         saved += cost
         counts[path] += 1

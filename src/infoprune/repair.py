@@ -296,7 +296,7 @@ class _LayerRepair:
         if self.ffn.path not in plan.ffn:
             return after_dense, self._call_all(compressed, writes)
         if not self.rescaled:
-            drift = [d + t - a for d, t, a in zip(drift, targets[self.attention.path], writes, strict=True)]
+            drift = [d + (t - a) for d, t, a in zip(drift, targets[self.attention.path], writes, strict=True)]
         with _reading(last_linear(writer_of(self.model, self.ffn))) as read:
             left = self._call_all(compressed, writes)
         change = self._refit(self.ffn, read, targets[self.ffn.path], drift, after_dense)

@@ -23,8 +23,11 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint folder, or any supported model.")],
     data: Annotated[
-        str, typer.Option("--data", help="easy-vqa[:SPLIT], a .jsonl file, or vqav2, textvqa, gqa as NAME[:SPLIT]\\[@FOLDER or HUB-ID].")
-    ] = "easy-vqa",
+        Optional[str],
+        typer.Option(
+            "--data", help="easy-vqa[:SPLIT] (default), a .jsonl file, or vqav2, textvqa, gqa as NAME[:SPLIT]\\[@FOLDER or HUB-ID]."
+        ),
+    ] = None,
     against: Annotated[Optional[str], typer.Option(help="The dense original, to compare with.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Use a random sample of this many questions.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
@@ -71,9 +74,10 @@ def evaluate(
     from infoprune.evaluation.results import check_results, write_results
     from infoprune.evaluation.runner import check_comparable
     from infoprune.evaluation.runner import evaluate as run
-    from infoprune.model import check_device, load
+    from infoprune.model import DEMO, check_device, load
     from infoprune.progress import Progress
     from infoprune.report.page import check_page, write_page
+    from infoprune.steps import fingerprint
     from infoprune.training.loop import Processes
 
     _check_generate(generate, {"--results": results, "--metric": metric, "--max-new-tokens": max_new_tokens})
@@ -83,6 +87,9 @@ def evaluate(
     if report is not None:
         check_page(report, against=against is not None)
     progress = BarProgress() if first else Progress()
+    if data is None and model != DEMO and against != DEMO:
+        progress.note("Warning: there is no --data, so this asks about easy-VQA's drawn shapes. Give data like what the model is for.")
+    data = data or "easy-vqa"
     device = own_device(device)
     check_device(device)
     processes = Processes.current(torch.device(device)) if generate else Processes()
@@ -144,6 +151,7 @@ def evaluate(
         images_per_batch=images_per_batch, progress=progress,
     )  # fmt: skip
     result["skipped"], result["warnings"] = loaded.skipped, warnings
+    result["data"] = {"source": data, "sample": limit, "seed": seed, "ocr": ocr, "fingerprint": fingerprint(examples)}
     if json_output:
         print_json(result)
     else:

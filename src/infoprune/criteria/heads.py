@@ -213,13 +213,13 @@ def ks_score(block: Block, generator: torch.Generator) -> list[float]:
 
 
 def noise_energy(block: Block) -> float:
-    """s^2 of the rate: a tenth of the median head energy of the block, spread over d_h dimensions (``NOISE_SHARE``)."""
+    """s^2 of the rate: a tenth of the block's median energy of a unit, spread over the unit's dimensions (``NOISE_SHARE``)."""
     energies = [float(head_spectrum(block, u).sum()) for u in range(block.site.num_units)]
-    return max(NOISE_SHARE * float(torch.tensor(energies).median()) / block.site.head_dim, 1e-30)
+    return max(NOISE_SHARE * float(torch.tensor(energies).median()) / block.site.unit_width, 1e-30)
 
 
 def rate_score(block: Block, generator: torch.Generator) -> list[float]:
-    """Rate R_h = 1/2 sum ln(1 + lambda_i / s^2) in nats, s^2 = 0.1 median energy of the block / d_h."""
+    """Rate R_h = 1/2 sum ln(1 + lambda_i / s^2) in nats, s^2 = 0.1 median energy of the block's units / their dimensions."""
     noise = noise_energy(block)
     return [gaussian_rate(head_spectrum(block, u), noise) for u in range(block.site.num_units)]
 

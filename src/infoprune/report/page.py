@@ -93,7 +93,8 @@ def page(result: dict[str, Any], certificate: Certificate | None = None) -> str:
 def _how(result: dict[str, Any]) -> str:
     judge = "exact match" if result["metric"] == "exact" else f"metric {result['metric']}"
     skipped = f" Bad records skipped: {result['skipped']:,}." if result.get("skipped") else ""
-    told = f"Answers {result['answers']} in {result['dtype']}, {judge}.{skipped}"
+    asked = f"Data: {data['source']}{', a random sample' if data['sample'] else ''}. " if (data := result.get("data")) else ""
+    told = f"{asked}Answers {result['answers']} in {result['dtype']}, {judge}.{skipped}"
     warned = "".join(f"<p><b>Warning: {escape(text)}</b></p>" for text in result.get("warnings", []))
     return f'{warned}<p>{escape(told)} Prompt of the first question: <code class="prompt">{escape(result["prompt"])}</code></p>'
 
