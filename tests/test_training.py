@@ -41,7 +41,7 @@ from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
 from infoprune.training.heads import BestGates, Choice, GateStage, binarise, check_agreement, masked_logits
-from infoprune.training.loop import Processes, one_cycle, wants_bfloat16
+from infoprune.training.loop import Processes, check_finite, one_cycle, wants_bfloat16
 from infoprune.training.options import TrainingOptions
 from infoprune.training.recovery import (
     Best,
@@ -55,6 +55,7 @@ from infoprune.training.recovery import (
     validated,
 )
 from infoprune.training.run import TrainingRun, _is_test, split
+from infoprune.training.state import WorkFolder, save_state
 from infoprune.training.structure import Channel, closed, dense_structure, structure_of
 from infoprune.training.thinned import Thinning
 from test_families import inputs_of, statistics_of
@@ -586,7 +587,7 @@ def test_validation_of_text_gates_passes_each_image_through_the_tower_once(gqa_v
             hook.remove()
 
     monkeypatch.setattr(GateStage, "validate", counted)
-    options = QUICK | {"seed": 3, "towers": ("text",), "flops": 0.85, "gate_rate": 3.0, "gate_prior": 0.5, "evaluate_every": 1}
+    options = QUICK | {"seed": 2, "towers": ("text",), "flops": 0.85, "gate_rate": 3.0, "gate_prior": 0.5, "evaluate_every": 1}
     cached = infoprune.compress(gqa_vlm, questions, **options).training["heads"]["validation"]
     assert len(set(cached.values())) > 1 and passes == [0]  # gates changed, but all images are in the first validation's one batch
     passes.clear()
@@ -1412,3 +1413,36 @@ def test_gates_train_on_a_model_with_the_ffns_that_are_aimed_at(gqa_vlm, questio
     assert all(units <= left.get(path, set()) for path, units in kept.items())
     assert {path: len(z) for path, z in heads["gates"].items()} == {s.path: s.num_units for s in gqa_vlm.architecture.attention}
     assert all(len(values) == sum(s.num_units for s in gqa_vlm.architecture.attention) for values in heads["trajectory"])
+
+
+def test_a_process_that_comes_late_does_not_read_what_the_first_has_written_meanwhile(questions, tmp_path):
+    """It would leave out the broadcast in which the others wait for it."""
+    told = iter([None, ["found by the first"]])
+    processes = SimpleNamespace(count=2, index=1, same=lambda value: next(told), wait=lambda: None)
+    work = WorkFolder(tmp_path)
+    save_state(work.file("ranking"), {}, {"found": ["written meanwhile"]})
+    run = TrainingRun(TrainingOptions(), questions, questions, 0, processes, SILENT, work)
+    assert run.remembered("ranking", lambda: ["found by itself"]) == ["found by the first"]
+
+
+def test_every_row_of_a_step_has_a_draw_to_itself(gqa_vlm, questions, tmp_path, monkeypatch):
+    """Also where images of one name, in folders of their own, are asked the same."""
+    copies = []
+    for number, example in enumerate(questions[:3]):
+        (tmp_path / str(number)).mkdir()
+        copies.append(replace(questions[0], image=Path(shutil.copy(example.image, tmp_path / str(number) / "image.png"))))
+    seeds, real = [], HeadGates.sample_
+
+    def watched(self, seed):
+        seeds.append(seed)
+        return real(self, seed)
+
+    monkeypatch.setattr(HeadGates, "sample_", watched)
+    infoprune.compress(gqa_vlm, [*copies, *questions], **QUICK | {"flops": 0.6, "gate_images_per_step": 20})
+    assert len(seeds) > 20 and len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_validation_that_is_no_number_ends_training(loss):
+    with pytest.raises(CalibrationError, match="Validating gates at step 3 found a loss of"):
+        check_finite("gates", 3, loss)

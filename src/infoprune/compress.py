@@ -237,13 +237,13 @@ def _cut_free(
         decisions = decide(solved, FlopCosts(workload), dense_flops.total, options)
         decisions = run.processes.same(decisions) if run else decisions
         clock.lap("decide")
-        target = vlm if in_place else vlm.copy()
         if run and options.heads == TRAINED:
-            ground = Ground(target, solved, decisions, statistics, inputs, workload, dense_flops, probe, options)
+            ground = Ground(vlm, solved, decisions, statistics, inputs, workload, dense_flops, probe, options)
             decisions, report["heads"] = train_heads(ground, run, clock)
             del ground
         del solved
         plan = make_plan(vlm, decisions, options, record)
+        target = vlm if in_place else vlm.copy()
         cut_(target, plan, statistics, inputs, progress)
         if run:
             run.processes.same_weights_(target.model)

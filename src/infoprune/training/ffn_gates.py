@@ -143,6 +143,10 @@ class FFNGates(Gates):
         """FLOPs of all parts at these sizes."""
         return sum(float(part.costs[: sizes.get(part.path, {}).get(part.names[0], part.steps)].sum()) for part in self.parts)
 
+    def least(self, multiple: int) -> float:
+        """FLOPs of the smallest sizes."""
+        return sum(float(part.costs[: part.size_of(-2 * STEEPNESS, multiple)].sum()) for part in self.parts)
+
     def sample_(self, seed: str) -> None:
         """Draw gates and put them in force; the same ``seed`` draws the same ones."""
         uniform = uniform_draws(seed, self.location)

@@ -19,7 +19,7 @@ from infoprune.training.costs import Costs
 from infoprune.training.data import VisionCache
 from infoprune.training.ffn_gates import FFNGates, Sizes
 from infoprune.training.gates import HeadGates, deterministic_gate, open_probability
-from infoprune.training.loop import Terms, Totals
+from infoprune.training.loop import Terms, Totals, check_finite
 from infoprune.training.options import RATES, TrainingOptions
 from infoprune.training.structure import BlockStructure, Channel, closed, dense_structure, structure_of
 
@@ -139,9 +139,9 @@ class GateStage:
                 continue
             self.structures[path] = structure_of(self.blocks[path], self.dense[path], self.channels[path], z, self.options.ks_weight > 0)
 
-    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
+    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals, place: int) -> Terms:
         """Cross-entropy and distillation, with a draw of the gates for these rows alone: independent draws average out."""
-        o, draw = self.options, f"{self._draw} {rows[0][0].image.name} {rows[0][0].question}"
+        o, draw = self.options, f"{self._draw} {place}"
         self.gates.sample_(draw)
         self.ffn.sample_(f"{draw} ffn")
         images = [row[0].image for row in rows]
@@ -207,6 +207,7 @@ class GateStage:
         if self.moving:  # earlier choices were validated with other weights
             self.best.loss = float("inf")
         (loss,) = self.agree(total / targets)
+        check_finite(self.name, step, loss)
         self.best.update(choice, loss, step)
         return loss
 
@@ -248,9 +249,10 @@ def choose(gates: HeadGates, costs: Costs, ffn: FFNGates, target: float, multipl
     least = sum(costs.block(number, site.min_units) for number, site in enumerate(gates.sites)) / costs.dense
     # To the nearest unit: rounding alone would otherwise take one from heads that have not moved.
     reached = float(costs.share(open_probability(gates.log_alpha.detach()).cpu().double()) + 0.5 * costs.unit.min() / costs.dense)
-    kept = binarise(gates, costs, min(max(reached, least), 1.0))
-    heads = sum(costs.block(number, len(kept[site.path])) for number, site in enumerate(gates.sites))
     budget = target * (costs.dense + ffn.dense)
+    most = (budget - ffn.least(multiple)) / costs.dense
+    kept = binarise(gates, costs, min(max(reached, least), most, 1.0))
+    heads = sum(costs.block(number, len(kept[site.path])) for number, site in enumerate(gates.sites))
     sizes = ffn.within(budget - heads, multiple)
     return Choice(binarise(gates, costs, min((budget - ffn.cost_of(sizes)) / costs.dense, 1.0)), sizes)
 

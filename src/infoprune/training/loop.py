@@ -6,6 +6,7 @@ stage itself keeps. Processes share a step's rows; their terms add up to the mea
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,8 +58,8 @@ class Stage(Protocol):
         """Before the forward passes of a step."""
         ...
 
-    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
-        """Terms that depend on data: this batch's share of the mean over the step."""
+    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals, place: int) -> Terms:
+        """Terms that depend on data: this batch's share of the mean over the step. ``place``: that of its first row in the step."""
         ...
 
     def shared_terms(self, step: int) -> Terms:
@@ -317,9 +318,10 @@ def _update(
     stage.optimizer.zero_grad()
     stage.begin(step)
     sums: dict[str, torch.Tensor] = {}
-    for batch, part in zip(batches, parts, strict=True):
+    for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+        place = processes.index + number * size * processes.count
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            terms = stage.data_terms(batch, part, totals)
+            terms = stage.data_terms(batch, part, totals, place)
         _backward(terms, sums)
     shared = stage.shared_terms(step)
     _backward({name: (weight / processes.count, value) for name, (weight, value) in shared.items()}, {})
@@ -351,6 +353,16 @@ def _sum_gradients(parameters: dict[str, nn.Parameter], processes: Processes) ->
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad.copy_(processes.sum(parameter.grad))
+
+
+def check_finite(stage: str, step: int, loss: float) -> None:
+    """A loss on validation questions must be a number: what is not would be worse than nothing, and better than nothing.
+
+    Raises:
+        CalibrationError: It is not.
+    """
+    if not math.isfinite(loss):
+        raise CalibrationError(f"Validating {stage} at step {step} found a loss of {loss}. Lower its learning rate, or train in float32.")
 
 
 def one_cycle(step: int, steps: int, warmup: float = 0.1) -> float:

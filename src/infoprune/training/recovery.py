@@ -22,7 +22,7 @@ from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.plan import CompressionPlan
 from infoprune.training import objective
 from infoprune.training.data import VisionCache, images_of_rows
-from infoprune.training.loop import Terms, Totals, one_cycle
+from infoprune.training.loop import Terms, Totals, check_finite, one_cycle
 from infoprune.training.options import TrainingOptions
 from infoprune.training.sharding import as_part, whole
 
@@ -125,7 +125,7 @@ class RecoveryStage:
         if step == 0:
             self.validate(step)
 
-    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals) -> Terms:
+    def data_terms(self, batch: PackedBatch, rows: Sequence[Sequence[Example]], totals: Totals, place: int) -> Terms:
         """Cross-entropy, and distillation of logits and hidden states."""
         return self._terms(batch, [row[0].image for row in rows], totals)[0]
 
@@ -203,6 +203,7 @@ class RecoveryStage:
         means = {name: sums[name] / (tokens if name == "hidden" else targets) for name in sums}
         loss = sum(weight * means[name] for name, weight in weights.items())
         found = Validated(*self.agree(accuracy.percent, means["cross_entropy"], loss))
+        check_finite(self.name, step, found.loss)
         if self.best.update(found, step):
             self.best_parameters = {name: _set_aside(p) for name, p in self.parameters.items()}
         return found

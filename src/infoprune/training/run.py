@@ -176,7 +176,7 @@ class TrainingRun:
     def remembered(self, name: str, find: Callable[[], Found]) -> Found:
         """What the first process finds; a resumed run goes on with what was found first. Anything that JSON has, without tuples."""
         file = None if self.work is None else self.work.file(name)
-        known = load_state(file) if file is not None else None
+        known = self._known(file)
         if known is not None:
             return known[1]["found"]
         found = self.processes.same(find())
@@ -185,13 +185,17 @@ class TrainingRun:
         self.processes.wait()
         return found
 
+    def _known(self, file: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What the first process finds in ``file``: one that comes later might find what the first has written meanwhile."""
+        return None if file is None else self.processes.same(load_state(file) if self.processes.index == 0 else None)
+
     def measured(self, like: Costs, measure: Callable[[], Costs]) -> Costs:
         """What the first process measures, so that all train on the same; a resumed run goes on with what was measured first.
 
         ``like``: costs of the same blocks and units.
         """
         file = None if self.work is None else self.work.file(COSTS)
-        known = load_state(file) if file is not None else None
+        known = self._known(file)
         if known is not None:
             return replace(like, **known[0])
         found = self.processes.same(measure())
