@@ -24,10 +24,9 @@ from infoprune.evaluation.cost import Flops
 from infoprune.evaluation.generation import generate_answers
 from infoprune.evaluation.metrics import score_answers
 from infoprune.evaluation.quality import score
-from infoprune.packing import answer_logits, batches
 from infoprune.progress import Clock
 from infoprune.report.model_card import model_card
-from tiny_models import TINY, WORDS, build
+from tiny_models import TINY, WORDS, build, teach_
 
 LOOSE = {"max_drop": 25.0, "rank_multiple": 2, "shares": (0.9, 0.8), "examples": 12}
 ASKED = {"what colour is the circle ?": ["red"] * 7 + ["blue"] * 3, "is there a square in the image ?": ["no"] * 10}
@@ -72,15 +71,7 @@ def taught(data):
     """A tiny model that answers "blue" where most people said "red": worth .9 by the official metric, and nothing by exact match."""
     vlm = build(TINY[1])
     lessons = [replace(e, answer="blue" if e.answer == "red" else e.answer) for e in load_examples(data)]
-    optimizer = torch.optim.Adam(vlm.model.parameters(), lr=3e-3)
-    groups = [batch for batch, _ in batches(vlm.encoder, lessons, images_per_batch=12)]
-    for _ in range(20):
-        for batch in groups:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(answer_logits(vlm.model, batch), batch.targets).backward()
-            optimizer.step()
-    for parameter in vlm.model.parameters():
-        parameter.grad = None
+    teach_(vlm, lessons)
     assert score([vlm], lessons)[0].accuracy == 100
     return vlm
 
