@@ -56,9 +56,10 @@ def options(**fields) -> CompressionOptions:
     return CompressionOptions(**(LOOSE | fields))
 
 
-def test_a_drop_that_a_model_without_answers_would_keep_to_is_not_certified(many):
+def test_a_drop_that_a_model_without_answers_would_keep_to_is_not_certified(many, tmp_path):
     with pytest.raises(CertificateError, match=r"scores 0\.0% on the certification data by the metric 'exact'"):
-        infoprune.compress(build(TINY[1]), many, **LOOSE)
+        infoprune.compress(build(TINY[1]), many, **LOOSE, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()  # other settings, which mend it, would be refused beside it
 
 
 # --- data --------------------------------------------------------------------------------------------------------------------------

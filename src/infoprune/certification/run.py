@@ -75,7 +75,11 @@ def compress_certified(
         if dense is None:
             dense = score_dense(vlm, split, progress, folder=folder)
             place.keep_dense(dense)
-        check_telling(dense, split, options)
+        try:
+            check_telling(dense, split, options)
+        except CertificateError:
+            place.discard()  # what mends it are other settings, which would be refused beside this work
+            raise
         steps, scores = _walk(path, dense, split, place, progress)
         passed = sum(step.measured is not None and step.measured.certified for step in steps) - 1
         if passed < 0:

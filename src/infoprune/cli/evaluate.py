@@ -89,7 +89,7 @@ def evaluate(
     progress = BarProgress() if first else Progress()
     if data is None and model != DEMO and against != DEMO:
         progress.note("Warning: there is no --data, so this asks about easy-VQA's drawn shapes. Give data like what the model is for.")
-    data = data or "easy-vqa"
+    data = "easy-vqa" if data is None else data
     device = own_device(device)
     check_device(device)
     processes = Processes.current(torch.device(device)) if generate else Processes()
