@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,32 @@ def test_equals_brute_force(sites, budget):
     assert sum(o.cost for o in chosen) <= budget
     assert all(o in site for o, site in zip(chosen, sites, strict=True))
     assert sum(o.loss for o in chosen) <= best * (1 + 1e-3) + 1e-6
+
+
+def exact(sites, budget):
+    """Least loss with whole costs and budget, by dynamic programming over every whole cost."""
+    best = np.zeros(budget + 1)
+    for options in sites:
+        found = np.full(budget + 1, np.inf)
+        for option in options:
+            if option.cost <= budget:
+                found[option.cost :] = np.minimum(found[option.cost :], best[: budget + 1 - option.cost] + option.loss)
+        best = found
+    return best[budget]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_coarse_options_are_near_the_optimum(seed):
+    """Like heads alone: few options per site, large steps, and a budget that no sum of them meets."""
+    generator = np.random.default_rng(seed)
+    sites = []
+    for _ in range(24):
+        step, losses = int(generator.integers(4_000, 9_000)), np.sort(generator.exponential(size=9).cumsum() ** 2)[::-1]
+        sites.append([Option(step * kept, float(loss)) for kept, loss in enumerate(losses)])
+    budget = int(0.8 * sum(options[-1].cost for options in sites)) + 17
+    chosen = allocate(sites, budget)
+    assert sum(o.cost for o in chosen) <= budget
+    assert sum(o.loss for o in chosen) <= exact(sites, budget) * 1.005
 
 
 @settings(max_examples=30, deadline=None)

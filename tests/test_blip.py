@@ -81,7 +81,7 @@ def test_every_question_has_its_own_image_tokens_where_they_depend_on_it(blip2, 
         assert (batch.inputs["input_ids"] == IMAGE).equal(batch.image)
     lengths = batch.inputs["qformer_attention_mask"].sum(1).tolist()
     assert batch.inputs["qformer_input_ids"].shape == (6, max(lengths)) and len(set(lengths)) > 1
-    assert VisionCache(instructblip.model).replace(batch, [e.image for e in questions[:6]]) is batch
+    assert VisionCache(instructblip).replace(batch, [e.image for e in questions[:6]]) is batch
     other = dict(batch.inputs, qformer_input_ids=batch.inputs["qformer_input_ids"].flip(0))
     assert not torch.allclose(instructblip.model(**other).logits, instructblip.model(**batch.inputs).logits)
 

@@ -38,7 +38,7 @@ from infoprune.solve import SolvedSite, block_of_model
 from infoprune.steps import apply_decisions, measure
 from infoprune.training import objective
 from infoprune.training.costs import Costs, flop_costs, time_costs
-from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
+from infoprune.training.data import Stream, hold_out, images_of_rows, rows_of
 from infoprune.training.gates import HeadGates, deterministic_gate, hard_concrete, open_probability, start_locations
 from infoprune.training.heads import BestGates, Choice, GateStage, binarise, check_agreement, masked_logits
 from infoprune.training.loop import Processes, check_finite, one_cycle, wants_bfloat16
@@ -401,39 +401,6 @@ def test_copies_of_an_image_are_held_out_together(questions, tmp_path):
     train, held = hold_out([*questions, *copies], 0)
     seen = [{e.image.read_bytes() for e in part} for part in (train, held)]
     assert held and not seen[0] & seen[1] and len(train) + len(held) == 2 * len(questions)
-
-
-@torch.no_grad()
-def test_cached_vision_features_change_nothing(vlm, questions):
-    batch = next(iter(batches(vlm.encoder, questions)))[0]
-    images = list(dict.fromkeys(e.image for e in questions))
-    expected = answer_logits(vlm.model, batch)
-    cache = VisionCache(vlm.model)
-    for _ in range(2):  # filled, then used
-        torch.testing.assert_close(answer_logits(vlm.model, cache.replace(batch, images)), expected, atol=1e-5, rtol=1e-5)
-    calls = []
-    handle = vlm.model.get_submodule(vlm.architecture.family.vision).register_forward_hook(lambda *a: calls.append(1))
-    cache.replace(batch, images)
-    handle.remove()
-    assert not calls
-
-
-@torch.no_grad()
-def test_cached_vision_features_do_not_depend_on_the_images_beside(vlm, questions, monkeypatch):
-    """A run that goes on where it was lacks other images than one that went through, and shall find the same bits."""
-    sizes, base = [], vlm.model.base_model
-    real = getattr(base, "get_image_features", None)
-
-    def watched(**pixels):
-        sizes.extend(len(value) for value in pixels.values() if isinstance(value, torch.Tensor))
-        return real(**pixels)
-
-    if real is not None:
-        monkeypatch.setattr(base, "get_image_features", watched)
-    batch = next(iter(batches(vlm.encoder, questions)))[0]
-    images = list(dict.fromkeys(e.image for e in questions))
-    used = VisionCache(vlm.model).replace(batch, images) is not batch
-    assert bool(sizes) == used and set(sizes) <= {1}
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------------------------

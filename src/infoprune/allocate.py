@@ -63,11 +63,15 @@ def allocate(sites: Sequence[Sequence[Option]], budget: float) -> list[Option]:
         raise BudgetError(f"The smallest reachable cost is {smallest:.4g}, above the budget of {budget:.4g}.")
     if sum(options[-1].cost for options in candidates) <= budget:
         return [options[-1] for options in candidates]
-    return _fill(_within(_dynamic_programme(candidates, budget), candidates, budget), candidates, budget)
+    found = _rounded_down(candidates, budget)
+    # What has to be undone of the first can be a large piece where steps are coarse; one of those with a few cells less fits as it is.
+    fits = next((chosen for chosen in found if sum(o.cost for o in chosen) <= budget), found[0])
+    filled = [_fill(_within(chosen, candidates, budget), candidates, budget) for chosen in (found[0], fits)]
+    return min(filled, key=lambda chosen: sum(option.loss for option in chosen))
 
 
-def _dynamic_programme(candidates: list[list[Option]], budget: float) -> list[Option]:
-    """Least loss with costs rounded down to the grid; the sum may exceed the budget by up to one cell per site."""
+def _rounded_down(candidates: list[list[Option]], budget: float) -> list[list[Option]]:
+    """Choices of least loss with costs rounded down to the grid, which may exceed the budget by a cell per site; then of so many less."""
     cells = [[int(option.cost / budget * GRID + 1e-9) for option in options] for options in candidates]
     best = np.zeros(GRID + 1)  # least loss within the first b cells
     picks = np.zeros((len(candidates), GRID + 1), dtype=np.int32)
@@ -82,7 +86,12 @@ def _dynamic_programme(candidates: list[list[Option]], budget: float) -> list[Op
             updated[width:][better] = total[better]
             picks[site, width:][better] = number
         best = updated
-    chosen, left = [], GRID
+    return [_picked(candidates, cells, picks, left) for left in range(GRID, GRID - len(candidates) - 1, -1) if np.isfinite(best[left])]
+
+
+def _picked(candidates: list[list[Option]], cells: list[list[int]], picks: np.ndarray, left: int) -> list[Option]:
+    """The choices behind the least loss within ``left`` cells."""
+    chosen = []
     for site in range(len(candidates) - 1, -1, -1):
         number = int(picks[site, left])
         chosen.append(candidates[site][number])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from infoprune.data.images import as_rgb, opened
+from infoprune.data.images import loaded
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Example:
         Raises:
             DataError: The file is missing, is not an image, or has more pixels than Pillow's limit against decompression bombs.
         """
-        with opened(self.image) as image:
-            return as_rgb(image)
+        return loaded(self.image)
 
 
 def subset(examples: Sequence[Example], count: int | None, *, seed: int, per_image: int | None = None) -> list[Example]:

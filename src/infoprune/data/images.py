@@ -95,6 +95,16 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"Cannot read the image {path}: {error}. Check that the path is right and the file is whole.") from error
 
 
+def loaded(path: Path) -> Image.Image:
+    """Read an image as RGB, as :func:`as_rgb` has it.
+
+    Raises:
+        DataError: See :func:`opened`.
+    """
+    with opened(path) as image:
+        return as_rgb(image)
+
+
 def num_pixels(path: Path) -> int:
     """Of the image, by its header.
 

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from infoprune.data import Example
-from infoprune.data.images import identities
+from infoprune.data.images import identities, loaded
 from infoprune.errors import DataError
+from infoprune.model import VLM
 from infoprune.packing import PackedBatch, in_rows, pack
-from infoprune.prompts import TOKEN_INPUTS, PromptEncoder
+from infoprune.prompts import PromptEncoder
 from infoprune.resolve import family_of
 
 CACHE_BYTES = 2_000_000_000
 # Parts of a vision tower's output that nothing behind the features reads.
 OF_THE_TOWER = ("last_hidden_state", "hidden_states", "attentions", "vision_outputs", "qformer_outputs")
+POOLED, BY_LAYER = "pooler_output", "deepstack_features"
 
 
 @dataclass(frozen=True)
@@ -93,50 +95,78 @@ class VisionCache:
     """Image features of a model whose vision tower does not change, computed once per image.
 
     Attributes:
-        model: The conditional-generation model.
+        vlm: The model.
         limit: Bytes to keep at most; further images are computed every time.
     """
 
-    model: Any
+    vlm: VLM
     limit: int = CACHE_BYTES
-    _features: dict[Path, torch.Tensor] = field(default_factory=dict)
+    _kept: dict[Path, dict[str, Any]] = field(default_factory=dict)
     _bytes: int = 0
-    _joined: bool = False  # the family wants one tensor, with one or more entries (tiles) per image, not one tensor per image
-    _others: dict[str, Any] = field(default_factory=dict)  # what a family adds to the features, the same for every image
 
     @torch.no_grad()
     def replace(self, batch: PackedBatch, images: Sequence[Path]) -> PackedBatch:
-        """``batch`` with image features in place of pixels.
-
-        Unchanged where the model takes none, where they depend on the question, or where the tiles of all images are stacked.
+        """``batch`` with image features in place of pixels; unchanged where the model takes none, or they depend on the question.
 
         Args:
             batch: On the model's device.
             images: The image of each row.
         """
-        base = self.model.base_model
-        if family_of(self.model).question_inputs or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        model = self.vlm.model
+        if family_of(model).question_inputs or "mm_encoder_outputs" not in inspect.signature(model.base_model.forward).parameters:
             return batch
-        pixels = {name: value for name, value in batch.inputs.items() if name not in TOKEN_INPUTS}
-        if any(len(value) != len(images) for value in pixels.values()):
-            return batch
-        fresh: dict[int, torch.Tensor] = {}
-        for row, image in enumerate(images):
-            if image in self._features:
-                continue
-            # One by one: the last bits of a batch depend on its size, and a resumed run lacks other images than one that went through.
-            output = base.get_image_features(**{n: v[row : row + 1] for n, v in pixels.items()}, return_dict=True)
-            self._others = {name: None if name in OF_THE_TOWER else value for name, value in output.items()}
-            found = output.pooler_output
-            self._joined = isinstance(found, torch.Tensor)
-            fresh[row] = (found if self._joined else found[0]).detach()
-            if self._bytes + fresh[row].nbytes <= self.limit:
-                self._features[image] = fresh[row].clone()
-                self._bytes += fresh[row].nbytes
-        features = [fresh[row] if row in fresh else self._features[image] for row, image in enumerate(images)]
-        held = SimpleNamespace(**self._others | {"pooler_output": torch.cat(features) if self._joined else features})
-        text = {name: value for name, value in batch.inputs.items() if name in TOKEN_INPUTS}
-        return replace(batch, inputs=text | {"pixel_values": None, "mm_encoder_outputs": {"image": held}})
+        # Sizes of images stay: some families count positions by them.
+        others = {name: None if name == "pixel_values" else value for name, value in batch.inputs.items()}
+        features = SimpleNamespace(**joined([self._features(image) for image in images]))
+        return replace(batch, inputs=others | {"mm_encoder_outputs": {"image": features}})
+
+    def _features(self, image: Path) -> dict[str, Any]:
+        """What the model makes of one image.
+
+        By itself, whatever the images beside: the last bits depend on the size of a batch and on how far its images are padded, and a
+        resumed run lacks other images than one that went through.
+        """
+        if image in self._kept:
+            return self._kept[image]
+        inputs = self.vlm.encoder.image_inputs([loaded(image)])
+        output = self.vlm.model.base_model.get_image_features(**{n: v.to(self.vlm.device) for n, v in inputs.items()}, return_dict=True)
+        found = {name: None if name in OF_THE_TOWER else value for name, value in output.items()}
+        size = sum(tensor.nbytes for tensor in _tensors(list(found.values())))
+        if self._bytes + size <= self.limit:
+            # Copies: features may be views of more than is kept.
+            self._kept[image] = {name: _copied(value) for name, value in found.items()}
+            self._bytes += size
+        return found
+
+
+def joined(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Features of several images as a model has them of a batch.
+
+    Those behind the tower, and by layer those that go to deeper layers, are a list with a tensor per image, or one tensor of all tiles or
+    tokens. Further parts, such as embeddings of marks around images, are the same for all images.
+    """
+    found = features[0] | {POOLED: _together([one[POOLED] for one in features])}
+    if found.get(BY_LAYER) is not None:
+        found[BY_LAYER] = [_together(layer) for layer in zip(*(one[BY_LAYER] for one in features), strict=True)]
+    return found
+
+
+def _together(values: Sequence[Any]) -> Any:
+    """One tensor of one from each image, or one list of their lists."""
+    return torch.cat(list(values)) if isinstance(values[0], torch.Tensor) else [tensor for several in values for tensor in several]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All that are in nested lists."""
+    if isinstance(value, list | tuple):
+        return [tensor for one in value for tensor in _tensors(one)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_copied(one) for one in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def pack_rows(encoder: PromptEncoder, rows: Sequence[Sequence[Example]], device: torch.device) -> PackedBatch:

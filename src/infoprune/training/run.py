@@ -142,7 +142,7 @@ class TrainingRun:
                 wrapper, lora = add_lora(model, vlm.architecture, options.gate_lora, self.seed, towers)
                 extra = {"extra": lora}
             elif not self._spreads and towers == {"text"}:
-                extra = {"cache": VisionCache(model)}
+                extra = {"cache": VisionCache(vlm)}
             # While a copy is spread, the model itself waits in the host's memory: all that computes is where the copy is.
             with (
                 self._spread(vlm, vlm) as working,
@@ -220,11 +220,11 @@ class TrainingRun:
                 layer_weights(student.model, teacher.architecture, towers)
             with self._spread(teacher, teacher) as known, self._spread(student, teacher) as learner:
                 parameters = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
-                cache = None if self._spreads else VisionCache(teacher.model)
+                cache = None if self._spreads else VisionCache(teacher)
                 fixed = not self._spreads and fixed_features(student.model, teacher.architecture)
                 stage = RecoveryStage(
                     learner, known, parameters, self.validation, options, autocast=self._autocast(learner), cache=cache,
-                    own_cache=VisionCache(student.model) if fixed else None, notify=self.progress.note, agree=self.processes.agree,
+                    own_cache=VisionCache(student) if fixed else None, notify=self.progress.note, agree=self.processes.agree,
                 )  # fmt: skip
                 trained = self._train(stage, learner, teacher, options.images_per_step, steps_before)
                 stage.keep_best_()
@@ -303,7 +303,7 @@ class TrainingRun:
         if teacher is None:
             yield None
             return
-        cache = None if self._spreads else VisionCache(teacher.model)
+        cache = None if self._spreads else VisionCache(teacher)
         with self._spread(teacher, teacher) as known:
             yield lambda batch, images: answer_logits(known.model, batch if cache is None else cache.replace(batch, images))
 
