@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from infoprune.cli import compress as compress_verb
+from infoprune.errors import CheckpointError
+from infoprune.plan import CompressionPlan
 from tiny_models import teach_
 
 
@@ -196,6 +203,26 @@ def test_interrupt_leaves_nothing(checkpoint, jsonl, tmp_path, sent):
         assert "Interrupted" in rest
         assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".x-*"))
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_its_plan(checkpoint, jsonl, tmp_path, monkeypatch):
+    out, plan = tmp_path / "out", tmp_path / "out.plan.json"
+    command = [checkpoint, "--data", jsonl, "--flops", 0.7, "--rank-multiple", 2, "-o", out]
+    app = typer.Typer()
+    compress_verb.register(app)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        patch.setattr("infoprune.checkpoint.save_processor", no_space)
+        result = CliRunner().invoke(app, list(map(str, command)))
+    told = str(result.exception)
+    assert isinstance(result.exception, CheckpointError) and "disk full" in told and f"infoprune plan apply {plan}" in told
+    assert "may not fit" in result.output.replace("\n", " ") and not out.exists()
+    run("plan", "apply", plan, checkpoint, "-o", out)
+    assert CompressionPlan.read(out).heads == CompressionPlan.read(plan).heads
+
+
+def no_space(*args):
+    raise OSError(28, "No space left on device")
 
 
 def test_time_left_is_told_where_output_is_a_file(monkeypatch, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -15,7 +17,12 @@ from infoprune.cli.console import BarProgress, console, print_json
 from infoprune.peers import PEERS, peer
 
 if TYPE_CHECKING:
+    import torch
+
+    from infoprune.model import VLM
     from infoprune.options import CompressionOptions
+    from infoprune.plan import CompressionPlan
+    from infoprune.progress import Progress
     from infoprune.training.options import TrainingOptions
 
 DEFAULT_DATA = "easy-vqa"
@@ -145,7 +152,7 @@ def compress(
     from infoprune.checkpoint import check_output_folder
     from infoprune.cli.device import own_device
     from infoprune.cli.recipe import read_recipe
-    from infoprune.errors import InfoPruneError
+    from infoprune.errors import CheckpointError, InfoPruneError
     from infoprune.model import DEMO, named_precision
     from infoprune.options import BUDGETS, TRAINED, CompressionOptions
     from infoprune.progress import Progress
@@ -201,6 +208,7 @@ def compress(
         settings["model"], device=own_device(settings.get("device", "cpu")), trust_remote_code=trust_remote_code,
         prompt_suffix=settings.get("prompt_suffix", ""), notify=progress.note,
     )  # fmt: skip
+    warn_of_little_room(target.parent, vlm, saved_precision, progress)
     result = infoprune.compress(
         vlm, settings.get("data", DEFAULT_DATA), options=options, training=training, in_place=True, work=work, progress=progress
     )
@@ -211,10 +219,13 @@ def compress(
         progress.note("the weights are saved in float32, in which they were certified, though the original's are not")
         saved_as = None
     report = result.as_dict()
-    infoprune.save(
-        result.vlm, target, probe=result.probe, extra=report, certificate=result.certificate, overwrite=overwrite, notify=progress.note,
-        dtype=saved_as,
-    )  # fmt: skip
+    try:
+        infoprune.save(
+            result.vlm, target, probe=result.probe, extra=report, certificate=result.certificate, overwrite=overwrite,
+            notify=progress.note, dtype=saved_as,
+        )  # fmt: skip
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_kept(result.vlm.plan, target, settings['model'], work)}".rstrip()) from error
     if work is not None:
         WorkFolder(work).discard()  # only now: until the checkpoint is in place, the work could still be lost
     if json_output:
@@ -225,6 +236,32 @@ def compress(
         console.print(result.certificate.statement, style="bold", markup=False, highlight=False)
     saved = escape(str(target))
     console.print(f"Saved to [bold]{saved}[/]. It loads with `import infoprune` and AutoModelForImageTextToText.from_pretrained.")
+
+
+def warn_of_little_room(folder: Path, vlm: VLM, precision: torch.dtype | None, progress: Progress) -> None:
+    """A note where the disk has less room than the dense weights take; how much less the compressed ones take is not known yet."""
+    size = (precision or vlm.stored or vlm.model.dtype).itemsize
+    weights, free = size * sum(p.numel() for p in vlm.model.parameters()), shutil.disk_usage(folder).free
+    if free < weights:
+        progress.note(
+            f"Warning: {folder} has {free / 1e9:.2f} GB left, and the dense model's weights take {weights / 1e9:.2f} GB; the checkpoint "
+            "may not fit."
+        )
+
+
+def _kept(plan: CompressionPlan | None, target: Path, model: str, work: Path | None) -> str:
+    """What is left of the work where the checkpoint could not be saved, in a sentence; the plan is written beside ``target``."""
+    if work is not None:
+        return f"The work so far is in {work}; the same command goes on from there."
+    file = target.with_name(f"{target.name}.plan.json")
+    try:
+        assert plan is not None
+        file.write_text(plan.to_json(), encoding="utf-8")
+    except OSError:
+        file.unlink(missing_ok=True)
+        return ""
+    again = shlex.join(["infoprune", "plan", "apply", str(file), model, "-o", str(target)])
+    return f"What was decided is in {file}; `{again}` makes the checkpoint from it."
 
 
 def _for(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
