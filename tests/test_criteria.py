@@ -21,6 +21,7 @@ from infoprune.criteria.heads import (
     information_loss,
     rank_units,
     removal_loss,
+    single_losses,
     taylor_score,
 )
 from infoprune.errors import CalibrationError
@@ -70,6 +71,20 @@ def test_greedy_losses_equal_the_schur_complement_of_each_set():
     assert len(removal.order) == block.site.num_units - 1
     for k in range(1, len(removal.order) + 1):
         assert removal.losses[k] == pytest.approx(removal_loss(block, removal.order[:k]), rel=1e-8)
+
+
+@pytest.mark.parametrize("compensation", ["least-squares", "mean", "none"])
+def test_losses_along_a_given_order_equal_those_of_each_set(compensation):
+    block, _ = random_block(5)
+    removal = information_loss(block, compensation, [2, 0, 3])
+    assert removal.order == [2, 0, 3] != information_loss(block, compensation).order and removal.losses[0] == 0
+    for k in range(1, 4):
+        assert removal.losses[k] == pytest.approx(removal_loss(block, removal.order[:k], compensation), rel=1e-8)
+
+
+def test_single_losses_equal_those_of_sets_of_one():
+    block, _ = random_block(6)
+    assert single_losses(block) == pytest.approx([removal_loss(block, [u]) for u in range(4)], rel=1e-8)
 
 
 def test_first_greedy_choice_is_the_best_single_removal():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.calibrate import SiteStatistics, Statistics
 from infoprune.criteria.ffn import Factorization, Metric
-from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, block_of, information_loss, rank_units, removal_loss
+from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, block_of, information_loss, rank_units
 from infoprune.criteria.neurons import NeuronRemoval, neurons_of, rank_neurons
 from infoprune.depth import Layer
 from infoprune.options import NONE, TRAINED, WIDTH, CompressionOptions
@@ -60,12 +60,12 @@ def solve_sites(
     if options.heads != NONE:
         sites = [s for s in architecture.attention if s.tower in options.towers and s.min_units < s.num_units]
         setwise = options.heads in (INFORMATION_LOSS, TRAINED)  # trained heads are first given the share that the set-wise loss gives them
-        blocks: Iterable[Block] = (block_of_model(model, site, statistics, options) for site in sites)
         scores: dict[str, list[float]] = {}
-        if not setwise:  # rankings compare all blocks, which a removal by itself needs one at a time: their matrices are large
-            blocks = list(blocks)
-            scores = rank_units(blocks, options.heads, alpha=options.alpha, seed=options.seed)
-        for site, block in zip(sites, blocks, strict=True):
+        if not setwise:  # rankings compare all blocks; each is made twice, as the matrices of all are too large to keep
+            every = (block_of_model(model, site, statistics, options) for site in sites)
+            scores = rank_units(every, options.heads, alpha=options.alpha, seed=options.seed)
+        for site in sites:
+            block = block_of_model(model, site, statistics, options)
             removal = information_loss(block, options.compensate) if setwise else _ranked_removal(block, scores[site.path], options)
             # Only the KS rule and gates look at the block again; its matrices are too large to keep for nothing.
             again = options.ks is not None or options.heads == TRAINED
@@ -145,8 +145,7 @@ def _whole_loss(model: nn.Module, site: AttentionSite | FFNSite, statistics: Sit
 
 def _ranked_removal(block: Block, scores: list[float], options: CompressionOptions) -> Removal:
     order = sorted(range(len(scores)), key=lambda unit: scores[unit])[: len(scores) - block.site.min_units]
-    losses = [removal_loss(block, order[:k], options.compensate) for k in range(len(order) + 1)]
-    return Removal(order, losses, scores)
+    return replace(information_loss(block, options.compensate, order), scores=scores)
 
 
 def factorizations_of(model: nn.Module, site: FFNSite, statistics: SiteStatistics, options: CompressionOptions) -> dict[str, Factorization]:

@@ -6,7 +6,7 @@ F on the block's output. A *unit* is a key/value group (``architecture.Attention
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +100,8 @@ class Removal:
     scores: list[float] | None = None
 
 
-def information_loss(block: Block, compensation: Compensation = "least-squares") -> Removal:
-    """Set-wise loss of information after compensation, minimised greedily within the block (the default).
+def information_loss(block: Block, compensation: Compensation = "least-squares", order: Sequence[int] | None = None) -> Removal:
+    """Set-wise loss of information after compensation, minimised greedily within the block (the default), or along a given ``order``.
 
     With least squares D(G) = 1/2 tr(F Cov(residual of the block's output that the kept heads cannot reproduce)), in nats per token. With
     Lambda the inverse covariance of the kept contexts and W' the compensated output projection, removing unit u on top of G adds
@@ -112,18 +112,17 @@ def information_loss(block: Block, compensation: Compensation = "least-squares")
     With less compensation D(G) is the loss of the removed contexts themselves, a sum over pairs of removed units; see
     :func:`removal_loss`.
     """
-    return _greedy_regression(block) if compensation == "least-squares" else _greedy_pairs(block, compensation)
+    return _with_regression(block, order) if compensation == "least-squares" else _by_pairs(block, compensation, order)
 
 
-def _greedy_regression(block: Block) -> Removal:
+def _with_regression(block: Block, given: Sequence[int] | None) -> Removal:
     """Every step updates Lambda and G = W'^T F W' of the units still there by a matrix of rank d_h; W' itself is not needed."""
     width = block.site.unit_width
     precision, energy = torch.linalg.inv(block.covariance), block.out.T @ block.metric @ block.out
     kept, order, losses = list(range(block.site.num_units)), [], [0.0]
     while len(kept) > block.site.min_units:
-        of_units = [m.reshape(len(kept), width, len(kept), width).diagonal(dim1=0, dim2=2).movedim(-1, 0) for m in (energy, precision)]
-        marginal = 0.5 * (of_units[0] * torch.linalg.inv(of_units[1]).mT).sum((1, 2))
-        place = int(marginal.argmin())
+        marginal = _marginals(energy, precision, width)
+        place = int(marginal.argmin()) if given is None else kept.index(given[len(order)])
         columns = torch.arange(len(precision))
         gone = (columns >= place * width) & (columns < (place + 1) * width)
         c, rest = columns[gone], columns[~gone]
@@ -136,7 +135,20 @@ def _greedy_regression(block: Block) -> Removal:
     return Removal(order, losses)
 
 
-def _greedy_pairs(block: Block, compensation: Compensation) -> Removal:
+def _marginals(energy: torch.Tensor, precision: torch.Tensor, width: int) -> torch.Tensor:
+    """(units,) nats per token that each unit's removal adds: 1/2 tr(W'_u^T F W'_u Lambda_uu^-1)."""
+    units = len(energy) // width
+    of_units = [m.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0) for m in (energy, precision)]
+    return 0.5 * (of_units[0] * torch.linalg.inv(of_units[1]).mT).sum((1, 2))
+
+
+def single_losses(block: Block) -> list[float]:
+    """D({u}) of every unit after compensation by least squares, nats per token: see :func:`information_loss`."""
+    energy = block.out.T @ block.metric @ block.out
+    return _marginals(energy, torch.linalg.inv(block.covariance), block.site.unit_width).clamp_min(0).tolist()
+
+
+def _by_pairs(block: Block, compensation: Compensation, given: Sequence[int] | None) -> Removal:
     """Losses D(G) = sum over a, b in G of 1/2 tr(F W_a M_ab W_b^T), M the covariance or the second moment of the contexts."""
     elements = 0.5 * _lost_without_regression(block, compensation) * (block.out.T @ block.metric @ block.out)
     n, width = block.site.num_units, block.site.unit_width
@@ -145,7 +157,7 @@ def _greedy_pairs(block: Block, compensation: Compensation) -> Removal:
     losses = [0.0]
     while len(order) < n - block.site.min_units:
         marginal = {u: float(pairs[u, u] + 2 * pairs[u, order].sum()) for u in range(n) if u not in order}
-        unit = min(marginal, key=lambda u: marginal[u])
+        unit = min(marginal, key=lambda u: marginal[u]) if given is None else given[len(order)]
         order.append(unit)
         losses.append(max(losses[-1] + marginal[unit], 0.0))
     return Removal(order, losses)
@@ -307,14 +319,14 @@ INFORMATION_LOSS, ERANK_KS = "information-loss", "erank-ks"
 CRITERIA = (INFORMATION_LOSS, ERANK_KS, *RANKINGS)
 
 
-def rank_units(blocks: list[Block], criterion: str, *, alpha: float = 0.5, seed: int = 0) -> dict[str, list[float]]:
+def rank_units(blocks: Iterable[Block], criterion: str, *, alpha: float = 0.5, seed: int = 0) -> dict[str, list[float]]:
     """Scores of every unit of every block under a ranking criterion; higher is more worth keeping.
 
     ``erank-ks`` is the literal unified criterion: alpha * norm(eRank) + (1 - alpha) * norm(KS of removal), each normalised to its
     rank among all units, divided by the unit's cost.
 
     Args:
-        blocks: The blocks, in the order of the forward pass.
+        blocks: The blocks, in the order of the forward pass; read one by one, as the matrices of one are large.
         criterion: A key of :data:`RANKINGS` or ``erank-ks``.
         alpha: Weight of eRank in ``erank-ks``.
         seed: Seed for ``random``.
@@ -322,10 +334,14 @@ def rank_units(blocks: list[Block], criterion: str, *, alpha: float = 0.5, seed:
     generator = torch.Generator().manual_seed(seed)
     if criterion != ERANK_KS:
         return {block.site.path: RANKINGS[criterion](block, generator) for block in blocks}
-    erank, ks = (_percentiles([score(block, generator) for block in blocks]) for score in (erank_score, ks_score))
+    sites, eranks, distances = [], [], []
+    for block in blocks:
+        sites.append(block.site)
+        eranks.append(erank_score(block, generator))
+        distances.append(ks_score(block, generator))
     return {
-        block.site.path: [(alpha * e + (1 - alpha) * k) / block.site.parameters_per_unit for e, k in zip(es, ks_, strict=True)]
-        for block, es, ks_ in zip(blocks, erank, ks, strict=True)
+        site.path: [(alpha * e + (1 - alpha) * k) / site.parameters_per_unit for e, k in zip(es, ks_, strict=True)]
+        for site, es, ks_ in zip(sites, _percentiles(eranks), _percentiles(distances), strict=True)
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infoprune.criteria.heads import block_of, conditional_rate_score, erank_score, ks_score, rate_score, removal_loss
+from infoprune.criteria.heads import block_of, conditional_rate_score, erank_score, ks_score, rate_score, single_losses
 from infoprune.errors import InfoPruneError
 from infoprune.model import VLM
 from infoprune.options import CompressionOptions
@@ -53,7 +53,7 @@ def examine(
                 "path": site.path, "tower": site.tower, "layer": site.layer, "num_units": site.num_units, "unit_width": site.unit_width,
                 "erank": erank_score(block, generator), "ks": ks_score(block, generator), "rate": rate_score(block, generator),
                 "conditional_rate": conditional_rate_score(block, generator),
-                "loss_nats": [removal_loss(block, [u]) * tokens for u in range(site.num_units)] if site.num_units > 1 else [],
+                "loss_nats": [loss * tokens for loss in single_losses(block)] if site.num_units > 1 else [],
             })  # fmt: skip
             advance(1)
     with progress.task("FFN spectra", len(architecture.ffn)) as advance:
