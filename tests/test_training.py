@@ -1161,10 +1161,12 @@ def test_stages_compute_where_the_spread_copy_is(gqa_vlm, questions, monkeypatch
         if stage == "GateStage":
             batch, _ = next(iter(given[6]()))
             found |= {"gates": given[1].log_alpha.device.type, "targets": batch.targets.device.type}
+            found |= {"taught": options["taught"](batch, []).device.type}
         raise Seen(found)
 
     monkeypatch.setattr(TrainingRun, "_spread", spread)
     monkeypatch.setattr("infoprune.training.run.wants_bfloat16", lambda precision, device: device.type)
+    monkeypatch.setattr("infoprune.training.run.answer_logits", lambda model, batch: next(model.parameters()))
     monkeypatch.setattr(f"infoprune.training.run.{stage}", shown)
     processes = SimpleNamespace(count=2, index=0, agree=None)
     run = TrainingRun(TrainingOptions(recovery="full", shard=True), questions, questions, 0, processes, SILENT)
@@ -1172,7 +1174,7 @@ def test_stages_compute_where_the_spread_copy_is(gqa_vlm, questions, monkeypatch
     costs = flop_costs(sites, Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in sites}))
     learning = (gqa_vlm, sites, {}, costs, 0.5, [0.5] * len(costs.unit), "none")
     with pytest.raises(Seen) as caught:
-        run.learn_heads(*learning) if stage == "GateStage" else run.recover(gqa_vlm.copy(), gqa_vlm)
+        run.learn_heads(*learning, teacher=gqa_vlm.copy()) if stage == "GateStage" else run.recover(gqa_vlm.copy(), gqa_vlm)
     assert set(caught.value.args[0].values()) == {"meta"}
 
 
