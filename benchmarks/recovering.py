@@ -18,7 +18,7 @@ def recovered(small: infoprune.VLM, dense: infoprune.VLM, steps: int, seed: int)
     Both towers train, whatever was cut in them, so that models of equal cost get equal training.
     """
     options = TrainingOptions(recovery="full", recovery_steps=steps, evaluate_every=max(steps // 2, 1), validation="easy-vqa:validation")
-    training, validation = split(load_examples("easy-vqa:train"), options, seed, SILENT)
+    training, validation = split(dense.encoder, load_examples("easy-vqa:train"), options, seed, SILENT)
     student = replace(small.copy(), plan=None)
     TrainingRun(options, training, validation, seed, Processes(), SILENT).recover(student, dense)
     return replace(student, plan=small.plan)

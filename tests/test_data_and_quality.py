@@ -73,8 +73,8 @@ def test_compression_skips_bad_records_of_all_its_data(jsonl, gqa_vlm, tmp_path)
     with pytest.raises(DataError, match="1 bad record"):
         infoprune.compress(gqa_vlm, str(jsonl), flops=0.7, rank_multiple=2)
     with pytest.raises(DataError, match=r"validation.jsonl can't be used.* 1 bad record"):
-        split([], TrainingOptions(validation=str(validation)), 0, SILENT)
-    assert len(split([], TrainingOptions(validation=str(validation)), 0, SILENT, skip_bad=True)[1]) == 18
+        split(gqa_vlm.encoder, [], TrainingOptions(validation=str(validation)), 0, SILENT)
+    assert len(split(gqa_vlm.encoder, [], TrainingOptions(validation=str(validation)), 0, SILENT, skip_bad=True)[1]) == 18
     assert infoprune.compress(gqa_vlm, str(jsonl), flops=0.7, rank_multiple=2, skip_bad=True).flops_ratio <= 0.7
 
 

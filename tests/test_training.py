@@ -387,10 +387,10 @@ def test_held_out_images_are_disjoint(questions):
         hold_out(questions[:3], 0)
 
 
-def test_validation_has_at_most_as_many_questions_as_are_allowed(questions):
+def test_validation_has_at_most_as_many_questions_as_are_allowed(gqa_vlm, questions):
     for most in (1, 4, 5, 100):
         options = TrainingOptions(validation_questions=most)
-        train, validation = split([*questions, *questions], options, 0, SILENT)
+        train, validation = split(gqa_vlm.encoder, [*questions, *questions], options, 0, SILENT)
         assert 0 < len(validation) <= most and not {e.image for e in train} & {e.image for e in validation}
 
 

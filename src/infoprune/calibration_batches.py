@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import overload
 
 from infoprune import memory
 from infoprune.architecture import Architecture
 from infoprune.data.example import Example
-from infoprune.data.images import num_pixels
+from infoprune.data.images import sizes
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.freeze import frozen
 from infoprune.layers import kept_for_backward
@@ -76,7 +77,8 @@ def kept_by_largest(vlm: VLM, architecture: Architecture, rows: Sequence[Sequenc
 
     ``architecture`` is the dense model's, where ``vlm`` was cut from one. Images are those of the first :data:`LOOKED_AT` rows.
     """
-    pixels = [num_pixels(row[0].image) for row in rows[:LOOKED_AT]]
+    found = sizes(row[0].image for row in rows[:LOOKED_AT])
+    pixels = [math.prod(found[row[0].image]) for row in rows[:LOOKED_AT]]
     largest = max(range(len(pixels)), key=lambda index: (pixels[index], len(rows[index])))
     fullest = max(range(len(rows)), key=lambda index: len(rows[index]))
     chosen = [rows[index] for index in ((largest,) if len(rows[largest]) == len(rows[fullest]) else (largest, fullest))]

@@ -94,7 +94,7 @@ def compress(
     clock = Clock()
     with ExitStack() as ending:
         run: TrainingRun | None = None
-        pool = example_pool(data, progress, skip_bad=options.skip_bad)
+        pool = example_pool(vlm, data, progress, skip_bad=options.skip_bad)
         if options.heads == TRAINED or training.recovery != "none":
             run = _training_run(vlm, pool, data, options, training, work, progress, ending)
             pool = run.examples
@@ -162,7 +162,7 @@ def _training_run(
             f"Training needs weights in float32, not {precision_name(vlm.model.dtype)}, in which small updates are lost. Load the model "
             "with dtype=torch.float32; precision='bf16' computes in bfloat16 all the same."
         )
-    examples, validation = split(pool, training, options.seed, progress, skip_bad=options.skip_bad)
+    examples, validation = split(vlm.encoder, pool, training, options.seed, progress, skip_bad=options.skip_bad)
     processes = Processes.current(vlm.device, training.trackers, logs_folder(work), _hyperparameters(options, training))
     ending.callback(processes.end)
     if options.speedup is not None and processes.count > 1:

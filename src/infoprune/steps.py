@@ -13,7 +13,7 @@ from infoprune._version import __version__
 from infoprune.calibrate import Statistics, calibrate
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.certificate import Certificate
-from infoprune.data import Example, load_examples
+from infoprune.data import Example
 from infoprune.data.seen import image_digest
 from infoprune.decisions import Decisions
 from infoprune.errors import DataError, PlanError
@@ -27,6 +27,7 @@ from infoprune.evaluation.cost import (
     typical_example,
 )
 from infoprune.evaluation.quality import can_share_prefix
+from infoprune.fitting import load_fitting
 from infoprune.model import VLM, dense_architecture
 from infoprune.options import NONE, WIDTH, CompressionOptions, Needs
 from infoprune.packing import PackedBatch, batches
@@ -106,9 +107,9 @@ class Compressed:
         }
 
 
-def example_pool(data: str | Sequence[Example], progress: Progress, *, skip_bad: bool = False) -> list[Example]:
-    """All examples that ``data`` names."""
-    pool = load_examples(data, default_split="train", skip_bad=skip_bad, notify=progress.note) if isinstance(data, str) else list(data)
+def example_pool(vlm: VLM, data: str | Sequence[Example], progress: Progress, *, skip_bad: bool = False) -> list[Example]:
+    """All examples that ``data`` names and ``vlm`` takes."""
+    pool = load_fitting(vlm.encoder, data, skip_bad=skip_bad, notify=progress.note) if isinstance(data, str) else list(data)
     if not pool:
         raise DataError("There are no calibration examples.")
     return pool
@@ -118,7 +119,7 @@ def calibration_examples(
     vlm: VLM, data: str | Sequence[Example], options: CompressionOptions, progress: Progress = SILENT
 ) -> list[Example]:  # fmt: skip
     """The calibration sample: a few questions on each of as many images as that takes, rare images among them."""
-    pool = example_pool(data, progress, skip_bad=options.skip_bad)
+    pool = example_pool(vlm, data, progress, skip_bad=options.skip_bad)
     return sample_with_rare(
         vlm, pool, options.examples, options.rare, seed=options.seed, per_image=QUESTIONS_PER_IMAGE, progress=progress
     )  # fmt: skip

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from infoprune.data import Example, load_examples, parse_spec
+from infoprune.data import Example, parse_spec
 from infoprune.errors import CertificateError
 from infoprune.evaluation.certify import by_image
 from infoprune.evaluation.metrics import EXACT, counted_only, metric_for, score_answers
 from infoprune.evaluation.sample_size import Expectation, images_needed, least_images, perfect_evidence
+from infoprune.fitting import load_fitting
 from infoprune.model import VLM
 from infoprune.options import CompressionOptions
 from infoprune.progress import SILENT, Progress
@@ -64,11 +65,11 @@ def split_data(
         CertificateError: Nothing is left to certify on.
     """
     metric = _metric(data, options)
-    pool = example_pool(data, progress, skip_bad=options.skip_bad)
+    pool = example_pool(vlm, data, progress, skip_bad=options.skip_bad)
     if options.certify is None:
         pool, rest = _quarter(pool, options)
     elif isinstance(options.certify, str):
-        rest = load_examples(options.certify, default_split="validation", skip_bad=options.skip_bad, notify=progress.note)
+        rest = load_fitting(vlm.encoder, options.certify, default_split="validation", skip_bad=options.skip_bad, notify=progress.note)
     else:
         rest = list(options.certify)
     asked, rest = len(rest), counted_only(rest, metric)

@@ -74,6 +74,7 @@ def evaluate(
     from infoprune.evaluation.results import check_results, write_results
     from infoprune.evaluation.runner import check_comparable
     from infoprune.evaluation.runner import evaluate as run
+    from infoprune.fitting import fitting
     from infoprune.model import DEMO, check_device, load
     from infoprune.progress import Progress
     from infoprune.report.page import check_page, write_page
@@ -99,9 +100,8 @@ def evaluate(
     if results is not None:
         check_results(results, spec.name)
     loaded = load_counted(data, default_split="test", skip_bad=skip_bad, unanswered=results is not None, ocr=ocr, notify=progress.note)
-    examples = subset(loaded.examples, limit, seed=seed)
-    if generate and all(example.answered for example in examples):
-        score_answers([""] * len(examples), examples, judge)  # refuses what it can't judge before any work is done
+    if generate and all(example.answered for example in loaded.examples):
+        score_answers([""] * len(loaded.examples), loaded.examples, judge)  # refuses what it can't judge before any work is done
     models = [
         load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, prompt_suffix=prompt_suffix, notify=progress.note)
         for name in (against, model)
@@ -109,6 +109,9 @@ def evaluate(
     ]
     if against is not None:
         check_comparable(models[1], models[0])
+    for vlm in models:
+        loaded = fitting(vlm.encoder, loaded, data, skip_bad=skip_bad, notify=progress.note)
+    examples = subset(loaded.examples, limit, seed=seed)
     certificate, warnings = certificate_of(model, (example.image for example in examples))
     warnings += seen_warnings(models[-1].seen, (example.image for example in examples))
     for warning in warnings:

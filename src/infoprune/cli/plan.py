@@ -79,7 +79,7 @@ def apply(
     before = num_parameters(vlm.model)
     cut = infoprune.apply_plan(vlm, loaded, data, skip_bad=skip_bad, progress=progress)
     source = data or (loaded.calibration.data if loaded.calibration else "")
-    probe = prompt_inputs(cut.encoder, example_pool(source, progress, skip_bad=skip_bad)[0])
+    probe = prompt_inputs(cut.encoder, example_pool(vlm, source, progress, skip_bad=skip_bad)[0])
     probe = {name: value.to(cut.device) for name, value in probe.items()}
     infoprune.save(cut, output, probe=probe, dtype=vlm.stored, overwrite=overwrite, notify=progress.note)
     after = num_parameters(cut.model)

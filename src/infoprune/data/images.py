@@ -105,14 +105,20 @@ def loaded(path: Path) -> Image.Image:
         return as_rgb(image)
 
 
-def num_pixels(path: Path) -> int:
-    """Of the image, by its header.
+def sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """Width and height of each image, by its header.
 
     Raises:
         DataError: See :func:`opened`.
     """
-    with opened(path) as image:
-        return image.width * image.height
+
+    def size(path: Path) -> tuple[int, int]:
+        with opened(path) as image:
+            return image.size
+
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(distinct, pool.map(size, distinct), strict=True))
 
 
 def unreadable(paths: Iterable[Path]) -> dict[Path, str]:

@@ -15,14 +15,16 @@ from infoprune.architecture import AttentionSite, TowerName
 from infoprune.calibration_batches import rows_that_fit
 from infoprune.checkpoint import save
 from infoprune.criteria.heads import Block
-from infoprune.data import Example, load_examples, parse_spec, same_images, subset
+from infoprune.data import Example, parse_spec, same_images, subset
 from infoprune.errors import CheckpointError, DataError, InfoPruneError
 from infoprune.evaluation.quality import can_share_prefix
+from infoprune.fitting import load_fitting
 from infoprune.freeze import frozen
 from infoprune.model import VLM, load
 from infoprune.packing import PackedBatch, answer_logits, batches
 from infoprune.plan import Compensation
 from infoprune.progress import Progress
+from infoprune.prompts import PromptEncoder
 from infoprune.steps import fingerprint
 from infoprune.training.costs import Costs
 from infoprune.training.data import Stream, VisionCache, hold_out, images_of_rows, rows_of
@@ -339,7 +341,7 @@ def _is_test(validation: str) -> bool:
 
 
 def split(
-    pool: Sequence[Example], options: TrainingOptions, seed: int, progress: Progress, *, skip_bad: bool = False
+    encoder: PromptEncoder, pool: Sequence[Example], options: TrainingOptions, seed: int, progress: Progress, *, skip_bad: bool = False
 ) -> tuple[list[Example], list[Example]]:
     """Training and validation questions; no image is in both.
 
@@ -349,7 +351,7 @@ def split(
     if options.validation is None:
         train_part, validation = hold_out(pool, seed)
     else:
-        validation = load_examples(options.validation, default_split="validation", skip_bad=skip_bad, notify=progress.note)
+        validation = load_fitting(encoder, options.validation, default_split="validation", skip_bad=skip_bad, notify=progress.note)
         if _is_test(options.validation):
             progress.note(
                 f"Warning: {options.validation} is what one tests on by default. It chooses weights here, so figures on it are no "
