@@ -10,6 +10,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import infoprune
@@ -19,6 +21,7 @@ from infoprune.calibrate import calibrate
 from infoprune.compress import compress
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.evaluation.cost import count_flops, count_workload, predicted_flops, prompt_inputs
+from infoprune.freeze import frozen
 from infoprune.modeling_infoprune import Constant, ConstantAttention, norm_before
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
@@ -285,6 +288,14 @@ def test_packed_equals_unpacked(vlm, questions):
     torch.testing.assert_close(packed, single, atol=5e-5, rtol=1e-4)
     plain = vlm.model(**inputs_of(vlm, questions)).logits[0, -1]
     torch.testing.assert_close(packed[0], plain, atol=5e-5, rtol=1e-4)
+
+
+def test_parts_have_all_flops(vlm, questions):
+    inputs = inputs_of(vlm, questions)
+    # Beside what PyTorch counts by itself, of the plain attention kernel, which the fused ones compute, too.
+    with frozen(vlm.model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        vlm.model(**inputs, use_cache=True, logits_to_keep=1)
+    assert count_flops(vlm.model, vlm.architecture.family, inputs, 1).total == counter.get_total_flops()
 
 
 def test_predicted_flops_equal_counted(vlm, questions):

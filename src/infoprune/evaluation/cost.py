@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics as stats
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from infoprune.architecture import Architecture, AttentionSite, FamilyDeclaration, FFNSite
@@ -29,9 +28,9 @@ def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *
     return 2 * math.prod(batch) * asking * key[-2] * (width + value[-1])
 
 
-# The plain attention kernel of Apple's GPUs is one operator, which PyTorch's counter does not know.
-_ON_APPLE = "_scaled_dot_product_attention_math_for_mps"
-APPLE: dict[Any, Any] = {getattr(torch.ops.aten, _ON_APPLE): _attention} if hasattr(torch.ops.aten, _ON_APPLE) else {}
+# Attention kernels of CPUs and of Apple's GPUs, each one operator, which PyTorch's counter does not know, as it does those of CUDA.
+_KERNELS = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
+KERNELS: dict[Any, Any] = {getattr(torch.ops.aten, name): _attention for name in _KERNELS if hasattr(torch.ops.aten, name)}
 
 
 @dataclass(frozen=True)
@@ -121,17 +120,14 @@ class _Counts:
     def __init__(self, model: Any, family: FamilyDeclaration, inputs: dict[str, torch.Tensor], sites: Sequence[AttentionSite] = ()) -> None:
         self._model, self._decoder = model, family.decoder
         self.tokens: dict[str, int] = {}
-        # The fused attention kernels are invisible to the counter on CPU; the plain one is counted. On CUDA they are known to it, and the
-        # plain one would hold all scores. It trips over parameters that are read through views, unless they are frozen.
-        plain = nullcontext() if next(model.parameters()).device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
-        with frozen(model), plain, ExitStack() as stack:
+        with frozen(model), ExitStack() as stack:  # the counter trips over parameters that are read through views, unless they are frozen
             for site in sites:
                 module = model.get_submodule(f"{site.path}.{site.names.out}")
                 stack.callback(module.register_forward_pre_hook(partial(self._see, site)).remove)
-            with FlopCounterMode(display=False, custom_mapping=APPLE) as self._prefill:
+            with FlopCounterMode(display=False, custom_mapping=KERNELS) as self._prefill:
                 output = model(**inputs, use_cache=True, logits_to_keep=1)
             step = decode_step(model, family, output)
-            with FlopCounterMode(display=False, custom_mapping=APPLE) as self._decode:
+            with FlopCounterMode(display=False, custom_mapping=KERNELS) as self._decode:
                 step()
 
     def _see(self, site: AttentionSite, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ OVIS2 = FamilyDeclaration(
     model_type="ovis2",
     vision="model.vision_tower",
     text="model.language_model",
-    projector=("model.vision_tower.head_linear",),
+    projector=("model.vision_tower.head_linear", "model.visual_embeddings_table"),  # the table is multiplied by, one row a visual word
     vision_towers={
         "ovis2_vision": TowerDeclaration(
             layers="transformer.encoder.layers",

@@ -275,12 +275,13 @@ def layer_weights(model: nn.Module, architecture: Architecture, towers: Collecti
     do not turn them: they add the same to all scores of a query, softmax does not see it, and Adam would make steps of rounding errors.
     """
     layers = tuple({f"{site.path.rpartition('.')[0]}." for site in architecture.attention if site.tower in towers})
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inside = (*layers, *(f"{path}." for path in architecture.family.projector))
     paths = {"vision": architecture.family.vision, "text": architecture.family.text}
     unseen = {f"{s.path}.{s.names.key}.bias" for s in architecture.attention if not turns_keys(model.get_submodule(paths[s.tower]))}
     trainable = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(inside) and name not in unseen)
+        parameter.requires_grad_(name.startswith(inside) and name not in unseen | embeddings)
         if parameter.requires_grad:
             trainable[name] = parameter
     return trainable
