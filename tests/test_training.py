@@ -387,6 +387,20 @@ def test_held_out_images_are_disjoint(questions):
         hold_out(questions[:3], 0)
 
 
+def test_gates_that_start_all_equal_start_from_the_same_choice(gqa_vlm, questions, monkeypatch):
+    starts, real = [], TrainingRun.learn_heads
+
+    def watched(self, vlm, *args, **options):
+        learned = real(self, vlm, *args, **options)
+        starts.append((vlm.architecture, learned.start))
+        return learned
+
+    monkeypatch.setattr(TrainingRun, "learn_heads", watched)
+    for prior in (30.0, 0.0):
+        infoprune.compress(gqa_vlm, questions, **QUICK | {"gate_steps": 1, "gate_prior": prior})
+    assert starts[0] == starts[1]
+
+
 def test_validation_has_at_most_as_many_questions_as_are_allowed(gqa_vlm, questions):
     for most in (1, 4, 5, 100):
         options = TrainingOptions(validation_questions=most)
@@ -918,13 +932,13 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, amx, 
 def test_an_update_in_parts_is_the_same_update(vlm, questions, monkeypatch):
     from infoprune.training import loop
 
-    sizes, real = [], loop.pack_rows
+    sizes, real = [], loop.pack
 
-    def watched(encoder, rows, device):
+    def watched(encoder, rows):
         sizes.append(len(rows))
-        return real(encoder, rows, device)
+        return real(encoder, rows)
 
-    monkeypatch.setattr(loop, "pack_rows", watched)
+    monkeypatch.setattr(loop, "pack", watched)
     runs = []
     for most in (8, 1):
         monkeypatch.setattr("infoprune.training.run.rows_that_fit", lambda vlm, architecture, rows, most, fitting=most: min(most, fitting))
@@ -1168,7 +1182,7 @@ def test_stages_compute_where_the_spread_copy_is(gqa_vlm, questions, monkeypatch
     monkeypatch.setattr("infoprune.training.run.wants_bfloat16", lambda precision, device: device.type)
     monkeypatch.setattr("infoprune.training.run.answer_logits", lambda model, batch: next(model.parameters()))
     monkeypatch.setattr(f"infoprune.training.run.{stage}", shown)
-    processes = SimpleNamespace(count=2, index=0, agree=None)
+    processes = SimpleNamespace(count=2, index=0, agree=None, same=None)
     run = TrainingRun(TrainingOptions(recovery="full", shard=True), questions, questions, 0, processes, SILENT)
     sites = list(gqa_vlm.architecture.attention)
     costs = flop_costs(sites, Workload(5, 20, 2, {s.path: 100_000 * s.num_units for s in sites}))

@@ -62,6 +62,39 @@ def test_work_on_other_weights_or_images_is_not_gone_on_with(gqa_vlm, questions,
         infoprune.compress(gqa_vlm, questions, work=interrupted, **QUICK)
 
 
+def test_recovery_starts_anew_with_other_settings_of_its_own(gqa_vlm, questions, interrupted):
+    """As the message after a divergence asks for; neither the gates nor the cut are lost."""
+    cut, gates = interrupted / "cut" / "model.safetensors", interrupted / "gates.safetensors"
+    before, notes = (cut.stat().st_mtime_ns, gates.stat().st_mtime_ns), Notes()
+    changed = QUICK | {"recovery_rate": 1e-4, "patience": 3, "precision": "bf16", "checkpoint_every": 3}
+    result = infoprune.compress(gqa_vlm, questions, work=interrupted, **changed, progress=notes)
+    assert (cut.stat().st_mtime_ns, gates.stat().st_mtime_ns) == before
+    assert any("(patience, precision, recovery_rate): recovery starts anew" in told for told in notes.told)
+    history = result.training["recovery"]["history"]
+    assert len(history) == QUICK["recovery_steps"] and result.trained_with["options"]["recovery_rate"] == 1e-4
+    again = infoprune.compress(gqa_vlm, questions, work=interrupted, **changed).training["recovery"]["history"]
+    assert again == history  # finished work, which nothing starts anew
+
+
+@pytest.mark.parametrize("changed", [{"rate_weight": 0.5}, {"rank_multiple": 4}])
+def test_what_gates_or_the_cut_read_may_not_change(gqa_vlm, questions, interrupted, changed):
+    with pytest.raises(CheckpointError, match=rf"other settings \({next(iter(changed))}\)"):
+        infoprune.compress(gqa_vlm, questions, work=interrupted, **QUICK | changed)
+    assert (interrupted / "recovery.safetensors").is_file()
+
+
+def test_what_both_stages_read_may_change_behind_the_cut_alone(gqa_vlm, questions, interrupted):
+    shutil.rmtree(interrupted / "cut")
+    with pytest.raises(CheckpointError, match=r"other settings \(precision\)"):
+        infoprune.compress(gqa_vlm, questions, work=interrupted, **QUICK | {"precision": "bf16"})
+
+
+def test_a_run_at_work_is_not_robbed_of_its_state(gqa_vlm, questions, interrupted):
+    with WorkFolder(interrupted).held(), pytest.raises(CheckpointError, match="Another run is at work"):
+        infoprune.compress(gqa_vlm, questions, work=interrupted, **QUICK | {"recovery_rate": 1e-4})
+    assert (interrupted / "recovery.safetensors").is_file()
+
+
 def test_one_of_several_processes_saves_what_was_resumed(gqa_vlm, questions, interrupted, monkeypatch):
     monkeypatch.setattr(loop.Processes, "index", property(lambda self: 1))
     assert not infoprune.compress(gqa_vlm, questions, work=interrupted, **QUICK).main_process

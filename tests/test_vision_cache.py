@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import ALL
 from infoprune.packing import answer_logits, batches
 from infoprune.training.data import VisionCache, images_of_rows
+from tiny_models import build
 
 WITHOUT = ("mllama", "instructblip")  # whose forward takes no features; whose features depend on the question
 
@@ -48,6 +50,19 @@ def test_features_do_not_depend_on_the_images_beside(vlm, batch_and_images):
         alone = VisionCache(vlm).replace(batch, [image]).inputs["mm_encoder_outputs"]["image"].pooler_output
         held = cache._kept[image]["pooler_output"]
         assert all(torch.equal(*pair) for pair in zip(held, alone, strict=True))
+
+
+@torch.no_grad()
+def test_an_image_of_a_single_token(questions, tmp_path):
+    """Alone it is too much for the code of Mistral 3, which drops all dimensions of size one."""
+    vlm = build(next(tiny for tiny in ALL if tiny.name == "mistral3"))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "small.png")
+    mixed = [replace(questions[0], image=tmp_path / "small.png"), *questions[3:]]
+    batch, indices = next(iter(batches(vlm.encoder, mixed)))
+    assert int(batch.image[0].sum()) == 1 and int(batch.image.sum()) > 1
+    replaced = VisionCache(vlm).replace(batch, images_of_rows(batch, [mixed[index] for index in indices]))
+    assert replaced is not batch
+    torch.testing.assert_close(answer_logits(vlm.model, replaced), answer_logits(vlm.model, batch), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

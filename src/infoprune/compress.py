@@ -47,12 +47,13 @@ from infoprune.steps import (
 from infoprune.surgery import ffn_options
 from infoprune.trained_heads import Ground, train_heads
 from infoprune.training.loop import Processes, check_trackers
-from infoprune.training.options import TrainingOptions
-from infoprune.training.recovery import require_peft
-from infoprune.training.run import TrainingRun, split
+from infoprune.training.options import TrainingOptions, read_by
+from infoprune.training.recovery import RecoveryStage, require_peft
+from infoprune.training.run import CUT, TrainingRun, split
 from infoprune.training.sharding import check_sharding
 from infoprune.training.state import WorkFolder
 
+UNREAD = ("trackers", "checkpoint_every")  # options of training that change nothing in what comes out
 UNUSED = 0.01  # of the dense FLOPs: what may be left of a budget without a word
 
 
@@ -180,9 +181,13 @@ def _training_run(
                 "library": __version__,
                 "processes": processes.count,
             }
-            settings = asdict(options) | asdict(training)
-            assert not told.keys() & settings.keys()
-            folder.claim(told | settings)
+            settings = {name: value for name, value in asdict(training).items() if name not in UNREAD}
+            assert not told.keys() & (settings | asdict(options)).keys()
+            later = {name for name in settings if read_by(name) == "recovery"}
+            if (folder.path / CUT).is_dir():
+                later |= {"processes", *(name for name in settings if read_by(name) != "gate")}
+            if differs := folder.claim(told | asdict(options) | settings, later, RecoveryStage.name):
+                progress.note(f"other settings of recovery than in {folder.path} ({', '.join(differs)}): recovery starts anew")
             ending.enter_context(folder.held())
         processes.wait()
     run = TrainingRun(training, examples, validation, options.seed, processes, progress, folder)

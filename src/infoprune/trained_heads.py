@@ -27,7 +27,7 @@ from infoprune.solve import SolvedSite, block_of_model, tokens_per_example
 from infoprune.steps import apply_decisions, statistics_of
 from infoprune.training.costs import Costs, flop_costs, time_costs
 from infoprune.training.ffn_gates import FFNGates, FFNPart, ffn_parts, sizes_of
-from infoprune.training.gates import HeadGates, start_locations
+from infoprune.training.gates import HeadGates
 from infoprune.training.heads import Choice, binarise, check_agreement, masked_logits
 from infoprune.training.run import GatedFFNs, LearnedHeads, TrainingRun
 from infoprune.training.thinned import ROOM, ROOM_UNITS, Thinning
@@ -151,14 +151,13 @@ def start_of(ground: Ground, run: TrainingRun) -> Start:
     if run.options.gate_cost == "time":
         costs = run.measured(costs, lambda: time_costs(ground.vlm.model, sites, ground.probe, ground.workload))
     prior = run.remembered("ranking", lambda: unit_percentiles(ground.solved, costs, target))
-    choice = _of_ranking(sites, prior, costs, target, run) if target > 0 else Choice({site.path: [] for site in sites})
+    choice = _of_ranking(sites, prior, costs, target) if target > 0 else Choice({site.path: [] for site in sites})
     return Start(costs, target, prior, choice, run.processes.same(ground.decided(choice)))
 
 
-def _of_ranking(sites: Sequence[AttentionSite], prior: Sequence[float], costs: Costs, target: float, run: TrainingRun) -> Choice:
-    """What gates that start by ``prior`` would keep of ``sites`` at ``target``."""
-    gates = HeadGates(list(sites), start_locations(torch.tensor(prior), run.options.gate_prior, costs, target))
-    return Choice(binarise(gates, costs, target))
+def _of_ranking(sites: Sequence[AttentionSite], prior: Sequence[float], costs: Costs, target: float) -> Choice:
+    """The units of ``sites`` to keep at ``target`` by their places in a ranking."""
+    return Choice(binarise(HeadGates(list(sites), torch.tensor(prior)), costs, target))
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def thinned(ground: Ground, start: Start, run: TrainingRun) -> Thinned:
     """A refitted model with the FFNs aimed at and :data:`infoprune.training.thinned.ROOM` times the attention, calibrated anew."""
     options, architecture = ground.options, dense_architecture(ground.vlm)
     room = min(1.0, max(ROOM * start.target, start.target + ROOM_UNITS * float(start.costs.unit.max()) / start.costs.dense))
-    kept = run.remembered("thinning", lambda: _of_ranking(ground.sites, start.prior, start.costs, room, run).kept)
+    kept = run.remembered("thinning", lambda: _of_ranking(ground.sites, start.prior, start.costs, room).kept)
     thinning = Thinning(tuple(ground.sites), kept)
     heads = {
         site.path: HeadDecision(keep_units=tuple(thinning.kept[site.path]), num_units=site.num_units, compensate=options.compensate)

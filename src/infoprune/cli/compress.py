@@ -29,13 +29,6 @@ DEFAULT_DATA = "easy-vqa"
 METHODS = f"The options of another method: {', '.join(PEERS)}. Options given beside it win."
 
 
-# Options of training, beside those whose names say it, that gates alone or recovery alone reads.
-READ_BY: dict[str, str] = {
-    **dict.fromkeys(("attention_share", "rate_weight", "ks_weight", "refresh", "multiplier_rate"), "gate"),
-    **dict.fromkeys(("lora_rank", "hidden_weight", "images_per_step", "patience"), "recovery"),
-}
-
-
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command("compress")(compress)
@@ -272,9 +265,10 @@ def _check_used(settings: dict[str, Any], options: CompressionOptions, training:
     """Raise where an option is given that nothing reads which was asked for: most likely another one was forgotten."""
     from infoprune.errors import InfoPruneError
     from infoprune.options import TRAINED
+    from infoprune.training.options import read_by
 
     gates, recovers = options.heads == TRAINED, training.recovery != "none"
-    kinds = {name: READ_BY.get(name, name.partition("_")[0]) for name in (field.name for field in fields(type(training)))}
+    kinds = {field.name: read_by(field.name) for field in fields(type(training))}
     cases = [
         (not gates, [name for name, kind in kinds.items() if kind == "gate"], "--heads trained"),
         (not recovers, [name for name, kind in kinds.items() if kind == "recovery" and name != "recovery"], "--recovery full or lora"),

@@ -14,10 +14,9 @@ import torch
 
 from infoprune.data import Example
 from infoprune.data.images import identities, loaded
-from infoprune.errors import DataError
+from infoprune.errors import DataError, out_of_memory
 from infoprune.model import VLM
-from infoprune.packing import PackedBatch, in_rows, pack
-from infoprune.prompts import PromptEncoder
+from infoprune.packing import PackedBatch, in_rows
 from infoprune.resolve import family_of
 
 CACHE_BYTES = 2_000_000_000
@@ -96,7 +95,7 @@ class VisionCache:
 
     Attributes:
         vlm: The model.
-        limit: Bytes to keep at most; further images are computed every time.
+        limit: Bytes to keep at most, in the host's memory; further images are computed every time.
     """
 
     vlm: VLM
@@ -127,16 +126,25 @@ class VisionCache:
         resumed run lacks other images than one that went through.
         """
         if image in self._kept:
-            return self._kept[image]
-        inputs = self.vlm.encoder.image_inputs([loaded(image)])
-        output = self.vlm.model.base_model.get_image_features(**{n: v.to(self.vlm.device) for n, v in inputs.items()}, return_dict=True)
-        found = {name: None if name in OF_THE_TOWER else value for name, value in output.items()}
+            return {name: _moved(value, self.vlm.device) for name, value in self._kept[image].items()}
+        picture = loaded(image)
+        try:
+            found = self._computed([picture])
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            found = self._computed([picture, picture])  # Mistral 3's code fails on an image of a single token that has none beside it
+            found[POOLED] = found[POOLED][:1]
         size = sum(tensor.nbytes for tensor in _tensors(list(found.values())))
         if self._bytes + size <= self.limit:
-            # Copies: features may be views of more than is kept.
-            self._kept[image] = {name: _copied(value) for name, value in found.items()}
+            self._kept[image] = {name: _moved(value, torch.device("cpu")) for name, value in found.items()}
             self._bytes += size
         return found
+
+    def _computed(self, pictures: list[Any]) -> dict[str, Any]:
+        inputs = self.vlm.encoder.image_inputs(pictures)
+        output = self.vlm.model.base_model.get_image_features(**{n: v.to(self.vlm.device) for n, v in inputs.items()}, return_dict=True)
+        return {name: None if name in OF_THE_TOWER else value for name, value in output.items()}
 
 
 def joined(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -163,15 +171,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def _copied(value: Any) -> Any:
+def _moved(value: Any, device: torch.device) -> Any:
+    """Copies on ``device`` of all tensors in nested lists, which may be views of more than is kept."""
     if isinstance(value, list | tuple):
-        return [_copied(one) for one in value]
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def pack_rows(encoder: PromptEncoder, rows: Sequence[Sequence[Example]], device: torch.device) -> PackedBatch:
-    """One batch of rows on ``device``."""
-    return pack(encoder, rows).to(device)
+        return [_moved(one, device) for one in value]
+    return value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def images_of_rows(batch: PackedBatch, examples: Sequence[Example]) -> list[Path]:

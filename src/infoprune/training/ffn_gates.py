@@ -241,7 +241,7 @@ def _ranks(
     parts = []
     for fields, dense in groups:
         top = min(max_rank(site, field) for field in fields)
-        if top < options.rank_multiple:
+        if top < 1:
             continue
         saved = costs.ffn(site, None) - costs.ffn(site, FFNDecision.model_validate(dict.fromkeys(fields, 1)))
         each = torch.full((top + 1,), dense - saved, dtype=torch.float64)

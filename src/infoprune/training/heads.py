@@ -85,16 +85,17 @@ class GateStage:
         cache: VisionCache | None = None,
         taught: Callable[[PackedBatch, Sequence[Path]], torch.Tensor] | None = None,
         agree: Callable[..., tuple[float, ...]] = lambda *values: values,
+        same: Callable[[Choice], Choice] = lambda choice: choice,
     ) -> None:
         """Beside what they are called: ``ffn`` are gates on the sizes of FFNs, multiples of ``multiple``, and ``target`` is of both's cost.
 
         ``taught`` gives the teacher's logits for a batch and the image of each row; ``None``: the model itself, all gates open, teaches.
-        ``agree`` makes figures the same on all processes.
+        ``agree`` makes figures the same on all processes, ``same`` choices.
         """
         self.model, self.gates, self.blocks, self.costs, self.options = model, gates, blocks, costs, options
         self.compensation: Compensation = compensation
         self.seed, self.cache, self.taught = seed, cache, taught
-        self.validation, self.autocast, self.agree = validation, autocast, agree
+        self.validation, self.autocast, self.agree, self.same = validation, autocast, agree, same
         self.ffn, self.multiple = ffn or FFNGates([]), multiple
         self.best = BestGates(Choice({site.path: list(range(site.num_units)) for site in gates.sites}))
         self.steps = options.gate_steps
@@ -189,7 +190,7 @@ class GateStage:
     @torch.no_grad()
     def validate(self, step: int) -> float:
         """Data terms of the objective, per answer token of the validation questions, with the gates that choosing leaves open."""
-        choice = choose(self.gates, self.costs, self.ffn, self.budget.target, self.multiple)
+        choice = self.same(choose(self.gates, self.costs, self.ffn, self.budget.target, self.multiple))
         close_(self.gates, self.blocks, choice.kept, self.compensation)
         self.ffn.close_(choice.sizes or {})
         if not self.moving and choice == self.best.choice and self.best.step >= 0:  # measured before

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from infoprune.data import Example
 from infoprune.errors import CalibrationError, InfoPruneError
-from infoprune.packing import PackedBatch
+from infoprune.packing import PackedBatch, pack
 from infoprune.progress import Progress
 from infoprune.prompts import PromptEncoder
-from infoprune.training.data import Stream, pack_rows
+from infoprune.training.data import Stream
 from infoprune.training.sharding import as_part, whole
 from infoprune.training.state import WorkFolder, load_state, optimizer_tensors, optimizer_updates, restore_optimizer_, save_state
 
@@ -310,7 +310,7 @@ def _update(
     rows = stream.step(step)
     own = rows[processes.index :: processes.count]
     parts = [own[i : i + size] for i in range(0, len(own), size)]
-    batches = [pack_rows(encoder, part, device) for part in parts]
+    batches = [pack(encoder, part) for part in parts]  # on the device one by one: what a step has of pixels and masks need not fit
     counts = torch.tensor([sum(len(b.targets) for b in batches), sum(int(b.valid.sum()) for b in batches)], device=device)
     totals = Totals(*(int(v) for v in processes.sum(counts)))
     for group in stage.optimizer.param_groups:
@@ -321,7 +321,7 @@ def _update(
     for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
         place = processes.index + number * size * processes.count
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            terms = stage.data_terms(batch, part, totals, place)
+            terms = stage.data_terms(batch.to(device), part, totals, place)
         _backward(terms, sums)
     shared = stage.shared_terms(step)
     _backward({name: (weight / processes.count, value) for name, (weight, value) in shared.items()}, {})

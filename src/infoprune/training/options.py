@@ -12,6 +12,16 @@ POSITIVE = """gate_steps gate_rate gate_images_per_step gate_lora_rate refresh m
     images_per_step questions_per_image validation_questions evaluate_every checkpoint_every distillation_temperature"""
 NOT_NEGATIVE = "gate_prior gate_lora cross_entropy_weight distillation_weight hidden_weight rate_weight ks_weight patience"
 RATES = {"full": 1e-3, "lora": 1e-4}  # full: relative to the magnitude of each tensor's entries
+# Which stage reads an option, where its name does not say it; others are read by both.
+READ_BY = {
+    **dict.fromkeys(("attention_share", "rate_weight", "ks_weight", "refresh", "multiplier_rate"), "gate"),
+    **dict.fromkeys(("lora_rank", "hidden_weight", "images_per_step", "patience"), "recovery"),
+}
+
+
+def read_by(name: str) -> str:
+    """``gate``, ``recovery``, or something else for an option that both stages read."""
+    return READ_BY.get(name, name.partition("_")[0])
 
 
 @dataclass(frozen=True)

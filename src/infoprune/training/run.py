@@ -132,7 +132,7 @@ class TrainingRun:
         # Gates that are open beyond doubt would never move, though FFNs may be worth trading a head for.
         aim = target if ffn is None else min(target, 1 - float(costs.unit.min()) / costs.dense)
         gates = HeadGates(list(sites), start_locations(torch.tensor(prior), options.gate_prior, costs, aim))
-        start = Choice(binarise(gates, costs, target))
+        start = Choice(binarise(HeadGates(list(sites), torch.tensor(prior)), costs, target))
         sizes = FFNGates([] if ffn is None else ffn.parts, None if ffn is None else ffn.start)
         multiple, target = (1, target) if ffn is None else (ffn.multiple, ffn.target)
         towers: set[TowerName] = {gated.tower for gated in (*sites, *sizes.parts)}
@@ -153,8 +153,8 @@ class TrainingRun:
             ):
                 stage = GateStage(
                     working.model, gates, blocks, costs, target, options, lambda: self._validation(working), compensation=compensation,
-                    agree=self.processes.agree, seed=self.seed, ffn=sizes, multiple=multiple, autocast=self._autocast(working),
-                    taught=taught, **extra,
+                    agree=self.processes.agree, same=self.processes.same, seed=self.seed, ffn=sizes, multiple=multiple,
+                    autocast=self._autocast(working), taught=taught, **extra,
                 )  # fmt: skip
                 if ffn is None and all(len(start.kept[site.path]) == site.num_units for site in sites):
                     self.progress.note("all heads stay under this budget: gates have nothing to choose, and do not train")
@@ -200,7 +200,7 @@ class TrainingRun:
         known = self._known(file)
         if known is not None:
             return replace(like, **known[0])
-        found = self.processes.same(measure())
+        found = self.processes.same(measure() if self.processes.index == 0 else like)  # alone: others would slow it down
         if file is not None and self.processes.index == 0:
             save_state(file, {"fixed": found.fixed, "unit": found.unit}, {})
         self.processes.wait()
@@ -248,7 +248,8 @@ class TrainingRun:
         folder = self.work.path / CUT
         try:
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            return load(folder, device=str(vlm.device), dtype=vlm.model.dtype, trust_remote_code=vlm.trusted), report
+            found = load(folder, device=str(vlm.device), dtype=vlm.model.dtype, trust_remote_code=vlm.trusted)
+            return found.copy(), report  # weights of a file lie elsewhere in memory, on which the last bits of products may depend
         except (CheckpointError, OSError, ValueError) as error:
             raise CheckpointError(f"The cut model of an interrupted run is damaged ({error}). Delete {folder} to cut again.") from error
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,20 @@ class WorkFolder:
 
     path: Path
 
-    def claim(self, fingerprint: dict[str, Any]) -> None:
+    def claim(self, fingerprint: dict[str, Any], may_change: Collection[str] = (), stage: str = "") -> list[str]:
         """Take the folder for one piece of work.
 
+        Args:
+            fingerprint: Settings of the work.
+            may_change: Those that nothing but ``stage``, the last one, reads any more: where they differ, it starts again.
+            stage: Its name.
+
+        Returns:
+            The settings of ``stage`` that differ.
+
         Raises:
-            CheckpointError: It holds work with other settings (says which) or things that are nobody's work, or it can't be written.
+            CheckpointError: It holds work with other settings (says which) or things that are nobody's work, it can't be written, or
+                another run is in it.
         """
         text = json.dumps(fingerprint, indent=2, sort_keys=True, default=str)
         file = self.path / "work.json"
@@ -53,20 +62,24 @@ class WorkFolder:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise CheckpointError(f"Unfinished work can't be kept in {self.path}: {reason}. It must be a folder to write to.") from error
-        if held is not None:
-            self._check(file, held, json.loads(text))
+        differs = [] if held is None else self._differing(file, held, json.loads(text))
+        if mine := [name for name in differs if name not in may_change]:
+            raise CheckpointError(
+                f"{self.path} holds interrupted work with other settings ({', '.join(mine)}). "
+                "Run with those settings to finish it, or delete the folder to start again."
+            )
+        if differs:
+            with self.held():
+                self.file(stage).unlink(missing_ok=True)
+                _write_aside(file, text)
+        return differs
 
-    def _check(self, file: Path, held: str, now: dict[str, Any]) -> None:
+    def _differing(self, file: Path, held: str, now: dict[str, Any]) -> list[str]:
         try:
             known = json.loads(held)
         except ValueError as error:
             raise CheckpointError(f"{file} is not readable ({error}). Delete the folder {self.path} to start again.") from error
-        differs = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
-        if differs:
-            raise CheckpointError(
-                f"{self.path} holds interrupted work with other settings ({', '.join(differs)}). "
-                "Run with those settings to finish it, or delete the folder to start again."
-            )
+        return sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
 
     @contextmanager
     def held(self) -> Iterator[None]:
