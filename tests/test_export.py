@@ -35,6 +35,8 @@ def test_dense_export_is_a_stock_checkpoint_with_the_same_logits(vlm, questions,
     folder = export_dense(small, tmp_path / "dense")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     assert model.config.model_type == vlm.architecture.family.model_type and "InfoPrune" not in type(model).__name__
+    tokenizers = [json.loads(file.read_text()) for file in folder.rglob("tokenizer_config.json")]
+    assert tokenizers and not any(tokenizer["tokenizer_class"] == "TokenizersBackend" for tokenizer in tokenizers)
     assert {name: value.shape for name, value in model.state_dict().items()} == dense
     inputs = inputs_of(vlm, questions)
     torch.testing.assert_close(model(**inputs).logits, small.model(**inputs).logits, atol=1e-3, rtol=1e-3)
@@ -93,7 +95,9 @@ def test_the_refusal_names_the_command_that_avoids_it(checkpoint, jsonl, tmp_pat
 def test_earlier_readers_find_what_they_look_for(gqa_vlm, questions, tmp_path):
     gqa_vlm.model.config.get_text_config().rope_parameters["rope_theta"] = 50000.0
     small = compressed(gqa_vlm, questions, tmp_path / "small", mixed(gqa_vlm, compensate="none"))
+    small = dataclasses.replace(small, seen={"calibration": ["0" * 16]})
     folder = export_dense(small, tmp_path / "dense")
+    assert infoprune.load(folder).seen == small.seen  # the weights are those that calibration made, whatever they are written as
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 50000.0 and text["rope_scaling"] is None

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import infoprune
-from infoprune.errors import CheckpointError, UnsupportedModelError
+from infoprune.errors import CheckpointError, InfoPruneError, UnsupportedModelError
 from infoprune.graphs import Graphs, export_graphs
 from infoprune.surgery import apply_
 from test_families import dropping, inputs_of, plan_of, statistics_of
+from tiny_models import TINY, build
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -63,6 +64,34 @@ def test_openvino_reads_both_formats(gqa_vlm, questions, tmp_path):
     assert not list((tmp_path / "openvino").glob("*.onnx*"))
     with pytest.raises(CheckpointError, match=r"no vision\.onnx"):
         Graphs(tmp_path / "openvino", "onnxruntime")
+
+
+def test_dynamic_rotary_embeddings_are_those_of_contexts_that_the_model_knows(questions, tmp_path):
+    def config():
+        found = TINY[1].config()
+        text = found.text_config
+        text.max_position_embeddings, text.rope_parameters = 40, text.rope_parameters | {"rope_type": "dynamic", "factor": 2.0}
+        return found
+
+    vlm = build(dataclasses.replace(TINY[1], config=config))
+    inputs = inputs_of(vlm, questions)
+    long = inputs | {"input_ids": torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:].repeat(1, 60)], 1)}
+    long["attention_mask"] = torch.ones_like(long["input_ids"])
+    vlm.model(**long)  # leaves other frequencies behind
+    graphs = Graphs(export_graphs(vlm, tmp_path / "graphs"))
+    check(vlm, inputs, graphs)
+    with pytest.raises(InfoPruneError, match="at most 40 tokens"):
+        graphs.prefill(long["input_ids"].numpy(), inputs["pixel_values"].numpy())
+
+
+def test_what_pytorch_can_not_write_is_one_message(gqa_vlm, tmp_path, monkeypatch):
+    def failing(*args, **options):
+        raise torch.onnx.OnnxExporterError("no such operator\nand pages of graphs")
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    with pytest.raises(UnsupportedModelError, match=r"can't write this model's vision as a graph \(no such operator\)"):
+        export_graphs(gqa_vlm, tmp_path / "graphs")
+    assert not any(tmp_path.glob("*graphs*"))
 
 
 def test_graphs_need_a_place_for_every_image_token(gqa_vlm, questions, tmp_path):

@@ -526,6 +526,22 @@ def test_cuts_in_large_pieces_are_timed_once_and_the_miss_is_told():
     assert len(speed.attempts) == 1 and any("pieces too large" in note for note in notes)
 
 
+def test_a_correction_that_memory_is_not_enough_for_keeps_the_cut_before_it():
+    notes, cuts = [], []
+
+    def cut(decisions):
+        cuts.append(decisions.predicted_cost)
+        if len(cuts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cuts[0]
+
+    decided: Any = lambda budget: Decisions({}, {}, 0.0, 1 / budget)  # noqa: E731
+    model, _, speed = reach(1.8, 1.0, decided, cut, lambda cost: (0.8 / cost, 1.0), notes.append)
+    assert model == cuts[0] and len(speed.attempts) == 1 and "memory is not enough" in notes[1]
+    with pytest.raises(torch.OutOfMemoryError):  # the first one
+        reach(1.8, 1.0, decided, cut, lambda cost: (0.8 / cost, 1.0), notes.append)
+
+
 # --- the whole ---------------------------------------------------------------------------------------------------------------------
 
 

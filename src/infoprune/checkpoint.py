@@ -26,7 +26,7 @@ from infoprune import modeling_infoprune as modeling
 from infoprune.certification.certificate import FILE as CERTIFICATE
 from infoprune.certification.certificate import Certificate, plan_digest, stored_digest
 from infoprune.data.images import home_expanded
-from infoprune.data.seen import FILE as IMAGES
+from infoprune.data.seen import write_seen
 from infoprune.errors import CheckpointError, InfoPruneError, out_of_memory
 from infoprune.evaluation.record import weights_digest
 from infoprune.families import FAMILIES
@@ -173,8 +173,7 @@ def save(
     with written_aside(folder) as aside:
         _write(vlm, aside, rounded)
         (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")
-        if vlm.seen:
-            (aside / IMAGES).write_text(json.dumps(dict(vlm.seen), indent=1) + "\n", encoding="utf-8")
+        write_seen(aside, vlm.seen)
         if extra is not None:
             (aside / "report.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
         if certificate is not None:

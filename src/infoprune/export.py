@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
 from infoprune.checkpoint import check_output_folder, in_precision, restate_precision_, save_processor, written_aside
+from infoprune.data.seen import write_seen
 from infoprune.errors import CheckpointError
 from infoprune.geometry import clear_geometry_
 from infoprune.model import VLM, load, precision_name
@@ -72,6 +73,7 @@ def export_dense(
         save_processor(vlm.processor, aside)
         write_for_older_readers(aside, vlm.processor)
         (aside / "plan.json").write_text(vlm.plan.to_json(), encoding="utf-8")  # what tells it from other people's
+        write_seen(aside, vlm.seen)
         notify(f"reloading the checkpoint ({precision_name(written)}) and comparing logits")
         _round_(stock, written)
         expected = stock(**probe).logits

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -121,8 +122,31 @@ def _check_supported(vlm: VLM, probe: dict[str, torch.Tensor]) -> None:
         raise UnsupportedModelError(
             f"'{family.model_type}' models can't be written as graphs yet: a language model with its head inside is not known to them."
         )
+    if scaled := {rotary.rope_type for rotary in _rotary(text) if "longrope" in rotary.rope_type}:
+        raise UnsupportedModelError(f"Models whose rotary embedding is of type {scaled.pop()} can't be written as graphs yet.")
     if vlm.device.type != "cpu" or next(text.parameters()).dtype != torch.float32:
         raise CheckpointError("ONNX graphs are written from a float32 model on the CPU; load it so.")
+
+
+def _rotary(text: nn.Module) -> list[Any]:
+    """Rotary embeddings that name their kind."""
+    return [module for module in text.modules() if isinstance(getattr(module, "rope_type", None), str)]
+
+
+@contextmanager
+def _fixed_rotary(text: Any) -> Iterator[int | None]:
+    """Rotary embeddings of type ``dynamic`` as they are within the positions that the model was trained on: their number; else ``None``.
+
+    Beyond these, frequencies depend on how long the context is, which a graph can't follow.
+    """
+    dynamic = [(rotary, rotary.rope_type, rotary.inv_freq) for rotary in _rotary(text) if "dynamic" in rotary.rope_type]
+    for rotary, _, _ in dynamic:
+        rotary.rope_type, rotary.inv_freq = "default", rotary.original_inv_freq
+    try:
+        yield min((int(rotary.original_max_seq_len) for rotary, _, _ in dynamic), default=None)
+    finally:
+        for rotary, kind, frequencies in dynamic:
+            rotary.rope_type, rotary.inv_freq = kind, frequencies
 
 
 def _layers_with_cache(vlm: VLM) -> list[int]:
@@ -131,6 +155,14 @@ def _layers_with_cache(vlm: VLM) -> list[int]:
 
 
 def _write(vlm: VLM, probe: dict[str, torch.Tensor], folder: Path, notify: Callable[[str], None]) -> None:
+    with _fixed_rotary(vlm.model.get_submodule(family_of(vlm.model).text)) as longest:
+        layers = _write_graphs(vlm, probe, folder, notify)
+    facts = {"image_token_id": vlm.encoder.image_token_id, "eos_token_id": _stops(vlm), "layers": layers, "longest": longest}
+    (folder / "graphs.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_graphs(vlm: VLM, probe: dict[str, torch.Tensor], folder: Path, notify: Callable[[str], None]) -> list[int]:
+    """Returns the layers that have a cache."""
     layers, dynamic = _layers_with_cache(vlm), torch.export.Dim.DYNAMIC
     language = _Language(vlm.model, vlm.model.get_submodule(family_of(vlm.model).text), layers).eval()
     embedding = vlm.model.get_input_embeddings()
@@ -160,12 +192,15 @@ def _write(vlm: VLM, probe: dict[str, torch.Tensor], folder: Path, notify: Calla
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            torch.onnx.export(
-                module, inputs, folder / f"{name}.onnx", dynamo=True, dynamic_shapes=shapes, input_names=names, output_names=outputs,
-                verbose=False,
-            )  # fmt: skip
-    facts = {"image_token_id": vlm.encoder.image_token_id, "eos_token_id": _stops(vlm), "layers": layers}
-    (folder / "graphs.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            try:
+                torch.onnx.export(
+                    module, inputs, folder / f"{name}.onnx", dynamo=True, dynamic_shapes=shapes, input_names=names,
+                    output_names=outputs, verbose=False,
+                )  # fmt: skip
+            except torch.onnx.OnnxExporterError as error:
+                reason = str(error.__cause__ or error).strip().partition("\n")[0]
+                raise UnsupportedModelError(f"PyTorch can't write this model's {name} as a graph ({reason}); nothing was kept.") from error
+    return layers
 
 
 def _causal(tokens: int) -> torch.Tensor:
@@ -237,15 +272,22 @@ class Graphs:
             raise InfoPruneError(f"The prompt has {int(image.sum())} image tokens, and the image {len(features)} features.")
         embeddings[image] = features
         tokens = input_ids.shape[1]
+        self._check_length(tokens)
         logits, *cache = self._run["prefill"]([embeddings, np.tri(tokens, dtype=bool)[None, None], np.arange(tokens)[None]])
         return logits[0, -1], cache
 
     def decode(self, token: int, position: int, cache: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits (vocabulary,) after one more token at ``position``, and the longer cache."""
+        self._check_length(position + 1)
         embedding = self._run["embed"]([np.array([[token]])])[0]
         mask = np.ones((1, 1, 1, position + 1), dtype=bool)
         logits, *cache = self._run["decode"]([embedding, mask, np.array([[position]]), *cache])
         return logits[0, -1], cache
+
+    def _check_length(self, tokens: int) -> None:
+        longest = self._facts.get("longest")
+        if longest is not None and tokens > longest:
+            raise InfoPruneError(f"These graphs hold for contexts of at most {longest} tokens, and this one has {tokens}.")
 
     def generate(self, input_ids: np.ndarray, pixel_values: np.ndarray, max_new_tokens: int = 16) -> list[int]:
         """Greedy answer, without the token that ends it."""

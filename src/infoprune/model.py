@@ -115,20 +115,23 @@ def load(
     else:
         path = _local_or_hub(source)
     model, processor, stored = _from_pretrained(path, source, dtype, trust_remote_code)
-    plan, seen = None, {}
+    plan = None
     if str(model.config.model_type).startswith(COMPRESSED):
         file = cached_file(str(path), "plan.json", **OPTIONAL)  # beside the weights, also on a hub
         plan = CompressionPlan.read(Path(file)) if file else None
         if plan is not None and plan.shapes() != model.config.infoprune:
             raise CheckpointError(f"The plan.json of '{source}' is not the one that its weights were cut by; restore the original file.")
         images = cached_file(str(path), IMAGES, **OPTIONAL)
-        seen = read_seen(Path(images)) if images else {}
         architecture = None
     else:
         _refuse_quantised(model, source)
+        # Of what was exported. In a folder: a hub would be asked for two files more of every model.
+        exported = Path(path, "plan.json").is_file() and Path(path, IMAGES).is_file()
+        images = Path(path, IMAGES) if exported else None
         architecture = resolve(model)
     if getattr(model.config, "image_token_id", None) is None:
         raise UnsupportedModelError(f"The model '{source}' names no image token in its configuration.")
+    seen = read_seen(Path(images)) if images else {}
     model = model.to(device).eval()
     encoder = prompt_encoder(model, processor, prompt_suffix)
     _check_prompts(encoder, source)

@@ -35,7 +35,8 @@ def write_for_older_readers(folder: Path, processor: Any) -> None:
         processor: Its processor.
     """
     _rewrite(folder / "config.json", with_older_names)
-    _rewrite(folder / "tokenizer_config.json", older_tokenizer)
+    for file in folder.rglob("tokenizer_config.json"):  # InstructBLIP has two
+        _rewrite(file, older_tokenizer)
     processor.image_processor.save_pretrained(folder)
     _rewrite(folder / "preprocessor_config.json", older_image_processor)
 

@@ -11,7 +11,7 @@ import torch
 from infoprune.decide import decide
 from infoprune.decisions import Decisions
 from infoprune.demo.sources import cache_directory
-from infoprune.errors import BudgetError
+from infoprune.errors import BudgetError, out_of_memory
 from infoprune.evaluation import latency
 from infoprune.evaluation.cost import Workload
 from infoprune.memory import release_memory
@@ -144,8 +144,14 @@ def reach(
             note(f"no further correction: what can be cut comes in pieces too large to come nearer to {asked:g}")
             break
         tried.append(decisions)
-        model = cut(decisions)
-        dense_ms, compressed_ms = timed(model)
+        try:
+            model = cut(decisions)
+            dense_ms, compressed_ms = timed(model)
+        except RuntimeError as error:
+            if kept is None or not out_of_memory(error):
+                raise
+            note("no further correction: the memory is not enough for a third model beside the dense one and the one that is kept")
+            break
         attempt = Attempt(budget, dense_seconds / decisions.predicted_cost, dense_ms / compressed_ms, dense_ms, compressed_ms)
         attempts.append(attempt)
         note(f"predicted to be {attempt.predicted:.2f} times faster, measured {attempt.measured:.2f} times; asked for {asked:g}")

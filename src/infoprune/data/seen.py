@@ -35,6 +35,12 @@ def digests(examples: Iterable[Example]) -> list[str]:
     return sorted({image_digest(image) for image in {example.image for example in examples}})
 
 
+def write_seen(folder: Path, seen: Seen) -> None:
+    """Beside the weights in ``folder``, what they were made with, if that is known."""
+    if seen:
+        (folder / FILE).write_text(json.dumps(dict(seen), indent=1) + "\n", encoding="utf-8")
+
+
 def read_seen(file: Path) -> dict[str, list[str]]:
     """What a checkpoint says of the images that it was made with.
 

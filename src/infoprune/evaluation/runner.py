@@ -69,13 +69,13 @@ def evaluate(
     family = family_of(vlm.model)
     example, answer_tokens = typical_example(vlm.encoder, examples)
     inputs = {name: value.to(vlm.device) for name, value in prompt_inputs(vlm.encoder, example).items()}
+    flops = [count_flops(m, inputs, answer_tokens) for m in models]  # before hours of scoring: what fails here shall fail now
     scored, judged = _judged(
         models, examples, answers, metric, partial(quality.score, record=record, images_per_batch=images_per_batch, progress=progress)
     )
     counted = judged[0].counted if judged else np.ones(len(examples), dtype=bool)
     scored, places = [found.only(counted) for found in scored], np.flatnonzero(counted).tolist()
     compared = [examples[place] for place in places]
-    flops = [count_flops(m, inputs, answer_tokens) for m in models]
     times = latency.measure(models, family, inputs, answer_tokens=answer_tokens, repeats=repeats, progress=progress) if timing else []
     records = []
     for index, model in enumerate(models):
