@@ -23,7 +23,6 @@ from typing import Any
 
 import infoprune
 from common import RESULTS, command, commit, log, many_images, processor, write
-from infoprune.calibrate import Statistics
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.data import Example
 from infoprune.decide import decide
@@ -32,6 +31,7 @@ from infoprune.evaluation.cost import attention_flops, ffn_flops, num_parameters
 from infoprune.options import CompressionOptions, Needs
 from infoprune.peers import PEERS
 from infoprune.site_costs import FlopCosts
+from infoprune.site_statistics import Statistics
 from infoprune.solve import SolvedSite, solve_sites
 from infoprune.steps import apply_decisions, calibrated, calibration_examples, measure
 from recovering import recovered

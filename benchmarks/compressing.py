@@ -19,9 +19,9 @@ import torch
 
 import infoprune
 from common import log, write
-from infoprune.calibrate import fisher_sample
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.decide import decide
+from infoprune.fisher import fisher_sample
 from infoprune.freeze import frozen
 from infoprune.options import CompressionOptions
 from infoprune.packing import PackedBatch, answer_logits

@@ -8,12 +8,13 @@ import torch
 
 from conftest import ALL, built
 from infoprune import CompressionOptions, compress, fisher, memory
-from infoprune.calibrate import Moments, calibrate
+from infoprune.calibrate import calibrate
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.errors import CalibrationError
 from infoprune.fisher import fisher_sample
 from infoprune.layers import differentiate_from_first_layers, kept_for_backward, recompute_layers
 from infoprune.linalg import BLOCK
+from infoprune.moments import Moments
 from infoprune.packing import answer_logits, batches, pack
 from infoprune.progress import SILENT
 from infoprune.saliency import weight_saliencies

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from infoprune.architecture import AttentionSite, FFNSite
-from infoprune.calibrate import Moments, SiteStatistics
 from infoprune.criteria.ffn import FFNOptions, factorize_down, factorize_inputs, shrunk
 from infoprune.criteria.heads import (
     CRITERIA,
@@ -28,7 +27,9 @@ from infoprune.errors import CalibrationError
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
 from infoprune.ks_rule import _removable
 from infoprune.linalg import cholesky_factor, row_products
+from infoprune.moments import Moments
 from infoprune.options import CompressionOptions
+from infoprune.site_statistics import SiteStatistics
 
 SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from infoprune import widths
 from infoprune.architecture import FFNSite
-from infoprune.calibrate import SiteStatistics, calibrate
+from infoprune.calibrate import calibrate
 from infoprune.criteria.ffn import FFNOptions
 from infoprune.criteria.neurons import RANKINGS, Neurons, neurons_of, rank_neurons
 from infoprune.decide import decide
@@ -21,6 +21,7 @@ from infoprune.plan import ffn_parameters
 from infoprune.repair import cut_and_repair_
 from infoprune.saliency import weight_saliencies
 from infoprune.site_costs import FlopCosts
+from infoprune.site_statistics import SiteStatistics
 from infoprune.solve import SolvedSite, solve_sites
 from infoprune.steps import apply_decisions, measure
 from infoprune.surgery import apply_, kept_places

@@ -16,7 +16,8 @@ from infoprune.least_squares import LeastSquares
 from infoprune.linears import add_, readers_of
 from infoprune.packing import answer_logits, batches
 from infoprune.plan import FFNDecision, HeadDecision
-from infoprune.repair import _capture, _LayerRepair, _stacks, cut_and_repair_, evened
+from infoprune.repair import _LayerRepair, _stacks, cut_and_repair_, evened
+from infoprune.streams import capture
 from infoprune.surgery import apply_
 from infoprune.tokens import unpadded
 from test_families import plan_of
@@ -49,7 +50,7 @@ def test_layers_are_replayed_as_the_model_runs_them(vlm, questions):
     for handle in handles:
         handle.remove()
     for stack in _stacks(vlm.architecture):
-        captured = _capture(vlm.model, stack, batch)
+        captured = capture(vlm.model, stack, batch)
         hidden = captured.hidden
         for number, (attention, _) in enumerate(stack):
             path = attention.path.rpartition(".")[0]
@@ -265,7 +266,7 @@ def test_a_stack_with_more_tokens_than_may_be_kept_is_repaired_on_some(vlm, ques
         del site.token_weights[1:]
     told, plan = [], plan_of(vlm)
     cut_and_repair_(other.model, vlm.architecture, plan, first, inputs[:1], FFNOptions())
-    monkeypatch.setattr("infoprune.repair.STREAM_BYTES", 1)
+    monkeypatch.setattr("infoprune.streams.STREAM_BYTES", 1)
     cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions(), notify=told.append)
     assert told and all(f"1 of {len(inputs)}" in text for text in told)
     for (name, a), b in zip(vlm.model.state_dict().items(), other.model.state_dict().values(), strict=True):
@@ -279,12 +280,12 @@ def test_all_that_layers_read_may_wait_elsewhere_and_counts(vlm, questions, monk
         statistics = calibrate(vlm.model, vlm.architecture, inputs)
     other, told, plan = vlm.copy(), [], plan_of(vlm)
     cut_and_repair_(other.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
-    monkeypatch.setattr("infoprune.repair.LARGE", 0)  # everything waits
+    monkeypatch.setattr("infoprune.streams.LARGE", 0)  # everything waits
     cut = vlm.copy()
     cut_and_repair_(cut.model, vlm.architecture, plan, statistics, inputs, FFNOptions())
     for (name, a), b in zip(cut.model.state_dict().items(), other.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    monkeypatch.setattr("infoprune.repair.ELSE_BYTES", 1)
+    monkeypatch.setattr("infoprune.streams.ELSE_BYTES", 1)
     cut_and_repair_(vlm.model, vlm.architecture, plan, statistics, inputs, FFNOptions(), notify=told.append)
     assert any(f"1 of {len(inputs)}" in text for text in told)  # rotary positions, masks, cross-attention's features
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from infoprune.architecture import TowerName
-from infoprune.calibrate import Weighting
 from infoprune.criteria.ffn import FFNOptions, Whitening
 from infoprune.criteria.heads import CRITERIA, GROUPED_TAYLOR, INFORMATION_LOSS, TAYLOR
 from infoprune.criteria.neurons import ENERGY
@@ -19,6 +18,7 @@ from infoprune.errors import BudgetError, InfoPruneError
 from infoprune.evaluation.certify import check_confidence
 from infoprune.evaluation.metrics import EXACT, MODES
 from infoprune.plan import Compensation
+from infoprune.site_statistics import Weighting
 
 NONE, TRAINED, BLOCK_INFLUENCE = "none", "trained", "block-influence"
 LOW_RANK: Literal["low-rank"] = "low-rank"

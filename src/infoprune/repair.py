@@ -25,23 +25,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.calibrate import Statistics
 from infoprune.constants import behind, constant_before
 from infoprune.criteria.ffn import FFNOptions
-from infoprune.layers import restore_forward, stream_name
+from infoprune.layers import restore_forward
 from infoprune.least_squares import LeastSquares
 from infoprune.linears import add_, last_linear, readers_of, writer_of
-from infoprune.memory import available_bytes
 from infoprune.modeling_infoprune import ALONE, Constant
-from infoprune.packing import PackedBatch, answer_logits
+from infoprune.packing import PackedBatch
 from infoprune.plan import CompressionPlan
+from infoprune.site_statistics import Statistics
+from infoprune.streams import Stop, capture, captured, layer_of, placed, reading
 from infoprune.surgery import cut_ffn_, prune_heads_
 from infoprune.tokens import unpadded
 
@@ -49,47 +48,8 @@ RIDGE = 0.05
 # What tokens count beside their relevance, in means of that. Relevance is a few tokens' (a hundredth of them have most of it): what it
 # leaves out, the questions of calibration did not need, and others may.
 EVEN = 1.0
-# Of the residual stream before a stack of layers, over all batches; up to fourteen lists of tensors as large are kept at a time (streams,
-# what blocks read and write, drift), and one of what the down projection reads. On CUDA all of them get half of what is free.
-STREAM_BYTES = 2**30
-ELSE_BYTES = 2**33  # in the host's memory: image features that cross-attention reads, masks of towers that need one
-LISTS = 32
-LARGE = 2**20  # bytes of what waits in the host's memory between two layers
 LEAST_ENERGY = 0.01  # of the median: below that a token's stream is as good as nothing, and relative errors say nothing
 _Inputs = dict[str, list[torch.Tensor]]  # what each of a block's input linears read in the dense model, per batch, by its name
-
-
-class _Stop(Exception):
-    """Ends a forward pass where nothing behind it is needed."""
-
-
-@dataclass
-class _Stream:
-    """Residual stream of one batch before the first layer of a stack, and what the model does around the layers.
-
-    Attributes:
-        hidden: What the first layer reads.
-        kwargs: What else each layer is called with.
-        added: What the model adds to the stream before each layer, where it adds anything (image features of a lower level, for example).
-        tokens: The batch, without what the model was given.
-    """
-
-    hidden: torch.Tensor
-    kwargs: list[dict[str, Any]]
-    added: list[torch.Tensor | None]
-    tokens: PackedBatch
-
-    @property
-    def beside(self) -> int:
-        """Bytes of all but the stream; what several layers are called with counts once."""
-        values = [value for given in self.kwargs for value in given.values()] + list(self.added)
-        tensors = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
-        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}.values())
-
-    def before(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the layer reads, given what the layer before it left."""
-        added = self.added[layer]
-        return hidden if added is None else hidden + added.to(hidden.device)
 
 
 @torch.no_grad()
@@ -128,12 +88,12 @@ def cut_and_repair_(
     was_training = model.training
     model.eval()
     stacks = _stacks(architecture)
-    untouched = [_captured(model, layers, batches, notify) for layers in stacks]
+    untouched = [captured(model, layers, batches, notify) for layers in stacks]
     touched = False
     while stacks:
         layers, first = stacks.pop(0), untouched.pop(0)  # what is done with goes
         used = [stream.tokens for stream in first]
-        current = [_capture(model, layers, batch) for batch in itertools.islice(batches, len(first))] if touched else first
+        current = [capture(model, layers, batch) for batch in itertools.islice(batches, len(first))] if touched else first
         touched = touched or any(site.path in plan.heads or site.path in plan.ffn for blocks in layers for site in blocks)
         dense, compressed = ([stream.hidden for stream in streams] for streams in (first, current))
         for stream in (*first, *current):
@@ -154,91 +114,6 @@ def _stacks(architecture: Architecture) -> list[list[tuple[AttentionSite, FFNSit
     """The blocks of each list of layers, in the order of the forward pass."""
     layers = zip(architecture.attention, architecture.ffn, strict=True)
     return [list(stack) for _, stack in itertools.groupby(layers, key=lambda blocks: blocks[0].stack)]
-
-
-def _captured(
-    model: nn.Module, layers: Sequence[tuple[AttentionSite, FFNSite]], batches: Sequence[PackedBatch], notify: Callable[[str], None]
-) -> list[_Stream]:
-    """The streams of the first batches, of as many as may be kept: a least squares needs many more tokens than dimensions, not all."""
-    found, kept, beside = [], 0, 0
-    most = min(STREAM_BYTES, available_bytes(next(model.parameters()).device) / LISTS)
-    for batch in batches:
-        found.append(_capture(model, layers, batch))
-        kept += found[-1].hidden.nbytes
-        beside += found[-1].beside
-        if (kept >= most or beside >= ELSE_BYTES) and len(found) < len(batches):
-            where = layers[0][0].path.partition(f".{layers[0][0].names.layers}")[0]
-            notify(
-                f"'{where}' is repaired on {len(found)} of {len(batches)} calibration batches, whose activations are all that may be kept"
-            )
-            break
-    return found
-
-
-def _capture(model: nn.Module, sites: Sequence[tuple[AttentionSite, FFNSite]], batch: PackedBatch) -> _Stream:
-    """What a stack's layers are called with. They pass on what they get, but for the last, behind which nothing is needed."""
-    layers = [_layer(model, attention) for attention, _ in sites]
-    read: list[torch.Tensor] = []
-    kwargs: list[dict[str, Any]] = []
-    # By where they are: layers are called with the same tensors. These are held, or others would come to be there.
-    aside: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def waiting(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(waiting, value))
-        if not isinstance(value, torch.Tensor) or value.nbytes < LARGE:
-            return value
-        place = value.data_ptr(), value.dtype, value.shape, value.stride()
-        if place not in aside:
-            aside[place] = value, value.cpu()
-        return aside[place][1]
-
-    def forward(*args: Any, **given: Any) -> torch.Tensor:
-        hidden = args[0] if args else given.pop(stream_name(given))
-        if len(args) > 1:  # positional after the hidden states: the attention mask, in every declared tower
-            given["attention_mask"] = args[1]
-        read.append(hidden)
-        kwargs.append({name: waiting(value) for name, value in given.items()})
-        if len(read) == len(layers):
-            raise _Stop
-        return hidden
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(restore_forward, layer, layer.__dict__.get("forward"))
-            layer.forward = forward
-        with suppress(_Stop):
-            answer_logits(model, batch)
-    added = [None] + [None if now is before else (now - before).cpu() for before, now in itertools.pairwise(read)]
-    return _Stream(read[0], kwargs, added, batch.without_inputs())
-
-
-def _placed(value: Any, device: torch.device) -> Any:
-    """Back where layers compute, what waited elsewhere."""
-    if isinstance(value, tuple):
-        return tuple(_placed(part, device) for part in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _layer(model: nn.Module, site: AttentionSite) -> nn.Module:
-    return model.get_submodule(site.path.rpartition(".")[0])
-
-
-@contextmanager
-def _reading(linear: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
-    """Collects what a linear reads; ``stop`` ends each forward pass there."""
-    held: list[torch.Tensor] = []
-
-    def hold(module: nn.Module, args: Any) -> None:
-        held.append(args[0])
-        if stop:
-            raise _Stop
-
-    handle = linear.register_forward_pre_hook(hold)
-    try:
-        yield held
-    finally:
-        handle.remove()
 
 
 def evened(weights: Sequence[torch.Tensor], even: float, energies: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
@@ -267,7 +142,7 @@ class _LayerRepair:
     ) -> None:  # fmt: skip
         self.model, self.attention, self.ffn, self.batches = model, attention, ffn, batches
         self.dense_kwargs, self.compressed_kwargs, self.statistics, self.ridge = dense_kwargs, compressed_kwargs, statistics, ridge
-        self.layer, self.rescaled = _layer(model, attention), attention.names.rescaled
+        self.layer, self.rescaled = layer_of(model, attention), attention.names.rescaled
         self.even = even
 
     def run(
@@ -297,7 +172,7 @@ class _LayerRepair:
             return after_dense, self._call_all(compressed, writes)
         if not self.rescaled:
             drift = [d + (t - a) for d, t, a in zip(drift, targets[self.attention.path], writes, strict=True)]
-        with _reading(last_linear(writer_of(self.model, self.ffn))) as read:
+        with reading(last_linear(writer_of(self.model, self.ffn))) as read:
             left = self._call_all(compressed, writes)
         change = self._refit(self.ffn, read, targets[self.ffn.path], drift, after_dense)
         if self.rescaled:
@@ -313,7 +188,7 @@ class _LayerRepair:
                 linear, held = writer_of(self.model, site), targets[site.path]
                 stack.callback(linear.register_forward_hook(lambda m, a, output, held=held: held.append(output)).remove)
                 readers = readers_of(self.model, site)
-                inputs[site.path] = {name: stack.enter_context(_reading(reader)) for name, reader in readers.items()}
+                inputs[site.path] = {name: stack.enter_context(reading(reader)) for name, reader in readers.items()}
             self.behind = stack.enter_context(behind(self.layer, targets))
             return [self._call(h, k) for h, k in zip(dense, self.dense_kwargs, strict=True)], targets, inputs
 
@@ -352,7 +227,7 @@ class _LayerRepair:
     def _call(self, hidden: torch.Tensor, kwargs: dict[str, Any], writes: torch.Tensor | None = None) -> torch.Tensor:
         """What the layer leaves. ``writes``: what its attention block writes, where that is known and the block need not run again."""
         with nullcontext() if writes is None else self._writing(writes.view_as(hidden)):
-            output = self.layer(hidden, **{name: _placed(value, hidden.device) for name, value in kwargs.items()})
+            output = self.layer(hidden, **{name: placed(value, hidden.device) for name, value in kwargs.items()})
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
@@ -368,9 +243,9 @@ class _LayerRepair:
 
     def _read(self, linear: nn.Module, hidden: list[torch.Tensor], writes: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """What a linear reads, per batch; the rest of the layer does not run, nor attention where ``writes`` tells what that writes."""
-        with _reading(linear, stop=True) as held:
+        with reading(linear, stop=True) as held:
             for h, kwargs, a in zip(hidden, self.compressed_kwargs, writes or [None] * len(hidden), strict=True):
-                with suppress(_Stop):
+                with suppress(Stop):
                     self._call(h, kwargs, a)
         return held
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.calibrate import SiteStatistics, Statistics
 from infoprune.criteria.ffn import Factorization, Metric
 from infoprune.criteria.heads import INFORMATION_LOSS, Block, Removal, block_of, information_loss, rank_units
 from infoprune.criteria.neurons import NeuronRemoval, neurons_of, rank_neurons
 from infoprune.depth import Layer
 from infoprune.options import NONE, TRAINED, WIDTH, CompressionOptions
 from infoprune.plan import FFNDecision
+from infoprune.site_statistics import SiteStatistics, Statistics
 from infoprune.surgery import factorizations
 
 

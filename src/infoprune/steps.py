@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from infoprune._version import __version__
-from infoprune.calibrate import Statistics, calibrate
+from infoprune.calibrate import calibrate
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.certificate import Certificate
 from infoprune.data import Example
@@ -37,6 +37,7 @@ from infoprune.rare import sample_with_rare
 from infoprune.repair import cut_and_repair_
 from infoprune.saliency import weight_saliencies
 from infoprune.sensitivity import head_sensitivities
+from infoprune.site_statistics import Statistics
 from infoprune.speedup import Speed
 from infoprune.surgery import apply_, ffn_options
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from infoprune.architecture import Architecture, AttentionSite, FFNSite
-from infoprune.calibrate import SiteStatistics, Statistics
 from infoprune.criteria.ffn import Factorization, FFNOptions, factorize_down, factorize_inputs
 from infoprune.criteria.heads import block_of, compensate
 from infoprune.errors import PlanError
 from infoprune.modeling_infoprune import shape_attention_, shape_ffn_
 from infoprune.plan import CompressionPlan, FFNDecision, HeadDecision
+from infoprune.site_statistics import SiteStatistics, Statistics
 
 
 @torch.no_grad()

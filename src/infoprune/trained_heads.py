@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from infoprune.architecture import AttentionSite
-from infoprune.calibrate import Statistics
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.criteria.heads import Block, information_loss
 from infoprune.decide import decide
@@ -23,6 +22,7 @@ from infoprune.packing import answer_logits
 from infoprune.plan import Compensation, HeadDecision
 from infoprune.progress import Clock
 from infoprune.site_costs import FlopCosts
+from infoprune.site_statistics import Statistics
 from infoprune.solve import SolvedSite, block_of_model, tokens_per_example
 from infoprune.steps import apply_decisions, statistics_of
 from infoprune.training.costs import Costs, flop_costs, time_costs

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infoprune.calibrate import Statistics
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.certificate import Measured
 from infoprune.certification.data import CertificationSplit
@@ -28,6 +27,7 @@ from infoprune.options import CompressionOptions
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Clock, Progress
 from infoprune.site_costs import FlopCosts
+from infoprune.site_statistics import Statistics
 from infoprune.solve import solve_sites
 from infoprune.steps import (
     apply_decisions,

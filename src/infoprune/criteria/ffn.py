@@ -32,8 +32,9 @@ from typing import Literal
 import torch
 
 from infoprune.architecture import FFNSite
-from infoprune.calibrate import Moments, SiteStatistics
 from infoprune.linalg import cholesky_factor, descending_eigh, row_products, with_ridge
+from infoprune.moments import Moments
+from infoprune.site_statistics import SiteStatistics
 
 Metric = Literal["task", "identity"]
 Whitening = Literal["full", "diagonal", "none"]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from infoprune.architecture import AttentionSite
-from infoprune.calibrate import SiteStatistics
 from infoprune.criteria.ffn import METRIC_RIDGE, Metric
 from infoprune.errors import CalibrationError
 from infoprune.linalg import descending_eigvalsh, with_ridge
 from infoprune.plan import Compensation
+from infoprune.site_statistics import SiteStatistics
 from infoprune.spectrum import effective_rank, gaussian_rate, ks_distance
 
 NOISE_SHARE = 0.1

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from infoprune.architecture import FFNSite
-from infoprune.calibrate import SiteStatistics
 from infoprune.criteria.ffn import METRIC_RIDGE, Metric
 from infoprune.linalg import with_ridge
+from infoprune.site_statistics import SiteStatistics
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from infoprune.architecture import FFNSite, TowerName
-from infoprune.calibrate import SiteStatistics, Statistics
 from infoprune.criteria.ffn import Factorization
 from infoprune.errors import BudgetError
 from infoprune.options import CompressionOptions
 from infoprune.plan import FFNDecision, max_rank
 from infoprune.site_costs import FlopCosts
+from infoprune.site_statistics import SiteStatistics, Statistics
 from infoprune.solve import SolvedSite, factorizations_of
 from infoprune.training.gates import Gates, hard_concrete, uniform_draws
 
