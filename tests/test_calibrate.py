@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -195,6 +196,7 @@ def test_batches_are_as_large_as_memory_is_meant_to_hold(gqa_vlm, questions, mon
 def test_no_more_of_the_sample_stays_in_memory_than_may(gqa_vlm, questions, monkeypatch):
     size = {name: value.nbytes for name, value in CalibrationBatches(gqa_vlm, questions[:1])[0].inputs.items()}
     monkeypatch.setattr("infoprune.calibration_batches.ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(random.Random, "shuffle", lambda self, rows: None)
     monkeypatch.setattr(memory, "INPUTS", int(2.5 * sum(size.values())))
     prepared = []
     monkeypatch.setattr("infoprune.calibration_batches.pack", lambda encoder, groups: prepared.append(groups) or pack(encoder, groups))
@@ -207,6 +209,15 @@ def test_no_more_of_the_sample_stays_in_memory_than_may(gqa_vlm, questions, monk
     assert [len(chosen) for chosen in (inputs[:2], inputs[1:], inputs[:1])] == [2, len(inputs) - 1, 1]
     with pytest.raises(IndexError):
         inputs[len(inputs)]
+
+
+def test_the_first_batches_are_of_all_that_the_sample_has(gqa_vlm, questions, monkeypatch):
+    """Refits of large models take no more than these, and data may be sorted."""
+    monkeypatch.setattr("infoprune.calibration_batches.ROWS_PER_BATCH", 1)
+    order = [rows[0][0].image for rows in CalibrationBatches(gqa_vlm, questions)._groups]
+    images = list(dict.fromkeys(q.image for q in questions))
+    assert sorted(order) == sorted(images) and order != images
+    assert order == [rows[0][0].image for rows in CalibrationBatches(gqa_vlm, questions)._groups]
 
 
 def test_repair_needs_no_images_once_the_streams_are_there(gqa_vlm, questions, monkeypatch):

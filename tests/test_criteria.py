@@ -18,6 +18,7 @@ from infoprune.criteria.heads import (
     erank_score,
     fluctuation_score,
     information_loss,
+    ks_score,
     rank_units,
     removal_loss,
     single_losses,
@@ -26,10 +27,11 @@ from infoprune.criteria.heads import (
 from infoprune.errors import CalibrationError
 from infoprune.families.towers import CLIP_STYLE, LLAMA_STYLE
 from infoprune.ks_rule import _removable
-from infoprune.linalg import cholesky_factor, row_products
+from infoprune.linalg import cholesky_factor, descending_eigvalsh, row_products
 from infoprune.moments import Moments
 from infoprune.options import CompressionOptions
 from infoprune.site_statistics import SiteStatistics
+from infoprune.spectrum import ks_distance
 
 SITE = AttentionSite("a", "text", 0, LLAMA_STYLE, 4, 4, 5, 16, min_units=1)
 
@@ -190,6 +192,19 @@ def test_erank_of_a_head_is_that_of_its_output_covariance():
     p = values / values.sum()
     expected = float(torch.exp(-torch.special.xlogy(p, p).sum()))
     assert erank_score(block, torch.Generator())[2] == pytest.approx(expected, rel=1e-8)
+
+
+def test_ks_scores_are_distances_between_the_spectra_of_all_and_of_the_others():
+    block, contexts = random_block(7)
+    centred = contexts - contexts.mean(0)
+
+    def spectrum(units):
+        kept = block.index(units)
+        written = centred[:, kept] @ block.out[:, kept].T
+        return descending_eigvalsh(written.T @ written / len(written))
+
+    expected = [ks_distance(spectrum([0, 1, 2, 3]), spectrum([u for u in range(4) if u != unit])) for unit in range(4)]
+    assert ks_score(block, torch.Generator()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_every_criterion_scores_every_unit_and_random_depends_on_the_seed():

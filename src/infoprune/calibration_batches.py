@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -17,7 +18,7 @@ from infoprune.model import VLM, dense_architecture
 from infoprune.packing import PackedBatch, pack, rows_by_image
 
 ROWS_PER_BATCH = 4  # at most; fewer where activations are large
-LOOKED_AT = 256  # images whose sizes are read to know how large activations are
+LOOKED_AT = 4096  # rows whose images' sizes are read to know how large activations are
 
 
 class CalibrationBatches(Sequence[PackedBatch]):
@@ -28,7 +29,7 @@ class CalibrationBatches(Sequence[PackedBatch]):
 
     Args:
         vlm: The dense model, whose processor prepares them.
-        examples: Those on one image share a row, where the family allows it.
+        examples: Those on one image share a row, where the family allows it. Rows are shuffled, always in the same way.
 
     Attributes:
         num_questions: In all batches together.
@@ -39,6 +40,8 @@ class CalibrationBatches(Sequence[PackedBatch]):
     def __init__(self, vlm: VLM, examples: Sequence[Example]) -> None:
         architecture, share = dense_architecture(vlm), can_share_prefix(vlm)
         rows = [[examples[index] for index in row] for row in rows_by_image(examples)] if share else [[example] for example in examples]
+        # The refit of a large model takes the first batches alone, and data often come sorted, by source or by kind of question.
+        random.Random(len(rows)).shuffle(rows)
         with frozen(vlm.model):
             kept = kept_by_largest(vlm, architecture, rows)
         fitting = max(1, min(ROWS_PER_BATCH, memory.ACTIVATIONS // kept))

@@ -28,11 +28,12 @@ class LeastSquares:
         self.cross += (goal.float().T @ weighted).to(self.cross.device)
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """(outputs, inputs), or (outputs, inputs + 1) with the intercept last; float64."""
+        """(outputs, inputs), or (outputs, inputs + 1) with the intercept last; float64, in the host's memory."""
         if self.weight <= 0:
             return torch.zeros_like(self.cross, device="cpu")
-        self.gram, self.cross = self.gram.cpu(), self.cross.cpu()
         gram, cross = mirrored_(self.gram.div_(self.weight)), self.cross.div_(self.weight)  # in place: none may be larger than these
         gram.diagonal()[: self.size].add_(ridge * float(gram.diagonal()[: self.size].mean()))  # the intercept is free
         gram.diagonal().add_(1e-12)
-        return torch.linalg.solve(gram, cross.T).T
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        solution = torch.linalg.solve(gram, cross.T) if int(failed) else torch.cholesky_solve(cross.T, factor)
+        return solution.T.cpu()

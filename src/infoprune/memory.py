@@ -79,6 +79,8 @@ def out_of_memory(what: str, images_per_batch: int) -> Iterator[None]:
 def release_memory() -> None:
     """Collect garbage and return what is free to the system."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # blocks of many sizes, which other sizes don't fit into
     trim_heap()
 
 

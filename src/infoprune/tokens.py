@@ -11,7 +11,8 @@ from infoprune.packing import PackedBatch
 def unpadded(site: AttentionSite | FFNSite, values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """(n, dimension) from (rows, length, dimension) or (rows length, dimension), without padding; vision towers see whole images."""
     flat = values.reshape(-1, values.shape[-1])
-    return flat[valid.flatten()] if site.tower == "text" and len(flat) == valid.numel() else flat
+    padded = site.tower == "text" and len(flat) == valid.numel() and not bool(valid.all())
+    return flat[valid.flatten()] if padded else flat
 
 
 def rows_of_tokens(site: AttentionSite | FFNSite, count: int, batch: PackedBatch) -> torch.Tensor | None:

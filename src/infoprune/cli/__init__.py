@@ -50,7 +50,11 @@ def main() -> None:
         if not out_of_memory(error):
             raise
         told = next(iter(str(error).splitlines()), "").partition(" GPU ")[0]
-        _fail(f"The device ran out of memory ({told}). Take fewer --examples, train without --recovery, or use a larger device.", 2)
+        _fail(
+            f"The device ran out of memory ({told}). Let the processor make less of an image (max_pixels, or the number of tiles), train "
+            "without --recovery, or use a larger device.",
+            2,
+        )
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(

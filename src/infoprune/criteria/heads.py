@@ -214,13 +214,18 @@ def erank_score(block: Block, generator: torch.Generator) -> list[float]:
 
 
 def ks_score(block: Block, generator: torch.Generator) -> list[float]:
-    """KS distance between the spectra of Cov(block output) with and without the head; in [0, 1]."""
-    full = descending_eigvalsh(block.out @ block.covariance @ block.out.T)
+    """KS distance between the spectra of Cov(block output) with and without the head; in [0, 1].
+
+    An eigenproblem of the stream's width for every head; what it is of changes by the head's own part, W_u S_u: W^T and its transpose.
+    """
+    whole = block.out @ block.covariance @ block.out.T
+    full = descending_eigvalsh(whole)
     scores = []
     for unit in range(block.site.num_units):
-        k = block.index([u for u in range(block.site.num_units) if u != unit])
-        without = descending_eigvalsh(block.out[:, k] @ block.covariance[k][:, k] @ block.out[:, k].T)
-        scores.append(ks_distance(full, without))
+        c = block.columns(unit)
+        own = block.out[:, c]
+        crossed = own @ (block.covariance[c] @ block.out.T)
+        scores.append(ks_distance(full, descending_eigvalsh(whole - crossed - crossed.T + own @ block.covariance[c, c] @ own.T)))
     return scores
 
 
