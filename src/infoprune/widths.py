@@ -39,14 +39,15 @@ def option(item: SolvedSite, cost: Cost, width: int) -> Option:
     if width == site.intermediate_size:
         return Option(cost(None), 0.0)
     loss = float(removal.losses[site.intermediate_size - width]) * item.tokens
-    return Option(cost(_decision(range(width), site)), loss, (site.path, width))
+    of_width = FFNDecision.model_construct(keep_neurons=range(width), num_neurons=site.intermediate_size)  # what costs is how many
+    return Option(cost(of_width), loss, (site.path, width))
 
 
 def decision(item: SolvedSite, width: int) -> FFNDecision:
     """Keep the ``width`` neurons that go last."""
     site = _site(item)
     kept = _removal(item).order[site.intermediate_size - width :].sort().values
-    return _decision(kept.tolist(), site)
+    return FFNDecision(keep_neurons=tuple(kept.tolist()), num_neurons=site.intermediate_size)
 
 
 def ranked(items: Sequence[SolvedSite], dense: Sequence[float], target: float, multiple: int) -> dict[str, int]:
@@ -89,10 +90,6 @@ def uniform(items: Sequence[SolvedSite], share: float, multiple: int) -> dict[st
         rounded = int(share * dense * (1 + 1e-9)) // multiple * multiple if share < 1 else dense
         widths[_site(item).path] = max(rounded, min(multiple, dense))
     return widths
-
-
-def _decision(kept: Sequence[int], site: FFNSite) -> FFNDecision:
-    return FFNDecision(keep_neurons=tuple(kept), num_neurons=site.intermediate_size)
 
 
 def _site(item: SolvedSite) -> FFNSite:
