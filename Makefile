@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both need Python >= 3.10, make and a package index.
+# Two commands do everything: `make demo` and `make test`. Both need Python >= 3.11 (constraints.txt; the package alone takes 3.10), make and a package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ LOWEST := 5.20.0# of Transformers; as in pyproject.toml
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== environment: PyTorch and Transformers into $(VENV) (about 1.5 GB; a few minutes on a cold cache)"
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt torch
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[demo,dev]'

@@ -124,7 +124,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    log_file = args.log.open("w")
+    written = args.log.with_suffix(".partial")  # the log that is there stays until this run has ended
+    log_file = written.open("w")
     begin = time.time()
 
     def log(**record) -> None:
@@ -179,7 +180,7 @@ def main() -> None:
     log(event="tokenised", questions=sum(map(len, encoded.values())))
 
     def batch_of(chosen: list[Path]) -> tuple[PackedBatch, torch.Tensor]:
-        packed = pack_encoded([encoded[i] for i in chosen], {}, encoder.image_token_id, processor.tokenizer.pad_token_id)
+        packed = pack_encoded(encoder, [encoded[i] for i in chosen], {}, always=True)
         return packed, torch.stack([features[i] for i in chosen])
 
     @torch.no_grad()
@@ -203,7 +204,8 @@ def main() -> None:
     order: list[Path] = []
     running, seen = None, 0
     model.train()
-    for step in range(1, min(steps, args.max_steps or steps) + 1):
+    last = min(steps, args.max_steps or steps)
+    for step in range(1, last + 1):
         if len(order) < args.images_per_step:
             order += random.sample(train, len(train))
         chosen, order = order[: args.images_per_step], order[args.images_per_step :]
@@ -218,10 +220,11 @@ def main() -> None:
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         if step % 20 == 0:
             log(event="train", step=step, of=steps, questions=seen, loss=running)
-        if step % 250 == 0 or step == steps:
+        if step % 250 == 0 or step == last:
             log(event="held out", step=step, accuracy=validate())
             save(args.out, projector, lora)
     log(event="done", megabytes=args.out.stat().st_size / 1e6)
+    written.replace(args.log)
 
 
 def save(path: Path, projector: nn.Module, lora: dict[str, torch.Tensor]) -> None:

@@ -136,6 +136,19 @@ def test_the_command_leaves_the_group_of_its_launcher():
     assert "in a group: False" in done.stdout
 
 
+def test_a_budget_on_the_command_line_takes_the_place_of_a_certificate(checkpoint, jsonl, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"usual: &usual\n  rank_multiple: 2\n<<: *usual\nmodel: {checkpoint}\ndata: {jsonl}\nmax_drop: 1\nconfidence: 0.9\nshares: [0.8]\n"
+    )
+    assert "unknown keys" in run("compress", "--recipe", recipe, "--flops", 0.7, "-o", tmp_path / "a", status=2).stderr.lower()
+    recipe.write_text(recipe.read_text().replace("usual: &usual\n  rank_multiple: 2\n<<: *usual", "<<: {rank_multiple: 2}"))
+    run("compress", "--recipe", recipe, "--flops", 0.7, "-o", tmp_path / "a")
+    plan = json.loads((tmp_path / "a" / "plan.json").read_text())
+    assert plan["budget"] == {"flops": 0.7} and "neurons" in plan["method"]
+    assert not {"structure", "whitening", "shrinkage"} & set(plan["method"])  # which neurons do not have
+
+
 def test_recipe(checkpoint, jsonl, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": str(checkpoint), "data": str(jsonl), "flops": 0.7, "rank_multiple": 2, "heads": "erank-ks",

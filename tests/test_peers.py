@@ -45,10 +45,14 @@ def test_methods_without_output_gradients_decide_the_same_with_them(gqa_vlm, que
         {"speedup": 1.5, "layers": "block-influence"},
         {"flops": 0.5, "ffn": "width", "allocation": "tolerance"},
         {"flops": 0.5, "ffn": "width", "allocation": "effective-rank"},
+        {"flops": 0.5, "ffn": "none", "allocation": "tolerance"},
+        {"flops": 0.5, "ffn": "width", "shrinkage": 0.1},
+        {"flops": 0.5, "ffn": "width", "structure": "separate"},
+        {"flops": 0.5, "ffn": "none", "whitening": "none"},
     ],
 )
 def test_what_does_not_go_together_is_refused(given):
-    with pytest.raises(InfoPruneError, match=r"neurons do not have|not timed"):
+    with pytest.raises(InfoPruneError, match=r"which ffn (width|none) has not|not timed"):
         CompressionOptions(**given)
 
 

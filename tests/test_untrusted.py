@@ -16,6 +16,7 @@ from tokenizers import processors
 
 import infoprune
 from infoprune import CompressionOptions, Example
+from infoprune.certification.certificate import Certificate
 from infoprune.checkpoint import check_output_folder, written_aside
 from infoprune.cli.console import plain
 from infoprune.data import load_examples
@@ -441,3 +442,9 @@ def test_seeds_are_what_generators_take():
     for seed in (-1, 2**63):
         with pytest.raises(InfoPruneError, match="seed must be"):
             CompressionOptions(flops=0.5, seed=seed)
+
+
+def test_a_certificate_of_endless_depth_is_one_message(tmp_path):
+    (tmp_path / "certificate.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="Cannot read the certificate"):
+        Certificate.read(tmp_path)

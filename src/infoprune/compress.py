@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from infoprune._version import __version__
+from infoprune.architecture import Architecture
 from infoprune.calibration_batches import CalibrationBatches
 from infoprune.certification.run import compress_certified
 from infoprune.data import Example
@@ -269,6 +270,17 @@ def _cut_free(
     )  # fmt: skip
 
 
+def _of_ffns(plan: CompressionPlan, architecture: Architecture) -> dict[str, Any]:
+    """Options of what ``plan`` does to FFNs, as far as calibration reads them."""
+    if not plan.ffn:
+        return {"ffn": NONE}
+    if any(decision.keep_neurons is not None for decision in plan.ffn.values()):
+        return {"ffn": WIDTH}
+    separate = any(site.gated and _separate(plan.ffn.get(site.path)) for site in architecture.ffn)
+    own = ffn_options(plan)
+    return {"ffn": LOW_RANK, "structure": "separate" if separate else "joint", "whitening": own.whitening, "shrinkage": own.shrinkage}
+
+
 def apply_plan(
     vlm: VLM, plan: CompressionPlan, data: str | Sequence[Example] | None = None, *, skip_bad: bool = False, progress: Progress = SILENT
 ) -> VLM:
@@ -289,10 +301,7 @@ def apply_plan(
     options = CompressionOptions(
         flops=1.0,
         ffn_metric=ffn_options(plan).metric,
-        whitening=ffn_options(plan).whitening,
-        shrinkage=ffn_options(plan).shrinkage,
-        structure="separate" if any(site.gated and _separate(plan.ffn.get(site.path)) for site in architecture.ffn) else "joint",
-        ffn=NONE if not plan.ffn else LOW_RANK if all(d.keep_neurons is None for d in plan.ffn.values()) else WIDTH,
+        **_of_ffns(plan, architecture),
         skip_bad=skip_bad,
         **({"examples": record.count} if record else {}),
         **recorded,

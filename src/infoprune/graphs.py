@@ -247,7 +247,7 @@ class Graphs:
         _require(self.runtime)
         try:
             self._facts = json.loads((self.folder / "graphs.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.folder} holds no graphs that can be read ({error}). Write them with 'infoprune export'."
             ) from error

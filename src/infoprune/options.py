@@ -203,18 +203,24 @@ class CompressionOptions:
     def _usual_ffn(self) -> Literal["low-rank", "width"]:
         if self.neurons != ENERGY:
             return WIDTH
-        plain = (self.structure, self.whitening, self.shrinkage, self.layers) == ("joint", "full", SHRINKAGE, NONE)
-        return WIDTH if plain and self.ks is None and self.allocation not in RANK_RULES else LOW_RANK
+        return WIDTH if self._plain and self.layers == NONE and self.ks is None and self.allocation not in RANK_RULES else LOW_RANK
+
+    @property
+    def _plain(self) -> bool:
+        """Whether nothing is asked of factors."""
+        return (self.structure, self.whitening, self.shrinkage) == ("joint", "full", SHRINKAGE)
 
     def _check_structures(self) -> None:
         if self.layers == NONE and self.ffn == WIDTH and self.ks is not None:
             raise BudgetError("The KS rule is about spectra, which neurons do not have: give flops instead of ks, or ffn low-rank.")
         if self.ffn != WIDTH and self.neurons != ENERGY:
             raise InfoPruneError(f"neurons {self.neurons} says which neurons stay, and ffn {self.ffn} keeps or cuts all alike: take width.")
-        if self.ffn == WIDTH and (self.structure, self.whitening) != ("joint", "full"):
-            raise InfoPruneError("structure and whitening are about factors, which ffn width has not: leave them out, or take low-rank.")
-        if self.ffn == WIDTH and self.allocation in RANK_RULES:
-            raise InfoPruneError(f"allocation {self.allocation} is a rule for ranks, which neurons do not have: take global or uniform.")
+        if self.ffn != LOW_RANK and not self._plain:
+            raise InfoPruneError(
+                f"structure, whitening and shrinkage are about factors, which ffn {self.ffn} has not: leave them out, or take low-rank."
+            )
+        if self.ffn != LOW_RANK and self.allocation in RANK_RULES:
+            raise InfoPruneError(f"allocation {self.allocation} is a rule for ranks, which ffn {self.ffn} has not: take global or uniform.")
         if self.layers == NONE:
             return
         if self.heads not in (INFORMATION_LOSS, NONE) or self.ffn not in (LOW_RANK, NONE):

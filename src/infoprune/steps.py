@@ -29,7 +29,7 @@ from infoprune.evaluation.cost import (
 from infoprune.evaluation.quality import can_share_prefix
 from infoprune.fitting import load_fitting
 from infoprune.model import VLM, dense_architecture
-from infoprune.options import NONE, WIDTH, CompressionOptions, Needs
+from infoprune.options import LOW_RANK, NONE, WIDTH, CompressionOptions, Needs
 from infoprune.packing import PackedBatch, batches
 from infoprune.plan import CalibrationRecord, CompressionPlan
 from infoprune.progress import SILENT, Progress
@@ -197,8 +197,9 @@ def measure(vlm: VLM, examples: Sequence[Example]) -> tuple[dict[str, torch.Tens
 
 def make_plan(vlm: VLM, decisions: Decisions, options: CompressionOptions, record: CalibrationRecord | None = None) -> CompressionPlan:
     """The plan that records ``decisions`` and how they came about."""
-    names = ("heads", "ffn", "ffn_metric", "centred", "structure", "whitening", "shrinkage", "allocation", "repair")
-    method = {name: getattr(options, name) for name in names} | ({"neurons": options.neurons} if options.ffn == WIDTH else {})
+    own = {WIDTH: ("neurons",), LOW_RANK: ("structure", "whitening", "shrinkage")}.get(str(options.ffn), ())
+    names = ("heads", "ffn", "ffn_metric", "centred", *own, "allocation", "repair")
+    method = {name: getattr(options, name) for name in names}
     if options.layers != NONE:  # whole layers leave nothing: no bias, and nothing to refit
         method = {"layers": options.layers, "centred": False, "repair": False}
     return CompressionPlan(

@@ -205,7 +205,7 @@ class Certificate(_Strict):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the top level"
             raise CheckpointError(f"{path} is not a valid certificate: {where}: {first['msg']}.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"Cannot read the certificate {path}: {error}.") from error
         if not any(step.plan == found.plan and step.measured is not None and step.measured.certified for step in found.path):
             raise CheckpointError(f"{path} is not a valid certificate: no plan on its path passed and is the one that it names.")

@@ -278,7 +278,7 @@ class _Workplace:
             return None
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Delete it to score again.") from error
 
     def _write(self, name: str, value: dict[str, Any]) -> None:

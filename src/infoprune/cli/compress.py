@@ -29,6 +29,10 @@ DEFAULT_DATA = "easy-vqa"
 METHODS = f"The options of another method: {', '.join(PEERS)}. Options given beside it win."
 
 
+# Options that are read with --max-drop alone.
+CERTIFICATES = ("confidence", "shares", "certify", "certify_images", "certify_per_image", "certify_metric")
+
+
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command("compress")(compress)
@@ -131,7 +135,10 @@ def compress(
     ] = None,
     rank_multiple: Annotated[Optional[int], typer.Option(help="Ranks in multiples of this (default 8; 64 suits GPUs).")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every draw (default 0).")] = None,
-    recipe: Annotated[Optional[Path], typer.Option(help="YAML file with the same options; the command line wins.")] = None,
+    recipe: Annotated[
+        Optional[Path],
+        typer.Option(help="YAML file with the same options (--share is shares, --tracker is trackers: lists); the command line wins."),
+    ] = None,
     prompt_suffix: Annotated[Optional[str], typer.Option(help="Appended to every question.")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda or mps (default cpu).")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")] = False,
@@ -171,7 +178,8 @@ def compress(
     }  # fmt: skip
     settings = read_recipe(recipe) if recipe else {}
     if any(given[name] is not None for name in BUDGETS):  # the command line's replaces the recipe's, whichever kind it is
-        settings = {key: value for key, value in settings.items() if key not in BUDGETS}
+        certified = () if given["max_drop"] is not None else CERTIFICATES
+        settings = {key: value for key, value in settings.items() if key not in (*BUDGETS, *certified)}
     settings |= {key: value for key, value in given.items() if value is not None}
     if "method" in settings:
         settings = peer(settings.pop("method")).options | settings

@@ -154,7 +154,8 @@ def evaluate(
         images_per_batch=images_per_batch, progress=progress,
     )  # fmt: skip
     result["skipped"], result["warnings"] = loaded.skipped, warnings
-    result["data"] = {"source": data, "sample": limit, "seed": seed, "ocr": ocr, "fingerprint": fingerprint(examples)}
+    sample = limit if len(examples) < len(loaded.examples) else None
+    result["data"] = {"source": data, "sample": sample, "seed": seed, "ocr": ocr, "fingerprint": fingerprint(examples)}
     if json_output:
         print_json(result)
     else:

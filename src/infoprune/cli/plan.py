@@ -47,7 +47,7 @@ def show(
         table.add_row(plain(path), kept)
     console.print(table)
     if (certificate := Certificate.read(plan) if plan.is_dir() else None) is not None:
-        console.print(f"Certificate: {certificate.statement}", markup=False, highlight=False)
+        console.print(plain(f"Certificate: {certificate.statement}"), highlight=False)
 
 
 def apply(

@@ -22,6 +22,7 @@ class _OneOfEach(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """See PyYAML."""
+        self.flatten_mapping(node)  # what merge keys (<<) stand for
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
         if twice is not None:

