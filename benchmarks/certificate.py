@@ -214,7 +214,7 @@ def scored_plan(vlm, path: PlannedPath, index: int, split: CertificationSplit, t
 def demo(args: argparse.Namespace) -> list[dict[str, Any]]:
     vlm = infoprune.load("demo", notify=log)
     options = CompressionOptions(max_drop=args.limits[-1], certify_images=args.images, shares=tuple(args.shares), examples=args.examples)
-    split = split_data("easy-vqa:train", options, Logged())
+    split = split_data(vlm, "easy-vqa:train", options, Logged())
     test = whole_images("test", args.test_questions)
     for limit in args.limits:
         check_enough(split.sizes, CompressionOptions(max_drop=limit), Logged())

@@ -21,6 +21,7 @@ from common import RESULTS, command, commit, log, processor, whole_images, write
 from infoprune.evaluation import latency, quality
 from infoprune.evaluation.cost import prompt_inputs
 from infoprune.evaluation.runner import bytes_on_disk
+from infoprune.resolve import family_of
 
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.31)
 
@@ -71,7 +72,7 @@ def main() -> None:
         log("timing, all models interleaved")
         gc.collect()
         probe = prompt_inputs(dense.encoder, examples[0])
-        times = latency.measure(models, dense.architecture.family, probe, answer_tokens=2, repeats=25)
+        times = latency.measure(models, family_of(dense.model), probe, answer_tokens=2, repeats=25)
         log(f"scoring {len(examples)} questions with {len(models)} models")
         scored = quality.score(models, examples)
         made_here = {"hardware": processor(), "commit": commit(), "command": command()}
@@ -86,7 +87,7 @@ def main() -> None:
             })  # fmt: skip
             log(f"{share}: {score.accuracy:.2f}%, KL {score.kl_nats:.4f}, prefill {rows[-1]['speedup_prefill']:.2f}x")
         rows += others(args.shares, len(examples))
-        rows.sort(key=lambda row: -row["flops_ratio"])
+        rows.sort(key=lambda row: float(row["flops_ratio"]), reverse=True)
         write("demo", rows, seeds=[0], data="easy-vqa:test", num_questions=len(examples))
 
 

@@ -99,7 +99,8 @@ def main() -> None:
         def judged(choice: Choice, from_here: Ground = from_here, questions: dict[str, list[Example]] = questions) -> dict[str, Any]:
             """Figures of the model that is cut so, beside the dense one, by the kind of question."""
             model = apply_decisions(dense, from_here.decided(choice), from_here.options, from_here.statistics, from_here.inputs)
-            return {name: quality.comparison(*quality.score([dense, model], asked), asked) for name, asked in questions.items()}
+            scores = {name: quality.score([dense, model], asked) for name, asked in questions.items()}
+            return {name: quality.comparison(found[0], found[1], questions[name]) for name, found in scores.items()}
 
         start = start_of(from_here, run())
         gated = thinned(from_here, start, run())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import infoprune
 from common import log, whole_images, write
+from infoprune.architecture import TowerName
 from infoprune.criteria.heads import CRITERIA, INFORMATION_LOSS, TAYLOR
 from infoprune.decide import remove_units
 from infoprune.evaluation import quality
@@ -18,7 +19,7 @@ from infoprune.saliency import weight_saliencies
 from infoprune.solve import solve_sites
 from infoprune.steps import apply_decisions, calibration_statistics
 
-CASES = (("text", 0.5), ("text", 0.25), ("vision", 0.5))
+CASES: tuple[tuple[TowerName, float], ...] = (("text", 0.5), ("text", 0.25), ("vision", 0.5))
 QUESTIONS = 200
 AT_ONCE = 7
 DRAWS = 5

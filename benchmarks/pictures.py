@@ -20,7 +20,9 @@ def draw_curve() -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     shares = [row["flops_ratio"] for row in curve]
-    left.plot(shares, [row["accuracy"] for row in curve], "o-", label="infoprune")
+    reached = [row["accuracy"] for row in curve]
+    above, below = ([abs(row.get("drop_ci95", [0, 0])[end] - row.get("drop_points", 0)) for row in curve] for end in (0, 1))
+    left.errorbar(shares, reached, [below, above], fmt="o-", capsize=3, label="infoprune, drop from dense [95%]")
     for method in dict.fromkeys(row["method"] for row in rows if ":" in row["method"]):
         other = [row for row in rows if row["method"] == method]
         left.plot([r["flops_ratio"] for r in other], [r["accuracy"] for r in other], "s", mfc="none", label=method.partition(":")[2])
@@ -28,7 +30,7 @@ def draw_curve() -> None:
     left.legend()
     for part in ("vision", "prefill", "end_to_end"):
         right.plot(shares, [row.get(f"speedup_{part}", 1.0) for row in curve], "o-", label=part.replace("_", " "))
-    right.plot(shares, [1 / share for share in shares], "k:", label="1 / FLOPs share")
+    right.plot(shares, [1 / share for share in shares], "k:", label="end to end by FLOPs")
     right.set(xlabel="share of the dense FLOPs", ylabel="speed-up, CPU")
     right.legend()
     figure.savefig(ROOT / "docs" / "demo-curve.png", dpi=120)
@@ -120,7 +122,7 @@ def draw_certificate() -> None:
     drop.errorbar(shares, middle, errors, fmt="s", color="#57606a", capsize=3, label="test questions [95%]")
     drop.plot(shares, [row["drop_points"] for row in path], "o-", label="certification questions")
     limit = max(path[0]["bounds"], key=float)
-    drop.plot(shares, [row["bounds"][limit]["betting"] for row in path], "v--", label="bound at 95%")
+    drop.plot(shares, [row["bounds"][limit]["betting"] for row in path], "v--", label=f"bound at 95%, for a limit of {limit}")
     for row in (row for row in rows if row["part"] == "certified" and row["certified"]):
         drop.axhline(row["max_drop_points"], color="#b3261e", lw=0.8, ls=":")
     drop.set(xlabel="share of the dense FLOPs", ylabel="drop, points", title="drop; dotted: what was asked for")

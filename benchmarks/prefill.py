@@ -46,7 +46,7 @@ def main() -> None:
     rows = []
     for name, vlm in models.items():
         parts = profiled(calls[name])
-        flops = count_flops(vlm.model, family, inputs, 2)[0].prefill
+        flops = count_flops(vlm.model, family, inputs, 2).prefill
         size = sum(p.nbytes for n, p in vlm.model.get_submodule(family.text).named_parameters() if "embed_tokens" not in n)
         median = statistics.median(wall[name])
         rows.append({

@@ -13,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torchao
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+import torchao  # pyright: ignore[reportMissingImports]
+from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+)
 from transformers import AutoModelForImageTextToText, TorchAoConfig
 
 import infoprune

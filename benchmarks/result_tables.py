@@ -21,8 +21,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def source(name: str, rows: list[dict[str, Any]] | None = None) -> str:
     """Circumstances of a result file, or of some rows; those made in several runs say their own command, commit and processor."""
-    meta, rows = load(name)["meta"], load(name)["rows"] if rows is None else rows
-    told = {key: list(dict.fromkeys(row[key] for row in rows if key in row)) or [meta[key]] for key in ("command", "commit", "hardware")}
+    meta = load(name)["meta"]
+    own = load(name)["rows"] if rows is None else rows
+    told = {key: list(dict.fromkeys(row[key] for row in own if key in row)) or [meta[key]] for key in ("command", "commit", "hardware")}
     commands, commits, hardware = "; ".join(told["command"]), ", ".join(told["commit"]), ", ".join(told["hardware"])
     versions = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
     return f"\n\n`{commands}`, commit {commits}, {meta['date']}; {hardware}, {meta['threads']} threads; {versions}."

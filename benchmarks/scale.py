@@ -198,7 +198,7 @@ def uniform_plan(architecture: Architecture, share: float, cut: str) -> Compress
             ffn[site.path] = FFNDecision(keep_neurons=tuple(range(max(RANK_MULTIPLE, neurons))), num_neurons=site.intermediate_size)
         else:
             names = ("joint_rank" if site.gated else "up_rank", "down_rank")
-            ffn[site.path] = FFNDecision(**{name: rank_at(share, max_rank(site, name)) for name in names})
+            ffn[site.path] = FFNDecision(**{name: rank_at(share, max_rank(site, name)) for name in names})  # pyright: ignore[reportArgumentType]
     return CompressionPlan(library="", model_type=architecture.family.model_type, model_id="", heads=heads, ffn=ffn)
 
 

@@ -36,7 +36,7 @@ from recovering import recovered
 from shifted import TEST, shifted
 
 try:
-    import torch_pruning
+    import torch_pruning  # pyright: ignore[reportMissingImports]
 except ImportError:
     raise SystemExit("This benchmark runs a peer that it does not bring along: pip install torch-pruning") from None
 

@@ -20,6 +20,7 @@ import random
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -45,7 +46,7 @@ def by_image(examples: list[Example]) -> dict[Path, list[Example]]:
 
 
 @torch.no_grad()
-def vision_features(model: nn.Module, encoder: PromptEncoder, images: list[Path], log) -> dict[Path, torch.Tensor]:
+def vision_features(model: Any, encoder: PromptEncoder, images: list[Path], log) -> dict[Path, torch.Tensor]:
     """Output of the vision tower without its CLS token, (36, 384) for each image."""
     features = {}
     for start in range(0, len(images), 64):
@@ -92,7 +93,7 @@ def align(
             log(event="align", step=step + 1, colour=losses[0].item(), shape=losses[1].item(), loss=loss.item())
 
 
-def answer_logits_from_features(model: nn.Module, batch: PackedBatch, features: torch.Tensor, autocast: bool) -> torch.Tensor:
+def answer_logits_from_features(model: Any, batch: PackedBatch, features: torch.Tensor, autocast: bool) -> torch.Tensor:
     """As ``packing.answer_logits``, with vision features computed beforehand."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         embeds = model.model.language_model.get_input_embeddings()(batch.inputs["input_ids"])
@@ -146,6 +147,7 @@ def main() -> None:
         **settings,
     )
 
+    model: Any
     model, processor = build_without_bridge(lambda message: log(event=message))
     encoder = PromptEncoder(processor, model.config.image_token_id)
     groups = by_image(load_examples("easy-vqa:train"))
