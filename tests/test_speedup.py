@@ -535,7 +535,9 @@ def test_a_correction_that_memory_is_not_enough_for_keeps_the_cut_before_it():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return cuts[0]
 
-    decided: Any = lambda budget: Decisions({}, {}, 0.0, 1 / budget)  # noqa: E731
+    def decided(budget):
+        return Decisions({}, {}, 0.0, 1 / budget)
+
     model, _, speed = reach(1.8, 1.0, decided, cut, lambda cost: (0.8 / cost, 1.0), notes.append)
     assert model == cuts[0] and len(speed.attempts) == 1 and "memory is not enough" in notes[1]
     with pytest.raises(torch.OutOfMemoryError):  # the first one

@@ -134,7 +134,7 @@ class VisionCache:
             if out_of_memory(error):
                 raise
             found = self._computed([picture, picture])  # Mistral 3's code fails on an image of a single token that has none beside it
-            found[POOLED] = found[POOLED][:1]
+            found[POOLED] = found[POOLED][: len(found[POOLED]) // 2]  # the twin's are as many
         size = sum(tensor.nbytes for tensor in _tensors(list(found.values())))
         if self._bytes + size <= self.limit:
             self._kept[image] = {name: _moved(value, torch.device("cpu")) for name, value in found.items()}
